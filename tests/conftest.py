@@ -1,0 +1,33 @@
+"""Fixtures: where the real data are, and the command line as a user calls it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def repo() -> Path:
+    return REPO
+
+
+@pytest.fixture(scope="session")
+def shared_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder with cifar-10-batches-py, imagenette-subset and imagenet-samples: real data, never committed."""
+    given = os.environ.get("RESLAB_DATA")
+    if given and (Path(given) / "cifar-10-batches-py").is_dir():
+        return Path(given)
+    unpack = REPO.parent / "shared" / "data" / "unpack.py"
+    if not unpack.exists():
+        pytest.skip("the real image data are not here: neither in $RESLAB_DATA nor beside the repository")
+    target = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "reslab-test-data"
+    target.mkdir(parents=True, exist_ok=True)
+    from filelock import FileLock
+
+    with FileLock(target / "unpack.lock"):  # pytest-xdist: one worker unpacks, the others find it done
+        subprocess.run([sys.executable, str(unpack), str(target)], check=True, capture_output=True)
+    return target
