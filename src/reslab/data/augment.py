@@ -1,0 +1,159 @@
+"""Augmentation in the batch, on its device: each image with parameters of its own, uint8 until the last operation.
+
+A crop is one row copy from overlapping windows, a flip one choice between an image and its mirror, so that nothing
+loops over samples and nothing waits for the device. Images come as (N, H, W, C): as a permuted view that is the
+channels_last layout the convolutions want.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from reslab.data import order
+from reslab.errors import UserError
+
+DRAWS = 5  # columns of the parameters: dy, dx, flip, cy, cx
+
+
+@dataclass(frozen=True)
+class Augment:
+    """What is done to a training image; nothing by default (but the random crop of image files).
+
+    Args:
+        crop_padding: Pixels added on every side before a crop back to the image's size at a random place
+            (4 in He et al. 2015, section 4.2); 0 for no crop.
+        padding_mode: What the padding holds: zeros (before normalisation) or the mirrored image.
+        flip: Mirror left-right: none; random: half of the images; alternating: every image in every other epoch,
+            which half begins is random (airbench, Jordan 2024).
+        cutout: Side in pixels of a square set to the mean, at a random centre, cut at the border
+            (DeVries & Taylor 2017); 0 for none.
+        scale: For data sets of files: share of the image's area that the random crop takes (Inception crop).
+        ratio: For data sets of files: width over height of that crop.
+    """
+
+    crop_padding: int = 0
+    padding_mode: Literal["zeros", "reflect"] = "zeros"
+    flip: Literal["none", "random", "alternating"] = "none"
+    cutout: int = 0
+    scale: tuple[float, float] = (0.08, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+
+    def __post_init__(self) -> None:
+        if self.crop_padding < 0 or self.cutout < 0:
+            raise UserError("augment: crop_padding and cutout are numbers of pixels, 0 or more")
+        if not (0 < self.scale[0] <= self.scale[1] <= 1 and 0 < self.ratio[0] <= self.ratio[1]):
+            raise UserError("augment: scale and ratio are [low, high], above 0, the scale at most 1")
+
+    @property
+    def active(self) -> bool:
+        return bool(self.crop_padding or self.cutout or self.flip != "none")
+
+    def draw(self, seed: int, epoch: int, indices: npt.NDArray[np.int64], size: int) -> npt.NDArray[np.int32]:
+        """The parameters of each image of side `size` in this epoch: int32 (N, 5), or (N, 0) if there are none."""
+        if not self.active:
+            return np.empty((len(indices), 0), np.int32)
+        places = 2 * self.crop_padding + 1
+        u = order.uniforms(seed, epoch, indices, DRAWS).astype(np.float64)
+        draws = (u * [places, places, 2, size, size]).astype(np.int32)
+        if self.flip == "alternating":
+            draws[:, 2] = (order.uniforms(seed, 0, indices, DRAWS)[:, 2] < 0.5) ^ (epoch % 2 == 1)
+        return draws
+
+    def apply(self, images: Tensor, draws: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+        """uint8 (N, H, W, C) and its draws (N, 5) -> augmented, normalised float32 (N, C, H, W), channels_last."""
+        dy, dx, mirrored, cy, cx = draws.long().unbind(1)
+        if self.crop_padding:
+            images = crop(images, dy, dx, self.crop_padding, self.padding_mode)
+        if self.flip != "none":
+            images = flip(images, mirrored)
+        normal = normalize(images, mean, std)
+        return cutout(normal, cy, cx, self.cutout) if self.cutout else normal
+
+
+def crop(images: Tensor, dy: Tensor, dx: Tensor, padding: int, mode: Literal["zeros", "reflect"]) -> Tensor:
+    """Pads (N, H, W, C) on every side and cuts (H, W) out again at (dy, dx), int64 (N,) in [0, 2 × padding]."""
+    n, h, w, c = images.shape
+    if mode == "reflect":
+        padded = images.index_select(1, _reflected(h, padding, images.device))
+        padded = padded.index_select(2, _reflected(w, padding, images.device))
+    else:
+        padded = torch.nn.functional.pad(images, (0, 0, padding, padding, padding, padding))
+    tall, wide = h + 2 * padding, w + 2 * padding
+    # Row k is the w pixels from pixel k on, so that a crop of an image is h whole rows: far faster than indexing
+    # (N, dy, dx, H, W, C) windows.
+    rows = padded.as_strided((n * tall * wide - w + 1, w * c), (c, 1))
+    image = torch.arange(n, device=images.device)[:, None]
+    y = dy[:, None] + torch.arange(h, device=images.device)
+    starts = (image * tall + y) * wide + dx[:, None]
+    return rows.index_select(0, starts.flatten()).view(n, h, w, c)
+
+
+@lru_cache(maxsize=32)
+def _reflected(n: int, padding: int, device: torch.device) -> Tensor:
+    return torch.from_numpy(np.pad(np.arange(n), padding, mode="reflect")).to(device)
+
+
+def flip(images: Tensor, mirrored: Tensor) -> Tensor:
+    """Mirrors those images of (N, H, W, C) left-right whose entry of `mirrored`, int64 (N,), is 1 and not 0."""
+    both = torch.stack((images, images.flip(2)), 1).flatten(0, 1)
+    return both.index_select(0, 2 * torch.arange(len(images), device=images.device) + mirrored)
+
+
+def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """uint8 (N, H, W, C) -> (images / 255 - mean) / std, float32 (N, C, H, W) in channels_last."""
+    n, h, w, c = images.shape
+    scale, shift = _affine(mean, std, w, images.device)
+    flat = torch.addcmul(shift, images.reshape(n, h, w * c).float(), scale)
+    return flat.view(n, h, w, c).permute(0, 3, 1, 2)
+
+
+@lru_cache(maxsize=32)
+def _affine(
+    mean: tuple[float, ...], std: tuple[float, ...], width: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    # A whole image row each, (W*C,): broadcasting over 3 channels alone defeats the CPU's vector units.
+    deviation, centre = np.tile(std, width), np.tile(mean, width)
+    scale, shift = 1 / (255 * deviation), -centre / deviation
+    return torch.tensor(scale, dtype=torch.float32).to(device), torch.tensor(shift, dtype=torch.float32).to(
+        device
+    )
+
+
+def cutout(images: Tensor, cy: Tensor, cx: Tensor, size: int) -> Tensor:
+    """Sets a square of side `size` round (cy, cx), int64 (N,), to 0 in (N, C, H, W), in place; cut at the border."""
+    h, w = images.shape[2:]
+    y = torch.arange(h, device=images.device) - (cy - size // 2)[:, None]  # (N, H), 0 … size - 1 inside
+    x = torch.arange(w, device=images.device) - (cx - size // 2)[:, None]
+    inside = ((y >= 0) & (y < size))[:, None, :, None] & ((x >= 0) & (x < size))[:, None, None, :]
+    return images.masked_fill_(inside, 0.0)
+
+
+def resized_crop_box(
+    u: npt.NDArray[np.float32],
+    height: int,
+    width: int,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+) -> tuple[int, int, int, int]:
+    """The crop (top, left, height, width) of torchvision's RandomResizedCrop, from 22 uniform numbers.
+
+    Ten tries of an area (uniform) and an aspect ratio (log-uniform); the first that fits is placed uniformly, and
+    if none fits the largest central crop with an allowed ratio is taken (Szegedy et al. 2015).
+    """
+    area = height * width * (scale[0] + (scale[1] - scale[0]) * u[:10].astype(np.float64))
+    aspect = np.exp(np.log(ratio[0]) + np.log(ratio[1] / ratio[0]) * u[10:20].astype(np.float64))
+    w = np.rint(np.sqrt(area * aspect)).astype(int)
+    h = np.rint(np.sqrt(area / aspect)).astype(int)
+    fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
+    if fits.any():
+        k = int(np.argmax(fits))
+        top, left = int(u[20] * (height - h[k] + 1)), int(u[21] * (width - w[k] + 1))
+        return top, left, int(h[k]), int(w[k])
+    h0 = min(height, round(width / ratio[0]))
+    w0 = min(width, round(height * ratio[1]))
+    return (height - h0) // 2, (width - w0) // 2, h0, w0

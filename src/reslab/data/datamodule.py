@@ -1,0 +1,272 @@
+"""ImageData: a data set's split, its loaders, and the finish of each batch on the device."""
+
+import hashlib
+import os
+from collections.abc import Iterable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from reslab.data.augment import Augment, normalize
+from reslab.data.datasets import Arrays, DataError, Files, ImageSource, image_names
+from reslab.data.loaders import (
+    ArrayBatches,
+    Batch,
+    Draws,
+    EvalOrder,
+    FileBatches,
+    FolderBatch,
+    FolderBatches,
+    TrainOrder,
+)
+from reslab.data.order import Ints, stratified_split
+from reslab.errors import UserError
+
+
+class ImageData(LightningDataModule):
+    """Images for training and evaluation, in an order and with an augmentation that are functions of the seed alone.
+
+    Batches leave the loaders as uint8 and are augmented and normalised on the device, by
+    `on_after_batch_transfer`; call that yourself in a loop without a Trainer.
+
+    Args:
+        dataset: The data set; see configs/data.
+        root: Folder that holds the data sets; by default $RESLAB_DATA, else `data`.
+        batch_size: Samples of one optimizer step, over all devices and accumulated micro-batches.
+        eval_batch_size: Samples of one evaluation batch on one device; by default those of a training batch.
+        val_split: Share (below 1) or number of the training images that are kept for validation, of every class
+            alike; 0 for none.
+        split_seed: Chooses which; the same whatever the run's seed.
+        seed: Of the order and the augmentation.
+        num_workers: Loader processes for each device; by default none for data in memory, and for image files the
+            CPU cores divided among the devices of this machine.
+        augment: What is done to training images.
+        download: Fetch the data set where it is missing and can be had.
+    """
+
+    def __init__(
+        self,
+        dataset: ImageSource,
+        root: str | None = None,
+        batch_size: int = 128,
+        eval_batch_size: int | None = None,
+        val_split: float | int = 0.1,
+        split_seed: int = 0,
+        seed: int = 0,
+        num_workers: int | None = None,
+        augment: Augment = Augment(),  # noqa: B008 - frozen
+        download: bool = True,
+    ) -> None:
+        super().__init__()
+        for name, size in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
+            if size is not None and size < 1:
+                raise UserError(f"data.{name} must be 1 or more, not {size}")
+        self.dataset, self.augment = dataset, augment
+        self.root = Path(root or os.environ.get("RESLAB_DATA") or "data").expanduser()
+        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
+        self.val_split, self.split_seed, self.seed = val_split, split_seed, seed
+        self.num_workers, self.download = num_workers, download
+
+    @cached_property
+    def class_names(self) -> list[str]:
+        return self.dataset.classes(self.root)
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    @property
+    def channels(self) -> int:
+        return self.dataset.channels
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of what the network sees."""
+        return self.channels, self.dataset.image_size, self.dataset.image_size
+
+    def prepare_data(self) -> None:
+        self.dataset.prepare(self.root, self.download)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Loads the data and checks all that can be known about them before the first step.
+
+        Raises:
+            DataError: data that are missing, damaged, or labelled outside the classes.
+            UserError: a batch size or validation split that does not fit the data or the devices.
+        """
+        self._check_batch_size()
+        for data, name in ((self.train_data, "training"), (self.test_data, "test")):
+            wrong = data.labels[(data.labels < 0) | (data.labels >= self.num_classes)]
+            if len(wrong):
+                raise DataError(
+                    f"{len(wrong)} {name} labels lie outside 0 … {self.num_classes - 1} "
+                    f"(the {self.num_classes} classes), the first is {wrong[0]}"
+                )
+
+    @cached_property
+    def train_data(self) -> Arrays | Files:
+        """All training images, those for validation included."""
+        return self.dataset.load(self.root, "train")
+
+    @cached_property
+    def test_data(self) -> Arrays | Files:
+        return self.dataset.load(self.root, "test")
+
+    @cached_property
+    def split(self) -> tuple[Ints, Ints]:
+        """Indices of `train_data` to train on, and to validate on."""
+        return stratified_split(self.train_data.labels, self.val_split, self.split_seed)
+
+    def _check_batch_size(self) -> None:
+        parts = self._world * self._accumulate
+        if self.batch_size % parts:
+            low = self.batch_size // parts * parts
+            raise UserError(
+                f"data.batch_size {self.batch_size} does not divide among {self._world} devices × {self._accumulate} "
+                f"accumulated batches: use {f'{low} or ' if low else ''}{low + parts}"
+            )
+        train = len(self.split[0])
+        if self.batch_size > train:
+            raise UserError(
+                f"data.batch_size {self.batch_size} is more than the {train} training images: "
+                f"use at most {train // parts * parts}"
+            )
+
+    @property
+    def _world(self) -> int:
+        return self.trainer.world_size if self.trainer else 1
+
+    @property
+    def _rank(self) -> int:
+        return self.trainer.global_rank if self.trainer else 0
+
+    @property
+    def _accumulate(self) -> int:
+        return self.trainer.accumulate_grad_batches if self.trainer else 1
+
+    def _position(self, length: int) -> tuple[int, int] | None:
+        # Lightning counts the batches it has taken and restores the count from a checkpoint: the loader needs no
+        # state of its own to go on in the middle of an epoch.
+        if self.trainer is None or not self.trainer.training:
+            return None
+        limit = self.trainer.limit_train_batches
+        an_epoch = min(limit, length) if isinstance(limit, int) else int(limit * length)
+        return self.trainer.fit_loop.epoch_loop.batch_progress.total.ready, an_epoch
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        if self.trainer and getattr(self.trainer, "overfit_batches", 0):
+            raise UserError(
+                "overfit_batches would replace the order of the data: use --trainer.limit_train_batches"
+            )
+        sampler = TrainOrder(
+            self.split[0],
+            self.seed,
+            self.batch_size,
+            self._accumulate,
+            self._world,
+            self._rank,
+            self._position,
+        )
+        data, size = self.train_data, self.dataset.image_size
+        if isinstance(data, Arrays):
+            return self._loader(ArrayBatches(data, Draws(self.augment, self.seed, len(data), size)), sampler)
+        files = FileBatches(data, self.channels, size, self.dataset.resize, self.augment, self.seed)
+        return self._loader(files, sampler)
+
+    def val_dataloader(self) -> DataLoader[Batch] | list[Any]:
+        return self._eval_loader(self.train_data, self.split[1]) if len(self.split[1]) else []
+
+    def test_dataloader(self) -> DataLoader[Batch]:
+        return self._eval_loader(self.test_data, np.arange(len(self.test_data)))
+
+    def predict_dataloader(self) -> DataLoader[Batch]:
+        return self.test_dataloader()
+
+    def folder_dataloader(self, folder: str | Path, skip_unreadable: bool = False) -> DataLoader[FolderBatch]:
+        """All image files below a folder, sorted by name, cut to the data set's size as in evaluation.
+
+        Args:
+            folder: With any folders in it.
+            skip_unreadable: Report an unreadable file in its batch instead of raising its DataError.
+        """
+        names = [name for name, _ in image_names(Path(folder))]
+        if not names:
+            raise DataError(f"{folder} holds no image files, or is not there")
+        size = self._eval_size
+        slices = [range(start, min(start + size, len(names))) for start in range(0, len(names), size)]
+        source = self.dataset
+        batches = FolderBatches(
+            Path(folder), names, self.channels, source.image_size, source.resize, skip_unreadable
+        )
+        return self._loader(batches, slices)
+
+    @property
+    def _eval_size(self) -> int:
+        return self.eval_batch_size or self.batch_size // (self._world * self._accumulate) or 1
+
+    def _eval_loader(self, data: Arrays | Files, indices: Ints) -> DataLoader[Batch]:
+        sampler = EvalOrder(indices, self._eval_size, self._world, self._rank)
+        if isinstance(data, Arrays):
+            return self._loader(ArrayBatches(data), sampler)
+        return self._loader(
+            FileBatches(data, self.channels, self.dataset.image_size, self.dataset.resize), sampler
+        )
+
+    def _loader(self, batches: Any, sampler: Iterable[Any]) -> DataLoader[Any]:
+        workers = self.num_workers
+        if workers is None:
+            in_memory = isinstance(batches, ArrayBatches)
+            local = self.trainer.num_devices if self.trainer else 1
+            workers = 0 if in_memory else max(1, len(os.sched_getaffinity(0)) // local)
+        return DataLoader(
+            batches,
+            batch_size=None,  # a key is a whole batch
+            sampler=sampler,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
+            generator=torch.Generator(),  # its own, or every iteration would draw from torch's global one
+        )
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int = 0) -> Batch:
+        """Finishes a batch on its device: uint8 (N, H, W, C) -> augmented (training), normalised (N, C, H, W)."""
+        mean, std = self.dataset.mean, self.dataset.std
+        if batch.draws.shape[1]:
+            images = self.augment.apply(batch.images, batch.draws, mean, std)
+        else:
+            images = normalize(batch.images, mean, std)
+        if self.trainer:
+            images = self.trainer.precision_plugin.convert_input(
+                images
+            )  # half or double precision of the network
+        return batch._replace(images=images)
+
+    def fingerprint(self) -> dict[str, str]:
+        """SHA-256 of the data (of the bytes in memory; of names, sizes and labels of files), the split, the classes."""
+        split = hashlib.sha256(np.concatenate([*self.split, [len(self.split[0])]]).data)
+        return {
+            "files": hashlib.sha256(
+                (self.train_data.sha256() + self.test_data.sha256()).encode()
+            ).hexdigest(),
+            "split": split.hexdigest(),
+            "classes": hashlib.sha256("\n".join(self.class_names).encode()).hexdigest(),
+        }
+
+    def preview(self, n_images: int = 8, n_epochs: int = 8) -> np.ndarray:
+        """The first training images (rows) as they are seen in the first epochs (columns), uint8 (n, e, H, W, C)."""
+        batches = self.train_dataloader().dataset
+        indices = self.split[0][:n_images]
+        columns = [
+            self._visible(self.on_after_batch_transfer(batches[e, indices]).images) for e in range(n_epochs)
+        ]
+        return torch.stack(columns, 1).numpy()
+
+    def _visible(self, images: Tensor) -> Tensor:
+        mean, std = (torch.tensor(x)[:, None, None] for x in (self.dataset.mean, self.dataset.std))
+        return ((images.float() * std + mean) * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 1)

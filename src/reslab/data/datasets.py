@@ -1,0 +1,398 @@
+"""Where images come from: digits, CIFAR-10/100, and folders of image files (ImageNet, Imagenette, your own).
+
+A source describes a data set and loads it whole (`Arrays`) or as a table of its files (`Files`). Everything that
+can be wrong with the data is a `DataError` from here, with the path and the remedy, before the first training step.
+"""
+
+import hashlib
+import os
+import pickle
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import torchvision.datasets as tvd
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.datasets.utils import check_integrity
+
+from reslab.data.order import stratified_split
+from reslab.errors import UserError
+
+Split = Literal["train", "test"]
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class DataError(UserError):
+    """Data that are missing, damaged or not what the config says."""
+
+    def __init__(self, message: str) -> None:
+        # A DataLoader worker's error arrives as its traceback in one string: keep the message at its end.
+        super().__init__(message.rpartition("DataError: ")[2].strip())
+
+
+@dataclass(frozen=True)
+class Arrays:
+    """A data set in memory: images uint8 (n, H, W, C), labels int64 (n,)."""
+
+    images: npt.NDArray[np.uint8]
+    labels: npt.NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def sha256(self) -> str:
+        digest = hashlib.sha256(repr((self.images.shape, self.images.dtype.str)).encode())
+        digest.update(np.ascontiguousarray(self.images).data)
+        digest.update(np.ascontiguousarray(self.labels).data)
+        return digest.hexdigest()
+
+
+class Files:
+    """A table of image files: two arrays instead of a million strings, so that loader workers can share it.
+
+    Args:
+        folder: What the names are relative to.
+        names: Relative names.
+        labels: Class of each file.
+        sizes: Bytes of each file.
+    """
+
+    def __init__(self, folder: Path, names: list[str], labels: list[int], sizes: list[int]) -> None:
+        encoded = [os.fsencode(name) for name in names]
+        self.folder = folder
+        self.labels = np.array(labels, np.int64)
+        self.sizes = np.array(sizes, np.int64)
+        self._blob = b"".join(encoded)
+        self._ends = np.cumsum([len(name) for name in encoded], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def path(self, index: int) -> Path:
+        start = self._ends[index - 1] if index else 0
+        return self.folder / os.fsdecode(self._blob[start : self._ends[index]])
+
+    def sha256(self) -> str:
+        """Of names, sizes and labels; the bytes of a million files would take minutes to read."""
+        digest = hashlib.sha256(self._blob)
+        for array in (self._ends, self.sizes, self.labels):
+            digest.update(array.data)
+        return digest.hexdigest()
+
+
+class ImageSource(ABC):
+    """A data set: what its images look like, and how to get them.
+
+    Attributes:
+        mean: Of each channel over the training images, in [0, 1].
+        std: The same for the standard deviation.
+        image_size: Height and width of the images the network sees.
+        resize: Length of the shorter side before the central crop to `image_size`, for images from files.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    image_size: int
+    resize: int
+
+    @property
+    def channels(self) -> int:
+        return len(self.mean)
+
+    @abstractmethod
+    def classes(self, root: Path) -> list[str]:
+        """Names of the classes, in the order of their labels, without loading an image."""
+
+    @abstractmethod
+    def load(self, root: Path, split: Split) -> Arrays | Files:
+        """The images and labels of a split.
+
+        Raises:
+            DataError: they are missing or damaged.
+        """
+
+    def prepare(self, root: Path, download: bool) -> None:  # noqa: B027 - data that come with a package need nothing
+        """Downloads what is missing, if that is allowed and possible; called once on a machine."""
+
+
+class Digits(ImageSource):
+    """The 1,797 handwritten digits, 8×8, that come with scikit-learn (test part of UCI's optdigits, 17 grey levels).
+
+    They have no official split: a stratified fifth (359 images), the same for everyone, is the test set.
+    """
+
+    mean, std = (0.3051,), (0.3756,)
+    image_size = resize = 8
+
+    def classes(self, root: Path) -> list[str]:
+        return [str(digit) for digit in range(10)]
+
+    def load(self, root: Path, split: Split) -> Arrays:
+        from sklearn.datasets import load_digits
+
+        pixels, labels = load_digits(return_X_y=True)
+        images = np.round(pixels * 255 / 16).astype(np.uint8).reshape(-1, 8, 8, 1)
+        train, test = stratified_split(labels, 0.2, seed=0)
+        part = train if split == "train" else test
+        return Arrays(images[part], labels[part].astype(np.int64))
+
+
+class CIFAR10(ImageSource):
+    """CIFAR-10 (Krizhevsky 2009): 50,000 training and 10,000 test images, 32×32, RGB, in ROOT/cifar-10-batches-py.
+
+    torchvision downloads it (170 MB) and checks the MD5 of every file.
+    """
+
+    mean, std = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+    image_size = resize = 32
+    _torchvision: type[tvd.CIFAR10] = tvd.CIFAR10
+    _names = "airplane automobile bird cat deer dog frog horse ship truck"
+
+    def classes(self, root: Path) -> list[str]:
+        return self._names.split()
+
+    def _files(self, root: Path) -> dict[Path, str]:
+        source = self._torchvision
+        listed = [*source.train_list, *source.test_list, [source.meta["filename"], source.meta["md5"]]]
+        return {root / source.base_folder / name: md5 for name, md5 in listed}
+
+    def prepare(self, root: Path, download: bool) -> None:
+        if download and not any(path.exists() for path in self._files(root)):
+            _download(lambda: self._torchvision(str(root), download=True), root)
+
+    def load(self, root: Path, split: Split) -> Arrays:
+        missing = [path for path in self._files(root) if not path.exists()]
+        if missing:
+            raise DataError(
+                f"{missing[0]} is not there ({len(missing)} of {len(self._files(root))} files missing). "
+                f"Give the folder that holds {self._torchvision.base_folder} with --data.root or $RESLAB_DATA, "
+                f"or remove what is left of it and let --data.download true fetch {self._torchvision.url}"
+            )
+        try:
+            data = self._torchvision(str(root), train=split == "train")
+        except RuntimeError as error:
+            bad = [
+                str(path) for path, md5 in self._files(root).items() if not check_integrity(str(path), md5)
+            ]
+            raise DataError(
+                f"damaged (wrong MD5): {', '.join(bad) or error}. "
+                f"Remove {root / self._torchvision.base_folder} and let --data.download true fetch it again"
+            ) from None
+        except (OSError, pickle.UnpicklingError) as error:
+            raise DataError(f"{root / self._torchvision.base_folder} cannot be read: {error}") from error
+        return Arrays(np.ascontiguousarray(data.data), np.array(data.targets, np.int64))
+
+
+class CIFAR100(CIFAR10):
+    """CIFAR-100 (Krizhevsky 2009): the same sizes as CIFAR-10 with 100 classes, in ROOT/cifar-100-python."""
+
+    mean, std = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
+    _torchvision = tvd.CIFAR100
+    _names = (
+        "apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can "
+        "castle caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin "
+        "elephant flatfish forest fox girl hamster house kangaroo keyboard lamp lawn_mower leopard lion lizard "
+        "lobster man maple_tree motorcycle mountain mouse mushroom oak_tree orange orchid otter palm_tree pear "
+        "pickup_truck pine_tree plain plate poppy porcupine possum rabbit raccoon ray road rocket rose sea seal "
+        "shark shrew skunk skyscraper snail snake spider squirrel streetcar sunflower sweet_pepper table tank "
+        "telephone television tiger tractor train trout tulip turtle wardrobe whale willow_tree wolf woman worm"
+    )
+
+
+class ImageFolder(ImageSource):
+    """Image files in one folder a class: ROOT/FOLDER/TRAIN/<class>/… and ROOT/FOLDER/TEST/<class>/….
+
+    For evaluation the shorter side is resized to image_size × 256/224 and the centre is cut out, as in torchvision's
+    reference; statistics default to ImageNet's.
+
+    Args:
+        folder: Of the data set, relative to the data root (or absolute).
+        train: Folder of the training images in it.
+        test: Folder of the test images in it.
+        image_size: Side of the images the network sees.
+        mean: Of each channel, in [0, 1]; one number makes grey images.
+        std: Standard deviation of each channel.
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        train: str = "train",
+        test: str = "val",
+        image_size: int = 224,
+        mean: tuple[float, ...] = IMAGENET_MEAN,
+        std: tuple[float, ...] = IMAGENET_STD,
+    ) -> None:
+        if len(mean) != len(std) or len(mean) not in (1, 3):
+            raise UserError("mean and std need one number each for grey images, or three each for RGB")
+        self.folder, self.train, self.test = folder, train, test
+        self.image_size, self.resize = image_size, round(image_size * 256 / 224)
+        self.mean, self.std = tuple(mean), tuple(std)
+
+    def classes(self, root: Path) -> list[str]:
+        return self._class_folders(root, "train")
+
+    def load(self, root: Path, split: Split) -> Files:
+        folders = self._class_folders(root, split)
+        if split == "test":
+            self._compare_classes(root, folders)
+        top = root / self.folder / (self.train if split == "train" else self.test)
+        return _scan(top, folders)
+
+    def _class_folders(self, root: Path, split: Split) -> list[str]:
+        top = root / self.folder / (self.train if split == "train" else self.test)
+        if not top.is_dir():
+            raise DataError(f"{top} is not there. {self._how_to_get(root)}")
+        folders = sorted(entry.name for entry in os.scandir(top) if entry.is_dir() and entry.name[0] != ".")
+        if not folders:
+            raise DataError(f"{top} has no class folders. {self._how_to_sort(root, top)}")
+        return folders
+
+    def _compare_classes(self, root: Path, test_folders: list[str]) -> None:
+        train, test = set(self._class_folders(root, "train")), set(test_folders)
+        if train != test:
+            raise DataError(
+                f"the class folders of {root / self.folder / self.train} and of {self.test} differ. "
+                f"Only in {self.train}: {_some(train - test)}. Only in {self.test}: {_some(test - train)}. "
+                "Both need a folder of the same name for every class"
+            )
+
+    def _how_to_get(self, root: Path) -> str:
+        return (
+            f"Put the images into {root / self.folder}/{{{self.train},{self.test}}}/<class>/, "
+            "or say where they are with --data.root, $RESLAB_DATA or the data set's `folder`"
+        )
+
+    def _how_to_sort(self, root: Path, top: Path) -> str:
+        return "Its images belong into one folder a class: " + str(top / "<class>" / "image.jpg")
+
+
+class Imagenette(ImageFolder):
+    """Imagenette 2 (Howard 2019): ten easy classes of ImageNet, 9,469 training and 3,925 validation images.
+
+    Args:
+        size: Which archive: shorter side of 160 or 320 pixels, or full.
+        folder: Relative to the data root; by default the archive's own name.
+        image_size: Side of the images the network sees.
+    """
+
+    _names = {
+        "n01440764": "tench",
+        "n02102040": "English springer",
+        "n02979186": "cassette player",
+        "n03000684": "chain saw",
+        "n03028079": "church",
+        "n03394916": "French horn",
+        "n03417042": "garbage truck",
+        "n03425413": "gas pump",
+        "n03445777": "golf ball",
+        "n03888257": "parachute",
+    }
+
+    def __init__(
+        self,
+        size: Literal["160px", "320px", "full"] = "160px",
+        folder: str | None = None,
+        image_size: int = 128,
+    ) -> None:
+        archive = {"160px": "imagenette2-160", "320px": "imagenette2-320", "full": "imagenette2"}[size]
+        super().__init__(folder or archive, image_size=image_size)
+        self.size = size
+
+    def classes(self, root: Path) -> list[str]:
+        return list(self._names.values())
+
+    def load(self, root: Path, split: Split) -> Files:
+        found = self._class_folders(root, split)
+        if set(found) != set(self._names):
+            raise DataError(
+                f"{root / self.folder} is not Imagenette: missing {_some(set(self._names) - set(found))}, "
+                f"unknown {_some(set(found) - set(self._names))}. Use reslab.data.ImageFolder for other classes"
+            )
+        return super().load(root, split)
+
+    def prepare(self, root: Path, download: bool) -> None:
+        if download and not (root / self.folder).exists():
+            _download(lambda: tvd.Imagenette(str(root), size=self.size, download=True), root)
+
+
+class ImageNet(ImageFolder):
+    """ImageNet-1k (ILSVRC 2012) as class folders: ROOT/imagenet/{train,val}/<wnid>/*.JPEG; val is the test set."""
+
+    def __init__(
+        self, folder: str = "imagenet", train: str = "train", test: str = "val", image_size: int = 224
+    ) -> None:
+        super().__init__(folder, train, test, image_size)
+
+    def _how_to_get(self, root: Path) -> str:
+        top = root / self.folder
+        return (
+            "Download ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz from "
+            f"https://image-net.org (it asks for a login) into {top} and unpack them with\n"
+            f"""  python -c "from torchvision.datasets import ImageNet as I; [I('{top}', s) for s in ('train', 'val')]"\n"""
+            "or say where the unpacked folder is with --data.root or $RESLAB_DATA"
+        )
+
+    def _how_to_sort(self, root: Path, top: Path) -> str:
+        folder = root / self.folder
+        return (
+            f"Its images lie flat: put ILSVRC2012_devkit_t12.tar.gz (https://image-net.org) into {folder} and run\n"
+            '  python -c "from torchvision.datasets import imagenet as i; '
+            f"i.parse_devkit_archive('{folder}'); "
+            f"i.prepare_val_folder('{top}', i.load_meta_file('{folder}')[1])\"\n"
+            "which moves each image into the folder of its class"
+        )
+
+
+def _some(names: set[str], most: int = 10) -> str:
+    listed = ", ".join(sorted(names)[:most]) or "none"
+    return f"{listed} and {len(names) - most} more" if len(names) > most else listed
+
+
+def _download(download: Callable[[], object], root: Path) -> None:
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        download()
+    except (OSError, RuntimeError) as error:  # no network, no room, a wrong hash
+        raise DataError(
+            f"the download into {root} failed: {error}. Try again, or get the data on another machine and say where "
+            "they are with --data.root or $RESLAB_DATA"
+        ) from error
+
+
+def image_names(folder: Path) -> list[tuple[str, int]]:
+    """Relative name and size of every image file below a folder, sorted; hidden files are not images."""
+    found = []
+    for parent, _, names in os.walk(folder, followlinks=True):
+        for name in names:
+            if name.lower().endswith(IMG_EXTENSIONS) and name[0] != ".":
+                path = os.path.join(parent, name)  # noqa: PTH118 - a million of them: pathlib takes minutes
+                found.append((os.path.relpath(path, folder), os.stat(path).st_size))  # noqa: PTH116
+    return sorted(found)
+
+
+def _scan(top: Path, folders: list[str]) -> Files:
+    names: list[str] = []
+    labels: list[int] = []
+    sizes: list[int] = []
+    for label, folder in enumerate(folders):
+        found = image_names(top / folder)
+        if not found:
+            raise DataError(
+                f"{top / folder} holds no image ({', '.join(IMG_EXTENSIONS)}): add some or remove it"
+            )
+        names += [f"{folder}/{name}" for name, _ in found]
+        sizes += [size for _, size in found]
+        labels += [label] * len(found)
+    files = Files(top, names, labels, sizes)
+    empty = np.flatnonzero(files.sizes == 0)
+    if len(empty):
+        raise DataError(
+            f"{len(empty)} image files are empty (0 bytes), the first is {files.path(empty[0])}: "
+            "restore or remove them"
+        )
+    return files

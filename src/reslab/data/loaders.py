@@ -1,0 +1,254 @@
+"""The two ways to a batch: in-memory arrays indexed a whole batch at once, and image files through workers.
+
+Both are map-style data sets whose key is a whole batch, (epoch, indices): the sampler runs in the main process and
+all randomness is a function of the key, so that it does not matter which worker makes which batch, or when.
+"""
+
+import io
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+from torch.utils.data import Dataset, DistributedSampler
+from torchvision.io import ImageReadMode, decode_image
+from torchvision.transforms.v2 import functional as tvf
+
+from reslab.data import order
+from reslab.data.augment import Augment, resized_crop_box
+from reslab.data.datasets import Arrays, DataError, Files
+from reslab.data.order import Ints
+
+Key = tuple[int, Ints]
+
+
+class Batch(NamedTuple):
+    """A batch before and after it is finished on the device.
+
+    Attributes:
+        images: uint8 (N, H, W, C) from the loader; float32 (N, C, H, W), normalised, channels_last for the network.
+        labels: int64 (N,); -1 is padding and counts nowhere.
+        indices: int64 (N,), the place in the data set; -1 is padding.
+        draws: int32 (N, 5), the augmentation's parameters (integers, since half-precision plugins round every float
+            of a batch); (N, 0) where there is none.
+    """
+
+    images: Tensor
+    labels: Tensor
+    indices: Tensor
+    draws: Tensor
+
+
+class FolderBatch(NamedTuple):
+    """Images of a folder for prediction: `batch` holds those of `paths`; `unreadable` says (path, reason)."""
+
+    batch: Batch
+    paths: list[str]
+    unreadable: list[tuple[str, str]]
+
+
+class TrainOrder(DistributedSampler[Key]):
+    """Keys of this rank's micro-batches, epoch after epoch; a DistributedSampler, so that Lightning adds none itself.
+
+    Args:
+        subset: Indices of the training samples.
+        seed: Of the order.
+        batch_size: Samples of one optimizer step, over all ranks: a multiple of accumulate × world.
+        accumulate: Micro-batches of one optimizer step.
+        world: Number of ranks.
+        rank: This rank.
+        position: Micro-batches taken since training began, as the trainer counts and restores them, and how many of
+            them it takes in an epoch; None where no trainer is at work: then each iteration is the next epoch.
+    """
+
+    def __init__(
+        self,
+        subset: Ints,
+        seed: int,
+        batch_size: int,
+        accumulate: int = 1,
+        world: int = 1,
+        rank: int = 0,
+        position: Callable[[int], tuple[int, int] | None] = lambda length: None,
+    ) -> None:
+        self.subset, self.seed, self.batch_size = subset, seed, batch_size
+        self.accumulate, self.world, self.rank = accumulate, world, rank
+        self.position = position
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return len(self.subset) // self.batch_size * self.accumulate
+
+    def __iter__(self) -> Iterator[Key]:
+        counted = self.position(len(self))
+        if counted is None:
+            self.epoch += 1
+            return self._keys(self.epoch - 1, 0, len(self))
+        taken, an_epoch = counted
+        return self._keys(*divmod(taken, an_epoch), an_epoch)
+
+    def _keys(self, epoch: int, first: int, end: int) -> Iterator[Key]:
+        samples = self.subset[order.permutation(self.seed, epoch, len(self.subset))]
+        for i in range(first, end):
+            yield (
+                epoch,
+                order.micro_batch(samples, i, self.batch_size, self.accumulate, self.world, self.rank),
+            )
+
+
+class EvalOrder(DistributedSampler[Key]):
+    """Keys of this rank's evaluation batches: every sample once over all ranks, -1 where there is none left."""
+
+    def __init__(self, subset: Ints, batch_size: int, world: int = 1, rank: int = 0) -> None:
+        self.share = order.evaluation_share(subset, world, rank)
+        self.batch_size = batch_size
+
+    def __len__(self) -> int:
+        return -(-len(self.share) // self.batch_size)
+
+    def __iter__(self) -> Iterator[Key]:
+        for start in range(0, len(self.share), self.batch_size):
+            yield 0, self.share[start : start + self.batch_size]
+
+
+class Draws:
+    """The parameters of each image of an epoch, drawn for all n at once: far cheaper than a batch at a time."""
+
+    def __init__(self, augment: Augment, seed: int, n: int, size: int) -> None:
+        self.augment, self.seed, self.n, self.size = augment, seed, n, size
+        self._epoch = -1
+        self._table = np.empty((0, 0), np.int32)
+
+    def __call__(self, epoch: int, indices: Ints) -> npt.NDArray[np.int32]:
+        if epoch != self._epoch:
+            self._table = self.augment.draw(self.seed, epoch, np.arange(self.n), self.size)
+            self._epoch = epoch
+        return self._table[indices]
+
+
+def _no_draws(epoch: int, indices: Ints) -> npt.NDArray[np.int32]:
+    return np.empty((len(indices), 0), np.int32)
+
+
+class ArrayBatches(Dataset[Batch]):
+    """Batches of in-memory arrays."""
+
+    def __init__(
+        self, arrays: Arrays, draws: Callable[[int, Ints], npt.NDArray[np.int32]] = _no_draws
+    ) -> None:
+        self.arrays, self.draws = arrays, draws
+
+    def __getitem__(self, key: Key) -> Batch:
+        epoch, indices = key
+        images = self.arrays.images.take(indices, axis=0)  # padding, -1, takes the last image
+        labels = np.where(indices < 0, -1, self.arrays.labels[indices])
+        return Batch(*map(torch.from_numpy, (images, labels, indices, self.draws(epoch, indices))))
+
+
+def decode(path: Path, channels: int) -> Tensor:
+    """The image at a path, upright by its EXIF entry: uint8 (C, H, W), grey for one channel, RGB for three.
+
+    Raises:
+        DataError: it cannot be read, with its path and the reason.
+    """
+    try:
+        data = path.read_bytes()
+        try:
+            mode = ImageReadMode.RGB if channels == 3 else ImageReadMode.GRAY
+            encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+            image = decode_image(encoded, mode, apply_exif_orientation=True)
+            if image.dtype == torch.uint8 and image.ndim == 3:
+                return image
+        except (RuntimeError, ValueError):
+            pass  # not a format of torchvision's, or damaged: PIL knows which, and says it
+        upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+        return tvf.pil_to_tensor(upright.convert("RGB" if channels == 3 else "L"))
+    except UnidentifiedImageError:
+        raise DataError(f"{path} is no image that can be read: restore or remove it") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(f"{path} cannot be read ({error}): restore or remove it") from None
+
+
+def resize_and_crop(image: Tensor, resize: int, size: int) -> Tensor:
+    """Evaluation's view of an image: shorter side to `resize` (antialiased), then the centre: (C, size, size)."""
+    return tvf.center_crop(tvf.resize(image, [resize], antialias=True), [size, size])
+
+
+class FileBatches(Dataset[Batch]):
+    """Batches of image files, decoded and cut to size one by one.
+
+    Args:
+        files: The table of files.
+        channels: 1 or 3.
+        size: Side of the images made.
+        resize: Length of the shorter side before evaluation's central crop.
+        augment: For training: random resized crops, and the draws of what is done in the batch; None to evaluate.
+        seed: Of the augmentation.
+    """
+
+    def __init__(
+        self,
+        files: Files,
+        channels: int,
+        size: int,
+        resize: int,
+        augment: Augment | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.files, self.channels, self.size, self.resize = files, channels, size, resize
+        self.augment, self.seed = augment, seed
+
+    def __getitem__(self, key: Key) -> Batch:
+        epoch, indices = key
+        draws = np.empty((len(indices), 0), np.int32)
+        boxes = np.empty((len(indices), 0), np.float32)
+        if self.augment is not None:
+            draws = self.augment.draw(self.seed, epoch, indices, self.size)
+            boxes = order.uniforms(self.seed, epoch, indices, 22, order.RESIZED_CROP)
+        images = torch.empty((len(indices), self.size, self.size, self.channels), dtype=torch.uint8)
+        for out, index, box in zip(images, indices, boxes, strict=True):
+            # Padding, -1, is the first image: it is counted nowhere.
+            image = decode(self.files.path(max(index, 0)), self.channels)
+            out.copy_(self._fit(image, box).permute(1, 2, 0))
+        labels = np.where(indices < 0, -1, self.files.labels[indices])
+        return Batch(images, *map(torch.from_numpy, (labels, indices, draws)))
+
+    def _fit(self, image: Tensor, box: npt.NDArray[np.float32]) -> Tensor:
+        if self.augment is None:
+            return resize_and_crop(image, self.resize, self.size)
+        height, width = image.shape[-2:]
+        top, left, h, w = resized_crop_box(box, height, width, self.augment.scale, self.augment.ratio)
+        return tvf.resized_crop(image, top, left, h, w, [self.size, self.size], antialias=True)
+
+
+class FolderBatches(Dataset[FolderBatch]):
+    """Image files without labels, seen as in evaluation; a key is a slice of their paths."""
+
+    def __init__(
+        self, folder: Path, names: list[str], channels: int, size: int, resize: int, skip_unreadable: bool
+    ) -> None:
+        self.folder, self.names = folder, names
+        self.channels, self.size, self.resize = channels, size, resize
+        self.skip_unreadable = skip_unreadable
+
+    def __getitem__(self, key: range) -> FolderBatch:
+        images, indices, unreadable = [], [], []
+        for index in key:
+            try:
+                image = decode(self.folder / self.names[index], self.channels)
+            except DataError as error:
+                if not self.skip_unreadable:
+                    raise
+                unreadable.append((self.names[index], str(error)))
+                continue
+            images.append(resize_and_crop(image, self.resize, self.size).permute(1, 2, 0))
+            indices.append(index)
+        none = torch.empty((0, self.size, self.size, self.channels), dtype=torch.uint8)
+        labels = torch.full((len(indices),), -1)
+        draws = torch.empty((len(indices), 0), dtype=torch.int32)
+        batch = Batch(torch.stack(images) if images else none, labels, torch.tensor(indices), draws)
+        return FolderBatch(batch, [self.names[i] for i in indices], unreadable)
