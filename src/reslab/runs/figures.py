@@ -1,0 +1,431 @@
+"""The pictures of a run, drawn from its folder: curves, confusions, mistakes, reliability. No torch here."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+
+from reslab.runs.folder import RunFolder
+
+# Okabe and Ito's colours, told apart by all kinds of colour vision: one meaning each, in every figure.
+TRAIN, VAL, TEST, INK, MUTED = "#8C8C8C", "#0072B2", "#D55E00", "#222222", "#6B6B6B"
+WIDTH = 5.6  # inches: 10 pt is then still readable when a phone shows the figure at 360 px
+STYLE: dict[Any, Any] = {
+    "text.parse_math": False,  # a class name may hold a dollar sign
+    "font.size": 10,
+    "text.color": INK,
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.labelcolor": MUTED,
+    "axes.edgecolor": "#B0B0B0",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#EBEBEB",
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "lines.solid_capstyle": "round",
+    "savefig.dpi": 150,
+}
+CAPTIONS = {
+    "learning_curves": "Loss and accuracy over training; the diamond is the one evaluation on the test set.",
+    "learning_rate": "The learning rate of every logged step.",
+    "confusion": "What the test images of each class were taken for.",
+    "mistakes": "The wrong test images the network was surest of: odd images, odd labels, or blind spots.",
+    "reliability": "Is 80 % confidence right 80 % of the time? Below the dashed line: over-confident.",
+}
+
+Images = np.ndarray | Callable[[int], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """The tested weights' answers for the M test images, in the order of their indices."""
+
+    index: np.ndarray  # int64 (M,)
+    label: np.ndarray  # int64 (M,)
+    prediction: np.ndarray  # int64 (M,)
+    confidence: np.ndarray  # float (M,), the softmax probability of the predicted class
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Accuracy against confidence in B equal-width bins, and the expected calibration error."""
+
+    count: np.ndarray  # int (B,)
+    accuracy: np.ndarray  # (B,), NaN in an empty bin
+    confidence: np.ndarray  # mean confidence (B,), NaN in an empty bin
+    ece: float
+
+
+def read_metrics(run_dir: Path) -> pd.DataFrame:
+    """metrics.csv, all columns floats, NaN where nothing (finite) was logged; no rows without a file."""
+    path = RunFolder(run_dir).metrics
+    if not path.exists() or path.stat().st_size == 0:
+        return pd.DataFrame({"step": []})
+    # A run that is being written may end in half a line: what is no number counts as not logged.
+    return (
+        pd.read_csv(path)
+        .apply(pd.to_numeric, errors="coerce")
+        .astype(float)
+        .replace([np.inf, -np.inf], np.nan)
+    )
+
+
+def read_predictions(run_dir: Path) -> Predictions | None:
+    """predictions.npz, or None where the run has not been tested."""
+    path = RunFolder(run_dir).predictions
+    if not path.exists():
+        return None
+    with np.load(path) as arrays:
+        return Predictions(*(arrays[field.name] for field in fields(Predictions)))
+
+
+def series(metrics: pd.DataFrame, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and values (n,) of one metric, where it was logged."""
+    if name not in metrics:
+        return np.empty(0), np.empty(0)
+    rows = metrics.dropna(subset=["step", name])
+    return rows["step"].to_numpy(), rows[name].to_numpy()
+
+
+def confusion_counts(labels: np.ndarray, predictions: np.ndarray, num_classes: int) -> np.ndarray:
+    """Counts (num_classes, num_classes): row the true class, column the predicted one."""
+    pairs = np.bincount(labels * num_classes + predictions, minlength=num_classes**2)
+    return pairs.reshape(num_classes, num_classes)
+
+
+def most_confused(counts: np.ndarray, top: int) -> list[tuple[int, int, int]]:
+    """The `top` most frequent (true, predicted, count) with true ≠ predicted; ties in class order."""
+    wrong = counts * (1 - np.eye(len(counts), dtype=counts.dtype))
+    order = np.argsort(-wrong, axis=None, kind="stable")[:top]
+    rows, columns = np.unravel_index(order, wrong.shape)
+    return [(int(r), int(c), int(wrong[r, c])) for r, c in zip(rows, columns, strict=True) if wrong[r, c]]
+
+
+def calibrate(confidence: np.ndarray, correct: np.ndarray, bins: int = 15) -> Calibration:
+    """Expected calibration error over bins ((b - 1)/B, b/B] (Guo et al. 2017, section 2, equation 3).
+
+    `confidence` (M,) in [0, 1] (NaN, from a network that broke, counts as 0) and `correct` bool (M,).
+    """
+    confidence = np.nan_to_num(confidence.astype(np.float64))
+    where = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
+    count = np.bincount(where, minlength=bins)
+    with np.errstate(invalid="ignore"):  # 0 / 0 in an empty bin
+        accuracy = np.bincount(where, weights=correct, minlength=bins) / count
+        mean = np.bincount(where, weights=confidence, minlength=bins) / count
+    ece = float(np.nansum(count * np.abs(accuracy - mean)) / max(len(confidence), 1))
+    return Calibration(count, accuracy, mean, ece)
+
+
+def wilson(successes: int, n: int) -> tuple[float, float]:
+    """The 95 % interval of a binomial proportion (Wilson 1927), sound also at 0, at 1 and for small n."""
+    z, p = 1.959964, successes / n
+    centre, half = p + z**2 / (2 * n), z * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+    low, high = (centre - half) / (1 + z**2 / n), (centre + half) / (1 + z**2 / n)
+    return max(float(low), 0.0), min(float(high), 1.0)
+
+
+def shorten(name: str, length: int = 18) -> str:
+    """One line of at most `length` characters."""
+    line = " ".join(name.split())
+    return line if len(line) <= length else line[: length - 1].rstrip() + "…"
+
+
+def draw_figures(run_dir: Path, class_names: Sequence[str], images: Images) -> list[Path]:
+    """Draw what the run's metrics.csv and predictions.npz allow into its figures/, and return the PNGs.
+
+    `class_names` (K,); `images` uint8 (M, H, W, C), or a function from a test index to one image (H, W, C).
+    A figure that no longer has anything to show is removed.
+    """
+    metrics, predictions = read_metrics(run_dir), read_predictions(run_dir)
+    with mpl.rc_context(STYLE):
+        figures = {
+            "learning_curves": learning_curves(metrics),
+            "learning_rate": learning_rate(*series(metrics, "lr")),
+        }
+        if predictions is not None and len(predictions.label):
+            figures |= {
+                "confusion": confusion(predictions, class_names),
+                "mistakes": mistakes(predictions, class_names, images),
+                "reliability": reliability(predictions),
+            }
+        folder = RunFolder(run_dir).figures
+        folder.mkdir(exist_ok=True)
+        return [path for name in CAPTIONS for path in _save(figures.get(name), folder / f"{name}.png")]
+
+
+def draw_lr(steps: Sequence[float], lrs: Sequence[float], path: Path) -> None:
+    """Draw a schedule, lrs (n,) at optimizer steps (n,), n ≥ 1, as a PNG."""
+    with mpl.rc_context(STYLE):
+        _save(learning_rate(np.asarray(steps, float), np.asarray(lrs, float)), path)
+
+
+def draw_grid(
+    images: np.ndarray, path: Path, titles: Sequence[str] = (), row_titles: Sequence[str] = ()
+) -> None:
+    """Draw uint8 images (R, C, H, W, Ch), Ch 1 or 3, as a PNG with a title a column and a name a row."""
+    rows, columns, height, width, _ = images.shape
+    cell = max(0.75, WIDTH / columns)  # inches
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(columns * cell, rows * cell * height / width), layout="compressed")
+        axes = figure.subplots(rows, columns, squeeze=False)
+        for (row, column), ax in np.ndenumerate(axes):
+            _show(ax, images[row, column])
+        for ax, title in zip(axes[0], titles, strict=False):
+            ax.set_title(shorten(title, 13), fontsize=9, loc="center", weight="normal")
+        for ax, title in zip(axes[:, 0], row_titles, strict=False):
+            ax.set_ylabel(shorten(title), fontsize=9, rotation=0, ha="right", va="center")
+        figure.savefig(path, bbox_inches="tight")
+
+
+def _save(figure: Figure | None, path: Path) -> list[Path]:
+    if figure is None:
+        path.unlink(missing_ok=True)
+        return []
+    figure.savefig(path)
+    return [path]
+
+
+def learning_curves(metrics: pd.DataFrame) -> Figure | None:
+    """Loss above accuracy against the optimizer step: train, val, and the test result; None without any."""
+    figure = Figure(figsize=(WIDTH, 5.6), layout="constrained")
+    top, bottom = figure.subplots(2, sharex=True)
+    drawn = [_curves(ax, metrics, name) for ax, name in ((top, "loss"), (bottom, "acc"))]
+    if not any(drawn):
+        return None
+    top.set_title("Loss")
+    bottom.set_title("Accuracy (%)")
+    _steps(bottom)
+    return figure
+
+
+def _steps(ax: Axes) -> None:
+    ax.set_xlabel("optimizer step")
+    ax.margins(x=0.015)
+    ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    ax.xaxis.set_major_formatter("{x:,.0f}")
+
+
+def _curves(ax: Axes, metrics: pd.DataFrame, name: str) -> bool:
+    scale, unit = (100, ".1f") if name == "acc" else (1, "#.3g")
+    curves = []
+    for split, color in (("train", TRAIN), ("val", VAL), ("test", TEST)):
+        steps, values = series(metrics, f"{split}/{name}")
+        if len(steps):
+            values = _plot(ax, steps, values * scale, color, point=split == "test")
+            curves.append((values, f"{split} {values[-1]:{unit}}", color))
+    if curves:
+        _limits(ax, np.concatenate([values for values, _, _ in curves]), percent=name == "acc")
+        _end_labels(ax, [(values[-1], text, color) for values, text, color in curves])
+    return bool(curves)
+
+
+def _plot(ax: Axes, steps: np.ndarray, values: np.ndarray, color: str, point: bool) -> np.ndarray:
+    if point:
+        ax.plot(steps[-1:], values[-1:], "D", color=color, ms=7, mec="white", zorder=5, clip_on=False)
+        return values[-1:]
+    window = len(values) // 40  # single batches are noisy: their running mean, the batches faint behind it
+    if window > 1:
+        ax.plot(steps, values, color=color, lw=0.7, alpha=0.35)
+        values = pd.Series(values).rolling(window, center=True, min_periods=1).mean().to_numpy()
+    ax.plot(steps, values, color=color, lw=1.8, marker="o" if len(values) <= 40 else "", ms=3.5)
+    return values
+
+
+def _limits(ax: Axes, values: np.ndarray, percent: bool) -> None:
+    """Fit the axis to the curves, not to the noise behind them; logarithmic for a loss of wide range."""
+    low, high = values.min(), values.max()
+    if not percent and low > 0 and high > 30 * low:
+        ax.set(yscale="log", ylim=(low / 1.3, high * 1.3))
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_major_formatter("{x:g}")
+        ax.yaxis.set_minor_locator(NullLocator())
+    else:
+        pad = 0.06 * (high - low) or 0.05 * abs(high) or 1
+        ax.set_ylim(low - pad, min(high + pad, 100) if percent else high + pad)
+
+
+def _end_labels(ax: Axes, labels: list[tuple[float, str, str]]) -> None:
+    """Name each curve, (last value, text, colour), at its height right of the axes."""
+    heights = ax.transAxes.inverted().transform(ax.transData.transform([(0, y) for y, _, _ in labels]))[:, 1]
+    for height, (_, text, color) in zip(_spread(heights, 0.1), labels, strict=True):
+        ax.text(
+            1.03, height, text, transform=ax.transAxes, va="center", color=color, weight="bold", fontsize=9
+        )
+
+
+def _spread(heights: np.ndarray, gap: float) -> np.ndarray:
+    """Heights (n,) in their order but at least `gap` apart, and none above 1."""
+    order, offsets = np.argsort(heights), gap * np.arange(len(heights))
+    placed = np.empty_like(heights)
+    placed[order] = np.minimum(np.maximum.accumulate(heights[order] - offsets) + offsets, 1 - offsets[::-1])
+    return placed
+
+
+def learning_rate(steps: np.ndarray, lrs: np.ndarray) -> Figure | None:
+    """The learning rate (n,) against the optimizer step (n,), its peak named; None where n is 0."""
+    if not len(steps):
+        return None
+    figure = Figure(figsize=(WIDTH, 2.3), layout="constrained")
+    ax = figure.subplots()
+    ax.plot(steps, lrs, color=VAL, lw=1.8, marker="o" if len(steps) == 1 else "")
+    ax.set_title("Learning rate")
+    ax.set_ylim(0, 1.2 * max(lrs.max(), 1e-12))
+    _steps(ax)
+    ax.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
+    ax.yaxis.set_major_formatter("{x:g}")
+    peak = int(np.argmax(lrs))
+    left = steps[peak] <= (steps[0] + steps[-1]) / 2
+    ax.annotate(
+        f"peak {lrs[peak]:.4g} at step {steps[peak]:,.0f}",
+        (steps[peak], lrs[peak]),
+        xytext=(6 if left else -6, 4),
+        textcoords="offset points",
+        ha="left" if left else "right",
+        color=VAL,
+        weight="bold",
+        fontsize=9,
+    )
+    return figure
+
+
+def confusion(predictions: Predictions, class_names: Sequence[str]) -> Figure | None:
+    """The confusion matrix; above 30 classes, where no one can read one, the most confused pairs instead."""
+    counts = confusion_counts(predictions.label, predictions.prediction, len(class_names))
+    return _matrix(counts, class_names) if len(class_names) <= 30 else _pairs(counts, class_names)
+
+
+def _matrix(counts: np.ndarray, names: Sequence[str]) -> Figure:
+    k = len(names)
+    share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    wrong = share * (1 - np.eye(k))
+    # In one colour scale the diagonal would drown the mistakes: it gets a colour of its own.
+    tint = np.where(np.eye(k, dtype=bool), share * 0.8, wrong / max(wrong.max(), 0.05) * 0.9)
+    hue = np.where(np.eye(k, dtype=bool)[..., None], mpl.colors.to_rgb(VAL), mpl.colors.to_rgb(TEST))
+    side = max(WIDTH, 0.34 * k + 1.4)
+    figure = Figure(figsize=(side, side), layout="constrained")
+    ax = figure.subplots()
+    ax.imshow(1 - tint[..., None] * (1 - hue))
+    for row, column in np.argwhere(counts):
+        color = "white" if tint[row, column] > 0.65 else INK
+        ax.text(column, row, f"{counts[row, column]}", ha="center", va="center", fontsize=8, color=color)
+    ticks = [shorten(name, 14) for name in names]
+    ax.set_xticks(range(k), ticks, rotation=45, ha="right", rotation_mode="anchor")
+    ax.set_yticks(range(k), ticks)
+    ax.set(xlabel="predicted", ylabel="true")
+    ax.set_title(f"Confusions: {np.trace(counts):,} of {counts.sum():,} right")
+    ax.spines[:].set_visible(False)
+    ax.grid(False)
+    return figure
+
+
+def _pairs(counts: np.ndarray, names: Sequence[str], top: int = 20) -> Figure | None:
+    pairs = most_confused(counts, top)
+    if not pairs:
+        return None
+    totals = counts.sum(1)
+    figure = Figure(figsize=(WIDTH, 0.26 * len(pairs) + 1), layout="constrained")
+    ax = figure.subplots()
+    rows = np.arange(len(pairs))
+    ax.barh(rows, [count for _, _, count in pairs], color=TEST, alpha=0.85, height=0.7)
+    ax.set_yticks(rows, [f"{shorten(names[t])} → {shorten(names[p])}" for t, p, _ in pairs], fontsize=9)
+    for row, (true, _, count) in enumerate(pairs):
+        ax.text(count, row, f" {count} of {totals[true]}", va="center", fontsize=9, color=MUTED)
+    ax.set(ylim=(len(pairs) - 0.4, -0.6), xticks=[])
+    _headline(figure, "Most confused: true → predicted")
+    ax.spines[:].set_visible(False)
+    ax.grid(False)
+    return figure
+
+
+def mistakes(
+    predictions: Predictions, class_names: Sequence[str], images: Images, top: int = 20
+) -> Figure | None:
+    """The `top` most confident mistakes with predicted and true class; None where every image is right."""
+    wrong = np.flatnonzero(predictions.label != predictions.prediction)
+    if not len(wrong):
+        return None
+    shown = wrong[np.argsort(-np.nan_to_num(predictions.confidence[wrong]), kind="stable")][:top]
+    rows = -(-len(shown) // 5)
+    # In inches, not left to the layout engine, which shrinks images to make room for long names.
+    height = 1.52 * rows + 0.4
+    figure = Figure(figsize=(WIDTH, height))
+    _headline(figure, f"Most confident mistakes: {len(shown)} of {len(wrong):,}")
+    axes = figure.subplots(rows, 5, squeeze=False).ravel()
+    figure.subplots_adjust(0.01, 0.48 / height, 0.99, 1 - 0.38 / height, wspace=0.07, hspace=0.48)
+    for ax in axes:
+        ax.set_axis_off()
+    for ax, i in zip(axes, shown, strict=False):
+        index = int(predictions.index[i])
+        _show(ax, images(index) if callable(images) else images[index])
+        guess, true = class_names[predictions.prediction[i]], class_names[predictions.label[i]]
+        _note(ax, 0, guess, TEST)
+        _note(ax, 1, f"{100 * predictions.confidence[i]:.1f} %", TEST)
+        _note(ax, 2, f"true: {true}", MUTED)
+    return figure
+
+
+def _note(ax: Axes, line: int, text: str, color: str) -> None:
+    """One line of text below an image."""
+    place = (0, -2 - 10 * line)  # points
+    ax.annotate(
+        shorten(text, 14),
+        (0.5, 0),
+        place,
+        xycoords="axes fraction",
+        textcoords="offset points",
+        ha="center",
+        va="top",
+        fontsize=8,
+        color=color,
+    )
+
+
+def _headline(figure: Figure, text: str) -> None:
+    figure.suptitle(text, x=0.01, ha="left", size=STYLE["axes.titlesize"], weight="bold")
+
+
+def _show(ax: Axes, image: np.ndarray) -> None:
+    """One image uint8 (H, W, C), C 1 (grey) or 3; matplotlib enlarges small ones by whole pixels."""
+    ax.imshow(image.squeeze(-1) if image.shape[-1] == 1 else image, cmap="gray", vmin=0, vmax=255)
+    ax.set(xticks=[], yticks=[])
+    ax.grid(False)
+    ax.spines[:].set_visible(False)
+
+
+def reliability(predictions: Predictions) -> Figure:
+    """Accuracy against confidence with 95 % intervals and the number of images in each of 15 bins."""
+    correct = predictions.label == predictions.prediction
+    bins = calibrate(predictions.confidence, correct)
+    width = 1 / len(bins.count)
+    centres = (np.arange(len(bins.count)) + 0.5) * width
+    full = bins.count > 0
+    figure = Figure(figsize=(WIDTH, 5.4), layout="constrained")
+    top, bottom = figure.subplots(2, sharex=True, height_ratios=(3, 1))
+    top.bar(centres[full], bins.accuracy[full], width * 0.92, color=VAL, alpha=0.35)
+    intervals = np.array(
+        [wilson(round(a * n), n) for a, n in zip(bins.accuracy[full], bins.count[full], strict=True)]
+    )
+    spread = np.abs(intervals.T - bins.accuracy[full])
+    points = bins.confidence[full], bins.accuracy[full]
+    top.errorbar(*points, spread, fmt="o", color=VAL, ms=4, lw=1.2, clip_on=False)
+    top.plot([0, 1], [0, 1], "--", color=MUTED, lw=1)
+    top.set(xlim=(0, 1), ylim=(0, 1.02), ylabel="accuracy")
+    top.set_title(f"Reliability: expected calibration error {100 * bins.ece:.1f} %")
+    bottom.bar(centres, bins.count, width * 0.92, color=MUTED, alpha=0.6)
+    bottom.set(xlabel="confidence", ylabel="images")
+    bottom.yaxis.set_major_locator(MaxNLocator(3, integer=True))
+    bottom.yaxis.set_major_formatter("{x:,.0f}")
+    return figure
