@@ -1,7 +1,7 @@
-"""Augmentation in the batch, on its device: each image with parameters of its own, uint8 until the last operation.
+"""Augmentation in the batch, on its device: each image with its own parameters, uint8 as long as possible.
 
-A crop is one row copy from overlapping windows, a flip one choice between an image and its mirror, so that nothing
-loops over samples and nothing waits for the device. Images come as (N, H, W, C): as a permuted view that is the
+A crop is one copy of rows from overlapping windows, a flip one choice between an image and its mirror, so
+nothing loops over samples or waits for the device. Images come as (N, H, W, C): permuted, that is the
 channels_last layout the convolutions want.
 """
 
@@ -28,8 +28,8 @@ class Augment:
         crop_padding: Pixels added on every side before a crop back to the image's size at a random place
             (4 in He et al. 2015, section 4.2); 0 for no crop.
         padding_mode: What the padding holds: zeros (before normalisation) or the mirrored image.
-        flip: Mirror left-right: none; random: half of the images; alternating: every image in every other epoch,
-            which half begins is random (airbench, Jordan 2024).
+        flip: Mirror left-right: none; random: half of the images; alternating: every image in every other
+            epoch, which half begins is random (airbench, Jordan 2024).
         cutout: Side in pixels of a square set to the mean, at a random centre, cut at the border
             (DeVries & Taylor 2017); 0 for none.
         scale: For data sets of files: share of the image's area that the random crop takes (Inception crop).
@@ -54,7 +54,7 @@ class Augment:
         return bool(self.crop_padding or self.cutout or self.flip != "none")
 
     def draw(self, seed: int, epoch: int, indices: npt.NDArray[np.int64], size: int) -> npt.NDArray[np.int32]:
-        """The parameters of each image of side `size` in this epoch: int32 (N, 5), or (N, 0) if there are none."""
+        """The parameters of images of side `size` in an epoch: int32 (N, 5), or (N, 0) if nothing is done."""
         if not self.active:
             return np.empty((len(indices), 0), np.int32)
         places = 2 * self.crop_padding + 1
@@ -65,7 +65,7 @@ class Augment:
         return draws
 
     def apply(self, images: Tensor, draws: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-        """uint8 (N, H, W, C) and its draws (N, 5) -> augmented, normalised float32 (N, C, H, W), channels_last."""
+        """uint8 (N, H, W, C), draws (N, 5) -> augmented, normalised float32 (N, C, H, W), channels_last."""
         dy, dx, mirrored, cy, cx = draws.long().unbind(1)
         if self.crop_padding:
             images = crop(images, dy, dx, self.crop_padding, self.padding_mode)
@@ -76,7 +76,7 @@ class Augment:
 
 
 def crop(images: Tensor, dy: Tensor, dx: Tensor, padding: int, mode: Literal["zeros", "reflect"]) -> Tensor:
-    """Pads (N, H, W, C) on every side and cuts (H, W) out again at (dy, dx), int64 (N,) in [0, 2 × padding]."""
+    """Pads (N, H, W, C) on every side, cuts (H, W) out again at (dy, dx), int64 (N,) in [0, 2 × padding]."""
     n, h, w, c = images.shape
     if mode == "reflect":
         padded = images.index_select(1, _reflected(h, padding, images.device))
@@ -84,8 +84,8 @@ def crop(images: Tensor, dy: Tensor, dx: Tensor, padding: int, mode: Literal["ze
     else:
         padded = torch.nn.functional.pad(images, (0, 0, padding, padding, padding, padding))
     tall, wide = h + 2 * padding, w + 2 * padding
-    # Row k is the w pixels from pixel k on, so that a crop of an image is h whole rows: far faster than indexing
-    # (N, dy, dx, H, W, C) windows.
+    # Row k is the w pixels from pixel k on: a crop is h whole rows, which a CPU copies 16 × faster than it
+    # indexes windows (N, dy, dx, H, W, C).
     rows = padded.as_strided((n * tall * wide - w + 1, w * c), (c, 1))
     image = torch.arange(n, device=images.device)[:, None]
     y = dy[:, None] + torch.arange(h, device=images.device)
@@ -99,7 +99,7 @@ def _reflected(n: int, padding: int, device: torch.device) -> Tensor:
 
 
 def flip(images: Tensor, mirrored: Tensor) -> Tensor:
-    """Mirrors those images of (N, H, W, C) left-right whose entry of `mirrored`, int64 (N,), is 1 and not 0."""
+    """Mirrors those images of (N, H, W, C) left-right whose `mirrored`, int64 (N,), is 1 and not 0."""
     both = torch.stack((images, images.flip(2)), 1).flatten(0, 1)
     return both.index_select(0, 2 * torch.arange(len(images), device=images.device) + mirrored)
 
@@ -125,7 +125,7 @@ def _affine(
 
 
 def cutout(images: Tensor, cy: Tensor, cx: Tensor, size: int) -> Tensor:
-    """Sets a square of side `size` round (cy, cx), int64 (N,), to 0 in (N, C, H, W), in place; cut at the border."""
+    """Zeroes a square of side `size` round (cy, cx), int64 (N,), in (N, C, H, W), in place."""
     h, w = images.shape[2:]
     y = torch.arange(h, device=images.device) - (cy - size // 2)[:, None]  # (N, H), 0 … size - 1 inside
     x = torch.arange(w, device=images.device) - (cx - size // 2)[:, None]
@@ -142,8 +142,8 @@ def resized_crop_box(
 ) -> tuple[int, int, int, int]:
     """The crop (top, left, height, width) of torchvision's RandomResizedCrop, from 22 uniform numbers.
 
-    Ten tries of an area (uniform) and an aspect ratio (log-uniform); the first that fits is placed uniformly, and
-    if none fits the largest central crop with an allowed ratio is taken (Szegedy et al. 2015).
+    Ten tries of an area (uniform) and an aspect ratio (log-uniform); the first that fits is placed uniformly,
+    and if none fits the largest central crop with an allowed ratio is taken (Szegedy et al. 2015).
     """
     area = height * width * (scale[0] + (scale[1] - scale[0]) * u[:10].astype(np.float64))
     aspect = np.exp(np.log(ratio[0]) + np.log(ratio[1] / ratio[0]) * u[10:20].astype(np.float64))

@@ -30,7 +30,7 @@ from reslab.errors import UserError
 
 
 class ImageData(LightningDataModule):
-    """Images for training and evaluation, in an order and with an augmentation that are functions of the seed alone.
+    """Images for training and evaluation; their order and augmentation are functions of the seed alone.
 
     Batches leave the loaders as uint8 and are augmented and normalised on the device, by
     `on_after_batch_transfer`; call that yourself in a loop without a Trainer.
@@ -40,12 +40,12 @@ class ImageData(LightningDataModule):
         root: Folder that holds the data sets; by default $RESLAB_DATA, else `data`.
         batch_size: Samples of one optimizer step, over all devices and accumulated micro-batches.
         eval_batch_size: Samples of one evaluation batch on one device; by default those of a training batch.
-        val_split: Share (below 1) or number of the training images that are kept for validation, of every class
-            alike; 0 for none.
+        val_split: Share (below 1) or number of the training images kept for validation, of every class alike;
+            0 for none.
         split_seed: Chooses which; the same whatever the run's seed.
         seed: Of the order and the augmentation.
-        num_workers: Loader processes for each device; by default none for data in memory, and for image files the
-            CPU cores divided among the devices of this machine.
+        num_workers: Loader processes for each device; by default none for data in memory, and for image files
+            the CPU cores divided among the devices of this machine.
         augment: What is done to training images.
         download: Fetch the data set where it is missing and can be had.
     """
@@ -56,7 +56,7 @@ class ImageData(LightningDataModule):
         root: str | None = None,
         batch_size: int = 128,
         eval_batch_size: int | None = None,
-        val_split: float | int = 0.1,
+        val_split: int | float = 0.1,
         split_seed: int = 0,
         seed: int = 0,
         num_workers: int | None = None,
@@ -128,8 +128,8 @@ class ImageData(LightningDataModule):
         if self.batch_size % parts:
             low = self.batch_size // parts * parts
             raise UserError(
-                f"data.batch_size {self.batch_size} does not divide among {self._world} devices × {self._accumulate} "
-                f"accumulated batches: use {f'{low} or ' if low else ''}{low + parts}"
+                f"data.batch_size {self.batch_size} does not divide among {self._world} devices × "
+                f"{self._accumulate} accumulated batches: use {f'{low} or ' if low else ''}{low + parts}"
             )
         train = len(self.split[0])
         if self.batch_size > train:
@@ -151,8 +151,8 @@ class ImageData(LightningDataModule):
         return self.trainer.accumulate_grad_batches if self.trainer else 1
 
     def _position(self, length: int) -> tuple[int, int] | None:
-        # Lightning counts the batches it has taken and restores the count from a checkpoint: the loader needs no
-        # state of its own to go on in the middle of an epoch.
+        # Lightning counts the batches it has taken and restores the count from a checkpoint: the loader needs
+        # no state of its own to go on in the middle of an epoch.
         if self.trainer is None or not self.trainer.training:
             return None
         limit = self.trainer.limit_train_batches
@@ -160,7 +160,7 @@ class ImageData(LightningDataModule):
         return self.trainer.fit_loop.epoch_loop.batch_progress.total.ready, an_epoch
 
     def train_dataloader(self) -> DataLoader[Batch]:
-        if self.trainer and getattr(self.trainer, "overfit_batches", 0):
+        if self.trainer and self.trainer.overfit_batches:  # type: ignore[attr-defined]
             raise UserError(
                 "overfit_batches would replace the order of the data: use --trainer.limit_train_batches"
             )
@@ -221,9 +221,8 @@ class ImageData(LightningDataModule):
     def _loader(self, batches: Any, sampler: Iterable[Any]) -> DataLoader[Any]:
         workers = self.num_workers
         if workers is None:
-            in_memory = isinstance(batches, ArrayBatches)
-            local = self.trainer.num_devices if self.trainer else 1
-            workers = 0 if in_memory else max(1, len(os.sched_getaffinity(0)) // local)
+            devices = self.trainer.num_devices if self.trainer else 1
+            workers = 0 if isinstance(batches, ArrayBatches) else max(1, _cores() // devices)
         return DataLoader(
             batches,
             batch_size=None,  # a key is a whole batch
@@ -235,7 +234,7 @@ class ImageData(LightningDataModule):
         )
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int = 0) -> Batch:
-        """Finishes a batch on its device: uint8 (N, H, W, C) -> augmented (training), normalised (N, C, H, W)."""
+        """Finishes a batch on its device: uint8 (N, H, W, C) -> augmented (training), float (N, C, H, W)."""
         mean, std = self.dataset.mean, self.dataset.std
         if batch.draws.shape[1]:
             images = self.augment.apply(batch.images, batch.draws, mean, std)
@@ -248,7 +247,7 @@ class ImageData(LightningDataModule):
         return batch._replace(images=images)
 
     def fingerprint(self) -> dict[str, str]:
-        """SHA-256 of the data (of the bytes in memory; of names, sizes and labels of files), the split, the classes."""
+        """SHA-256 of data (bytes in memory; names, sizes and labels of files), split and classes."""
         split = hashlib.sha256(np.concatenate([*self.split, [len(self.split[0])]]).data)
         return {
             "files": hashlib.sha256(
@@ -259,9 +258,9 @@ class ImageData(LightningDataModule):
         }
 
     def preview(self, n_images: int = 8, n_epochs: int = 8) -> np.ndarray:
-        """The first training images (rows) as they are seen in the first epochs (columns), uint8 (n, e, H, W, C)."""
+        """Training images (rows) as the first epochs (columns) see them: uint8 (n, e, H, W, C)."""
         batches = self.train_dataloader().dataset
-        indices = self.split[0][:n_images]
+        indices = self.split[0][np.linspace(0, len(self.split[0]) - 1, n_images).astype(int)]
         columns = [
             self._visible(self.on_after_batch_transfer(batches[e, indices]).images) for e in range(n_epochs)
         ]
@@ -270,3 +269,8 @@ class ImageData(LightningDataModule):
     def _visible(self, images: Tensor) -> Tensor:
         mean, std = (torch.tensor(x)[:, None, None] for x in (self.dataset.mean, self.dataset.std))
         return ((images.float() * std + mean) * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 1)
+
+
+def _cores() -> int:
+    # Under Slurm or taskset a process may use fewer cores than the machine has; macOS cannot tell.
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,7 +1,7 @@
 """Where images come from: digits, CIFAR-10/100, and folders of image files (ImageNet, Imagenette, your own).
 
-A source describes a data set and loads it whole (`Arrays`) or as a table of its files (`Files`). Everything that
-can be wrong with the data is a `DataError` from here, with the path and the remedy, before the first training step.
+A source describes a data set and loads it whole (`Arrays`) or as a table of its files (`Files`). What is
+wrong with the data is a `DataError` with path and remedy, before the first step where it can be known.
 """
 
 import hashlib
@@ -120,7 +120,7 @@ class ImageSource(ABC):
 
 
 class Digits(ImageSource):
-    """The 1,797 handwritten digits, 8×8, that come with scikit-learn (test part of UCI's optdigits, 17 grey levels).
+    """The 1,797 handwritten digits that come with scikit-learn: 8×8, 17 levels of grey (UCI's optdigits).
 
     They have no official split: a stratified fifth (359 images), the same for everyone, is the test set.
     """
@@ -142,7 +142,7 @@ class Digits(ImageSource):
 
 
 class CIFAR10(ImageSource):
-    """CIFAR-10 (Krizhevsky 2009): 50,000 training and 10,000 test images, 32×32, RGB, in ROOT/cifar-10-batches-py.
+    """CIFAR-10 (Krizhevsky 2009) in ROOT/cifar-10-batches-py: 50,000 + 10,000 images, 32×32 RGB.
 
     torchvision downloads it (170 MB) and checks the MD5 of every file.
     """
@@ -169,7 +169,7 @@ class CIFAR10(ImageSource):
         if missing:
             raise DataError(
                 f"{missing[0]} is not there ({len(missing)} of {len(self._files(root))} files missing). "
-                f"Give the folder that holds {self._torchvision.base_folder} with --data.root or $RESLAB_DATA, "
+                f"Say with --data.root or $RESLAB_DATA which folder holds {self._torchvision.base_folder}, "
                 f"or remove what is left of it and let --data.download true fetch {self._torchvision.url}"
             )
         try:
@@ -193,21 +193,22 @@ class CIFAR100(CIFAR10):
     mean, std = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
     _torchvision = tvd.CIFAR100
     _names = (
-        "apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can "
-        "castle caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin "
-        "elephant flatfish forest fox girl hamster house kangaroo keyboard lamp lawn_mower leopard lion lizard "
-        "lobster man maple_tree motorcycle mountain mouse mushroom oak_tree orange orchid otter palm_tree pear "
-        "pickup_truck pine_tree plain plate poppy porcupine possum rabbit raccoon ray road rocket rose sea seal "
-        "shark shrew skunk skyscraper snail snake spider squirrel streetcar sunflower sweet_pepper table tank "
-        "telephone television tiger tractor train trout tulip turtle wardrobe whale willow_tree wolf woman worm"
+        "apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus "
+        "butterfly camel can castle caterpillar cattle chair chimpanzee clock cloud cockroach couch "
+        "crab crocodile cup dinosaur dolphin elephant flatfish forest fox girl hamster house kangaroo "
+        "keyboard lamp lawn_mower leopard lion lizard lobster man maple_tree motorcycle mountain mouse "
+        "mushroom oak_tree orange orchid otter palm_tree pear pickup_truck pine_tree plain plate poppy "
+        "porcupine possum rabbit raccoon ray road rocket rose sea seal shark shrew skunk skyscraper "
+        "snail snake spider squirrel streetcar sunflower sweet_pepper table tank telephone television "
+        "tiger tractor train trout tulip turtle wardrobe whale willow_tree wolf woman worm"
     )
 
 
 class ImageFolder(ImageSource):
     """Image files in one folder a class: ROOT/FOLDER/TRAIN/<class>/… and ROOT/FOLDER/TEST/<class>/….
 
-    For evaluation the shorter side is resized to image_size × 256/224 and the centre is cut out, as in torchvision's
-    reference; statistics default to ImageNet's.
+    For evaluation the shorter side is resized to image_size × 256/224 and the centre is cut out, as in
+    torchvision's reference; statistics default to ImageNet's.
 
     Args:
         folder: Of the data set, relative to the data root (or absolute).
@@ -299,9 +300,9 @@ class Imagenette(ImageFolder):
         folder: str | None = None,
         image_size: int = 128,
     ) -> None:
-        archive = {"160px": "imagenette2-160", "320px": "imagenette2-320", "full": "imagenette2"}[size]
-        super().__init__(folder or archive, image_size=image_size)
         self.size = size
+        self.archive = {"160px": "imagenette2-160", "320px": "imagenette2-320", "full": "imagenette2"}[size]
+        super().__init__(folder or self.archive, image_size=image_size)
 
     def classes(self, root: Path) -> list[str]:
         return list(self._names.values())
@@ -311,17 +312,17 @@ class Imagenette(ImageFolder):
         if set(found) != set(self._names):
             raise DataError(
                 f"{root / self.folder} is not Imagenette: missing {_some(set(self._names) - set(found))}, "
-                f"unknown {_some(set(found) - set(self._names))}. Use reslab.data.ImageFolder for other classes"
+                f"unknown {_some(set(found) - set(self._names))}. Other classes: reslab.data.ImageFolder"
             )
         return super().load(root, split)
 
     def prepare(self, root: Path, download: bool) -> None:
-        if download and not (root / self.folder).exists():
+        if download and self.folder == self.archive and not (root / self.folder).exists():
             _download(lambda: tvd.Imagenette(str(root), size=self.size, download=True), root)
 
 
 class ImageNet(ImageFolder):
-    """ImageNet-1k (ILSVRC 2012) as class folders: ROOT/imagenet/{train,val}/<wnid>/*.JPEG; val is the test set."""
+    """ImageNet-1k (ILSVRC 2012) in class folders, ROOT/imagenet/{train,val}/<wnid>/; val is the test set."""
 
     def __init__(
         self, folder: str = "imagenet", train: str = "train", test: str = "val", image_size: int = 224
@@ -333,14 +334,16 @@ class ImageNet(ImageFolder):
         return (
             "Download ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz from "
             f"https://image-net.org (it asks for a login) into {top} and unpack them with\n"
-            f"""  python -c "from torchvision.datasets import ImageNet as I; [I('{top}', s) for s in ('train', 'val')]"\n"""
+            '  python -c "from torchvision.datasets import ImageNet; '
+            f"[ImageNet('{top}', split) for split in ('train', 'val')]\"\n"
             "or say where the unpacked folder is with --data.root or $RESLAB_DATA"
         )
 
     def _how_to_sort(self, root: Path, top: Path) -> str:
         folder = root / self.folder
         return (
-            f"Its images lie flat: put ILSVRC2012_devkit_t12.tar.gz (https://image-net.org) into {folder} and run\n"
+            f"Its images lie flat: put ILSVRC2012_devkit_t12.tar.gz (https://image-net.org) into {folder} "
+            "and run\n"
             '  python -c "from torchvision.datasets import imagenet as i; '
             f"i.parse_devkit_archive('{folder}'); "
             f"i.prepare_val_folder('{top}', i.load_meta_file('{folder}')[1])\"\n"
@@ -359,8 +362,8 @@ def _download(download: Callable[[], object], root: Path) -> None:
         download()
     except (OSError, RuntimeError) as error:  # no network, no room, a wrong hash
         raise DataError(
-            f"the download into {root} failed: {error}. Try again, or get the data on another machine and say where "
-            "they are with --data.root or $RESLAB_DATA"
+            f"the download into {root} failed: {error}. Try again, or get the data on another machine and "
+            "say where they are with --data.root or $RESLAB_DATA"
         ) from error
 
 

@@ -1,7 +1,7 @@
 """The two ways to a batch: in-memory arrays indexed a whole batch at once, and image files through workers.
 
-Both are map-style data sets whose key is a whole batch, (epoch, indices): the sampler runs in the main process and
-all randomness is a function of the key, so that it does not matter which worker makes which batch, or when.
+Both are map-style data sets whose key is a whole batch, (epoch, indices): the sampler runs in the main
+process and all randomness is a function of the key, so that no worker count can change a batch.
 """
 
 import io
@@ -30,11 +30,11 @@ class Batch(NamedTuple):
     """A batch before and after it is finished on the device.
 
     Attributes:
-        images: uint8 (N, H, W, C) from the loader; float32 (N, C, H, W), normalised, channels_last for the network.
+        images: uint8 (N, H, W, C) from the loader; for the network float32 (N, C, H, W) in channels_last.
         labels: int64 (N,); -1 is padding and counts nowhere.
         indices: int64 (N,), the place in the data set; -1 is padding.
-        draws: int32 (N, 5), the augmentation's parameters (integers, since half-precision plugins round every float
-            of a batch); (N, 0) where there is none.
+        draws: int32 (N, 5), the augmentation's parameters; (N, 0) where there is none. Integers, since
+            half-precision plugins round every float of a batch.
     """
 
     images: Tensor
@@ -52,7 +52,7 @@ class FolderBatch(NamedTuple):
 
 
 class TrainOrder(DistributedSampler[Key]):
-    """Keys of this rank's micro-batches, epoch after epoch; a DistributedSampler, so that Lightning adds none itself.
+    """Keys of this rank's micro-batches; a DistributedSampler, so that Lightning adds none of its own.
 
     Args:
         subset: Indices of the training samples.
@@ -61,8 +61,8 @@ class TrainOrder(DistributedSampler[Key]):
         accumulate: Micro-batches of one optimizer step.
         world: Number of ranks.
         rank: This rank.
-        position: Micro-batches taken since training began, as the trainer counts and restores them, and how many of
-            them it takes in an epoch; None where no trainer is at work: then each iteration is the next epoch.
+        position: Given the epoch's length, how many micro-batches were taken since training began, and how
+            many make an epoch; None where no trainer counts them: then each iteration is the next epoch.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class TrainOrder(DistributedSampler[Key]):
 
 
 class EvalOrder(DistributedSampler[Key]):
-    """Keys of this rank's evaluation batches: every sample once over all ranks, -1 where there is none left."""
+    """Keys of this rank's evaluation batches: every sample once over all ranks, -1 where none is left."""
 
     def __init__(self, subset: Ints, batch_size: int, world: int = 1, rank: int = 0) -> None:
         self.share = order.evaluation_share(subset, world, rank)
@@ -116,7 +116,7 @@ class EvalOrder(DistributedSampler[Key]):
 
 
 class Draws:
-    """The parameters of each image of an epoch, drawn for all n at once: far cheaper than a batch at a time."""
+    """The parameters of every image, drawn for all n once an epoch: far cheaper than a batch at a time."""
 
     def __init__(self, augment: Augment, seed: int, n: int, size: int) -> None:
         self.augment, self.seed, self.n, self.size = augment, seed, n, size
@@ -174,7 +174,7 @@ def decode(path: Path, channels: int) -> Tensor:
 
 
 def resize_and_crop(image: Tensor, resize: int, size: int) -> Tensor:
-    """Evaluation's view of an image: shorter side to `resize` (antialiased), then the centre: (C, size, size)."""
+    """Evaluation's view: the shorter side to `resize`, antialiased, then the centre (C, size, size)."""
     return tvf.center_crop(tvf.resize(image, [resize], antialias=True), [size, size])
 
 
@@ -186,7 +186,7 @@ class FileBatches(Dataset[Batch]):
         channels: 1 or 3.
         size: Side of the images made.
         resize: Length of the shorter side before evaluation's central crop.
-        augment: For training: random resized crops, and the draws of what is done in the batch; None to evaluate.
+        augment: For training: random resized crops, and draws of what is done in the batch; None to evaluate.
         seed: Of the augmentation.
     """
 
@@ -209,11 +209,11 @@ class FileBatches(Dataset[Batch]):
         if self.augment is not None:
             draws = self.augment.draw(self.seed, epoch, indices, self.size)
             boxes = order.uniforms(self.seed, epoch, indices, 22, order.RESIZED_CROP)
-        images = torch.empty((len(indices), self.size, self.size, self.channels), dtype=torch.uint8)
+        images = torch.zeros((len(indices), self.size, self.size, self.channels), dtype=torch.uint8)
         for out, index, box in zip(images, indices, boxes, strict=True):
-            # Padding, -1, is the first image: it is counted nowhere.
-            image = decode(self.files.path(max(index, 0)), self.channels)
-            out.copy_(self._fit(image, box).permute(1, 2, 0))
+            if index >= 0:  # else padding: black
+                image = decode(self.files.path(index), self.channels)
+                out.copy_(self._fit(image, box).permute(1, 2, 0))
         labels = np.where(indices < 0, -1, self.files.labels[indices])
         return Batch(images, *map(torch.from_numpy, (labels, indices, draws)))
 

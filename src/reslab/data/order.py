@@ -1,8 +1,9 @@
 """All randomness of the data, as pure functions of (seed, epoch, sample index).
 
-Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") turns a counter into 128 random
-bits without any state, so neither the number of loader workers, nor the validation schedule, nor a resumed run can
-move a draw. numpy's own Philox would be faster, but numpy does not promise the same streams in its next version.
+Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") turns a counter into 128
+random bits without any state, so neither the number of loader workers, nor the validation schedule, nor a
+resumed run can move a draw. numpy's own Philox would be faster, but numpy does not promise the same streams
+in its next version.
 """
 
 from typing import Any
@@ -51,7 +52,7 @@ def permutation(seed: int, epoch: int, n: int) -> Ints:
 def uniforms(
     seed: int, epoch: int, indices: npt.ArrayLike, draws: int, stream: int = AUGMENT
 ) -> npt.NDArray[np.float32]:
-    """Random numbers in [0, 1) with 24 bits, float32 (len(indices), draws): row i depends on indices[i] alone."""
+    """Random numbers in [0, 1), float32 (len(indices), draws); row i depends on no index but indices[i]."""
     index = _words(indices)[:, None]
     block = _words(-(-draws // 4))[None]
     words = philox((index, block, np.uint64(epoch), np.uint64(stream)), seed)
@@ -68,8 +69,8 @@ def step_seed(seed: int, global_step: int, rank: int) -> int:
 def micro_batch(order: Ints, position: int, batch_size: int, accumulate: int, world: int, rank: int) -> Ints:
     """The samples of one forward pass of one rank, from the order of an epoch.
 
-    Global batch b is order[b*B:(b+1)*B]; it is cut into `accumulate` micro-batches, each of those into `world` ranks,
-    all contiguous, so that the same samples make the same optimizer step whatever the number of processes.
+    Global batch b is order[b*B:(b+1)*B]; it is cut into `accumulate` micro-batches, each of those into
+    `world` ranks, all contiguous: an optimizer step has the same samples whatever the number of processes.
 
     Args:
         order: Sample indices of the whole epoch.
@@ -92,12 +93,12 @@ def evaluation_share(indices: Ints, world: int, rank: int) -> Ints:
     return np.pad(indices, (0, -len(indices) % world), constant_values=-1)[rank::world]
 
 
-def stratified_split(labels: npt.ArrayLike, amount: float | int, seed: int) -> tuple[Ints, Ints]:
+def stratified_split(labels: npt.ArrayLike, amount: int | float, seed: int) -> tuple[Ints, Ints]:
     """Splits off `amount` samples with the class shares of the whole, by largest remainders.
 
     Args:
         labels: Class of each sample, (n,).
-        amount: A float below 1 is a fraction of all samples, an int a count; 0 splits off nothing.
+        amount: Below 1 a fraction of all samples, else a count; 0 splits off nothing.
         seed: Chooses which samples of each class.
 
     Returns:
@@ -108,9 +109,9 @@ def stratified_split(labels: npt.ArrayLike, amount: float | int, seed: int) -> t
     """
     labels = np.asarray(labels)
     n = len(labels)
-    count = round(amount * n) if isinstance(amount, float) else amount
+    count = round(amount * n) if amount < 1 else int(amount)
     classes, sizes = np.unique(labels, return_counts=True)
-    if not 0 <= count <= n - len(classes) or (isinstance(amount, float) and amount >= 1):
+    if not 0 <= count <= n - len(classes) or (amount > 1 and amount != count):
         raise UserError(
             f"a split of {amount} does not fit {n} samples of {len(classes)} classes: "
             f"give a fraction from 0 to below 1 or a count of at most {n - len(classes)}"
