@@ -1,0 +1,283 @@
+"""Residual networks (He et al. 2015, arXiv:1512.03385), with torchvision's state-dict keys.
+
+A network is a stem, stages of blocks, a mean over the positions, and a linear head. A block computes
+relu(F(x) + S(x)): F is two or three convolutions, S the shortcut. Every stage but the first halves the
+resolution and doubles the channels.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Literal, NamedTuple, get_args
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.ops import StochasticDepth
+
+from reslab.models import ModelError
+
+Block = Literal["basic", "bottleneck"]
+Stem = Literal["imagenet", "cifar", "cifar_stride2"]
+Shortcut = Literal["identity", "A", "C", "none"]
+Norm = Literal[
+    "batch", "group", "none", "BatchNorm2d", "SyncBatchNorm", "GroupNorm", "InstanceNorm2d", "Identity"
+]
+
+relu = partial(F.relu, inplace=True)
+
+
+class StemShape(NamedTuple):
+    kernel: int
+    stride: int
+    pool: bool  # a 3×3 max-pool of stride 2 behind it
+
+
+STEMS: dict[str, StemShape] = {
+    "imagenet": StemShape(7, 2, pool=True),  # 224 -> 56
+    "cifar": StemShape(3, 1, pool=False),  # 32 -> 32
+    "cifar_stride2": StemShape(3, 2, pool=False),  # 32 -> 16: a quarter of the work
+}
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """32 groups (Wu & He 2018), fewer where a group would hold less than two channels."""
+    return nn.GroupNorm(math.gcd(32, channels, channels // 2), channels)
+
+
+NORMS: dict[str, Callable[[int], nn.Module]] = {
+    "batch": nn.BatchNorm2d,
+    "group": group_norm,
+    "none": nn.Identity,
+    "BatchNorm2d": nn.BatchNorm2d,
+    "SyncBatchNorm": nn.SyncBatchNorm,
+    "GroupNorm": group_norm,
+    "InstanceNorm2d": partial(nn.InstanceNorm2d, affine=True),
+    "Identity": nn.Identity,
+}
+
+
+class SubsampleAndPad(nn.Module):
+    """Option A: every stride-th position, and zeros for the channels that are new. No parameters."""
+
+    def __init__(self, new_channels: int, stride: int) -> None:
+        super().__init__()
+        self.new_channels = new_channels
+        self.stride = stride
+
+    def forward(self, x: Tensor) -> Tensor:  # (N, C, H, W) -> (N, C + new, H/s, W/s)
+        return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.new_channels))
+
+
+class Parts(NamedTuple):
+    """What all blocks of one network are made of."""
+
+    norm: Callable[[int], nn.Module]
+    shortcut_kind: str
+    groups: int  # of the 3×3 in a bottleneck
+
+    def conv(self, c_in: int, c_out: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
+        # A norm shifts each channel itself: only without one does a convolution need a bias.
+        bias = self.norm is nn.Identity
+        return nn.Conv2d(c_in, c_out, kernel, stride, padding=kernel // 2, groups=groups, bias=bias)
+
+    def shortcut(self, c_in: int, c_out: int, stride: int) -> nn.Module | None:
+        """S: the identity, or what fits x to F(x) (options A, B, C of He et al. 4.1); None in a plain net."""
+        fits = stride == 1 and c_in == c_out
+        if self.shortcut_kind == "none":
+            return None
+        if self.shortcut_kind == "C" or (self.shortcut_kind == "identity" and not fits):
+            return nn.Sequential(self.conv(c_in, c_out, 1, stride), self.norm(c_out))
+        return nn.Identity() if fits else SubsampleAndPad(c_out - c_in, stride)
+
+
+class ResidualBlock(nn.Module):
+    """relu(F(x) + S(x)) (He et al. 2015, eq. 1 and 2), or relu(F(x)) in a plain net."""
+
+    downsample: nn.Module | None  # S, by torchvision's name
+    drop_path: nn.Module  # drops F(x) of some images in training
+
+    def branch(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.branch(x)
+        if self.downsample is not None:
+            y = self.drop_path(y) + self.downsample(x)
+        return relu(y)
+
+
+class BasicBlock(ResidualBlock):
+    """F: two 3×3 convolutions (He et al. 2015, figure 5, left)."""
+
+    expansion = 1
+    last_norm = "bn2"
+
+    def __init__(self, parts: Parts, c_in: int, c_inner: int, c_out: int, stride: int, drop: float) -> None:
+        super().__init__()
+        self.conv1 = parts.conv(c_in, c_inner, 3, stride)  # (N, C, H, W) -> (N, C_inner, H/s, W/s)
+        self.bn1 = parts.norm(c_inner)
+        self.conv2 = parts.conv(c_inner, c_out, 3)  # -> (N, C_out, H/s, W/s)
+        self.bn2 = parts.norm(c_out)
+        self.downsample = parts.shortcut(c_in, c_out, stride)
+        self.drop_path = StochasticDepth(drop, "row")
+
+    def branch(self, x: Tensor) -> Tensor:
+        x = relu(self.bn1(self.conv1(x)))
+        return self.bn2(self.conv2(x))
+
+
+class Bottleneck(ResidualBlock):
+    """F: 1×1 to few channels, 3×3 there, 1×1 to four times as many (He et al. 2015, figure 5, right)."""
+
+    expansion = 4
+    last_norm = "bn3"
+
+    def __init__(self, parts: Parts, c_in: int, c_inner: int, c_out: int, stride: int, drop: float) -> None:
+        super().__init__()
+        self.conv1 = parts.conv(c_in, c_inner, 1)  # (N, C, H, W) -> (N, C_inner, H, W)
+        self.bn1 = parts.norm(c_inner)
+        # Stride on the 3×3, as torchvision does, not on the 1×1 as in the paper: +0.5 % top-1 ("V1.5").
+        self.conv2 = parts.conv(c_inner, c_inner, 3, stride, parts.groups)  # -> (N, C_inner, H/s, W/s)
+        self.bn2 = parts.norm(c_inner)
+        self.conv3 = parts.conv(c_inner, c_out, 1)  # -> (N, C_out, H/s, W/s)
+        self.bn3 = parts.norm(c_out)
+        self.downsample = parts.shortcut(c_in, c_out, stride)
+        self.drop_path = StochasticDepth(drop, "row")
+
+    def branch(self, x: Tensor) -> Tensor:
+        x = relu(self.bn1(self.conv1(x)))
+        x = relu(self.bn2(self.conv2(x)))
+        return self.bn3(self.conv3(x))
+
+
+BLOCKS: dict[str, type[BasicBlock] | type[Bottleneck]] = {"basic": BasicBlock, "bottleneck": Bottleneck}
+
+
+class ResNet(nn.Module):
+    """A residual network for images of any size: (N, in_channels, H, W) -> (N, num_classes).
+
+    With torchvision's weights it computes what torchvision's network computes. Sources: He et al. 2015 (the
+    networks), Zagoruyko & Komodakis 2016 (wide), Xie et al. 2017 (groups), Goyal et al. 2017 (zero_init),
+    Huang et al. 2016 (drop_path).
+
+    Args:
+        block: basic (two 3×3 convolutions) or bottleneck (1×1, 3×3, 1×1, four times the channels out).
+        layers: Blocks in each stage; each stage after the first halves the resolution.
+        width: Channels of the first stage's convolutions; doubled from stage to stage.
+        stem: imagenet (7×7 of stride 2 and a max-pool: 1/4 of the resolution), cifar (3×3: all of it), or
+            cifar_stride2 (3×3 of stride 2: half of it).
+        shortcut: identity, with projections where the shape changes (the paper's option B); A, zeros for new
+            channels instead of projections; C, projections in every block; none, the plain net.
+        norm: batch, group, none, or the name of torch's class: BatchNorm2d, SyncBatchNorm, GroupNorm,
+            InstanceNorm2d, Identity.
+        groups: Groups of the bottleneck's 3×3 convolution (ResNeXt's cardinality).
+        width_per_group: Channels of each group, at a stage width of 64.
+        zero_init: Start the last norm of each residual branch at zero: each block starts as relu(S(x)).
+        drop_path: Stochastic depth: the chance to drop the last block's branch in training, for each image;
+            it grows linearly from the first block on. In [0, 1).
+        in_channels: Channels of the images.
+        num_classes: Outputs of the head; 0 for none: forward gives the features, (N, num_features).
+
+    Raises:
+        ModelError: (a ValueError) The arguments do not go together; the message says what to change.
+    """
+
+    def __init__(
+        self,
+        block: Block = "basic",
+        layers: Sequence[int] = (2, 2, 2, 2),
+        width: int = 64,
+        *,
+        stem: Stem = "imagenet",
+        shortcut: Shortcut = "identity",
+        norm: Norm = "batch",
+        groups: int = 1,
+        width_per_group: int = 64,
+        zero_init: bool = False,
+        drop_path: float = 0.0,
+        in_channels: int = 3,
+        num_classes: int = 1000,
+    ) -> None:
+        super().__init__()
+        self.block, self.layers, self.width, self.stem = block, tuple(layers), width, stem
+        self.shortcut, self.norm, self.groups, self.width_per_group = shortcut, norm, groups, width_per_group
+        self.zero_init, self.drop_path = zero_init, drop_path
+        self.in_channels, self.num_classes = in_channels, num_classes
+        _check(self)
+        self.num_features = width * 2 ** (len(layers) - 1) * BLOCKS[block].expansion
+
+        parts = Parts(NORMS[norm], shortcut, groups)
+        kernel, stride, pool = STEMS[stem]
+        self.conv1 = parts.conv(in_channels, width, kernel, stride)
+        self.bn1 = parts.norm(width)
+        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1) if pool else nn.Identity()
+        for i, blocks in enumerate(_stages(self, parts)):
+            self.add_module(f"layer{i + 1}", nn.Sequential(*blocks))
+        self.fc = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+        _initialize(self)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """(N, in_channels, H, W) -> (N, num_features): the last stage, averaged over its positions."""
+        x = self.maxpool(relu(self.bn1(self.conv1(x))))
+        for i in range(len(self.layers)):
+            x = getattr(self, f"layer{i + 1}")(x)
+        return x.mean((2, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.forward_features(x))
+
+
+def _check(net: ResNet) -> None:
+    for name, known in (("block", Block), ("stem", Stem), ("shortcut", Shortcut), ("norm", Norm)):
+        if getattr(net, name) not in get_args(known):
+            raise ModelError(f"{name}={getattr(net, name)!r} is not one of {', '.join(get_args(known))}")
+    plain, unnormed = net.shortcut == "none", NORMS[net.norm] is nn.Identity
+    grouped = (net.groups, net.width_per_group) != (1, 64)
+    for wrong, remedy in (
+        (not net.layers or min(net.layers) < 1, f"layers={net.layers}: give each stage at least one block"),
+        (net.width < 1 or net.in_channels < 1, "width and in_channels must be at least 1"),
+        (net.num_classes < 0, "num_classes must be at least 1, or 0 for a network without a head"),
+        (grouped and net.block == "basic", "groups and width_per_group need block='bottleneck'"),
+        (net.groups < 1 or net.width * net.width_per_group < 64, "groups or width_per_group is too small"),
+        (not 0 <= net.drop_path < 1, f"drop_path={net.drop_path}: give a probability in [0, 1)"),
+        (
+            plain and net.drop_path > 0,
+            "drop_path would cut a plain net in two: set it to 0, or give a shortcut",
+        ),
+        (plain and net.zero_init, "zero_init would make a plain net output zeros: set it to false"),
+        (
+            unnormed and net.zero_init,
+            "zero_init sets the last norm of each branch: give a norm, or set it to false",
+        ),
+    ):
+        if wrong:
+            raise ModelError(remedy)
+
+
+def _stages(net: ResNet, parts: Parts) -> Iterator[list[ResidualBlock]]:
+    make = BLOCKS[net.block]
+    depth = itertools.count(1)
+    c_in = net.width
+    for i, blocks in enumerate(net.layers):
+        planes = net.width * 2**i
+        c_inner = planes * net.width_per_group // 64 * net.groups
+        stage: list[ResidualBlock] = []
+        for b in range(blocks):
+            stride = 2 if i > 0 and b == 0 else 1
+            # Block l of L is dropped with probability l/L · drop_path (Huang et al. 2016, eq. 4).
+            drop = next(depth) / sum(net.layers) * net.drop_path
+            stage.append(make(parts, c_in, c_inner, planes * make.expansion, stride, drop))
+            c_in = planes * make.expansion
+        yield stage
+
+
+def _initialize(net: ResNet) -> None:
+    """Kaiming's normal initialisation over the fan-out (He et al. 2015b), as torchvision's."""
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        if net.zero_init and isinstance(module, BasicBlock | Bottleneck):
+            nn.init.zeros_(getattr(module, module.last_norm).weight)

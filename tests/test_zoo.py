@@ -1,0 +1,204 @@
+"""Names and pretrained weights: what is loaded, what is made new, and what is refused."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from reslab.errors import UserError
+from reslab.models import ResNet, create_model, list_models, load_weights
+from reslab.models.zoo import VARIANTS
+
+
+def tiny(**knobs: int) -> ResNet:
+    return create_model("resnet8", **({"num_classes": 4} | knobs))
+
+
+def equal(net: ResNet, other: ResNet, but: str = "nothing") -> bool:
+    theirs = other.state_dict()
+    return all(torch.equal(v, theirs[k]) for k, v in net.state_dict().items() if not k.startswith(but))
+
+
+# ---- names
+
+
+def test_names_import_no_torch() -> None:
+    code = "import sys; from reslab.models import list_models; list_models(); print('torch' in sys.modules)"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "False"
+
+
+def test_any_6n_plus_2_is_a_name() -> None:
+    assert create_model("resnet8").layers == (1, 1, 1)
+    assert create_model("resnet1202", width=1).layers == (200, 200, 200)
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"), [("resnet5O", "resnet50"), ("resnet21", "resnet20"), ("vgg", "resnet18")]
+)
+def test_unknown_name_is_answered_with_the_nearest(name: str, nearest: str) -> None:
+    with pytest.raises(UserError, match=nearest):
+        create_model(name)
+    with pytest.raises(ValueError, match=nearest):
+        create_model(name)
+
+
+def test_knobs_override_the_variant() -> None:
+    net = create_model("resnet20", shortcut="none", num_classes=0)
+    assert net.shortcut == "none"
+    assert net(torch.randn(2, 3, 32, 32)).shape == (2, 64)
+    assert VARIANTS["resnet20"]["shortcut"] == "A"
+
+
+def test_no_two_names_are_one_network() -> None:
+    variants = [tuple(knobs.items()) for knobs in VARIANTS.values()]
+    assert len(set(variants)) == len(variants) == len(list_models())
+
+
+# ---- files
+
+
+SAVERS: dict[str, Callable[[dict, Path], None]] = {
+    "plain.pth": torch.save,
+    "plain.pt": torch.save,
+    "plain.safetensors": save_file,
+    "trainer.pt": lambda state, file: torch.save({"state_dict": state, "epoch": 3}, file),
+    "model.pth": lambda state, file: torch.save({"model": state, "lr": 0.1}, file),
+    "ddp.pth": lambda state, file: torch.save({f"module.{k}": v for k, v in state.items()}, file),
+    "compiled.pth": lambda state, file: torch.save({f"net._orig_mod.{k}": v for k, v in state.items()}, file),
+    "compiled_inside.pth": lambda state, file: torch.save(
+        {f"_orig_mod.net.{k}": v for k, v in state.items()}, file
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SAVERS)
+def test_a_file_fills_the_network(name: str, tmp_path: Path) -> None:
+    trained, net = tiny(), tiny()
+    SAVERS[name](trained.state_dict(), tmp_path / name)
+    messages = load_weights(net, tmp_path / name)
+    assert equal(net, trained)
+    assert messages == [f"weights: {tmp_path / name}"]
+
+
+@pytest.mark.parametrize(("classes_in_file", "classes"), [(4, 7), (0, 7), (4, 0)])
+def test_another_number_of_classes_makes_the_head_new(
+    classes_in_file: int, classes: int, tmp_path: Path
+) -> None:
+    trained = tiny(num_classes=classes_in_file)
+    torch.save(trained.state_dict(), tmp_path / "w.pth")
+    net = tiny(num_classes=classes)
+    fresh_head = [p.clone() for p in net.fc.parameters()]
+    messages = load_weights(net, str(tmp_path / "w.pth"))
+    body, theirs = net.state_dict(), trained.state_dict()
+    assert all(torch.equal(body[k], theirs[k]) for k in body if not k.startswith("fc."))
+    assert all(map(torch.equal, net.fc.parameters(), fresh_head))
+    fate = "new" if classes else "left out"
+    assert f"the head is {fate}: {classes_in_file} classes" in messages[-1]
+    assert f"{classes} in this network" in messages[-1]
+
+
+def test_other_channels_make_the_stem_new(tmp_path: Path) -> None:
+    trained, net = tiny(), tiny(in_channels=1)
+    torch.save(trained.state_dict(), tmp_path / "w.pth")
+    stem = net.conv1.weight.clone()
+    messages = load_weights(net, tmp_path / "w.pth")
+    assert equal(net, trained, but="conv1.")
+    assert torch.equal(net.conv1.weight, stem)
+    assert "the stem is new: 3 channels" in messages[-1]
+
+
+def test_any_other_mismatch_lists_the_keys(tmp_path: Path) -> None:
+    torch.save(
+        create_model("resnet8", num_classes=4, width=8, shortcut="identity").state_dict(), tmp_path / "w.pth"
+    )
+    with pytest.raises(UserError) as caught:
+        load_weights(create_model("resnet14", num_classes=4), tmp_path / "w.pth")
+    message = str(caught.value)
+    assert "layer3.1.conv2.weight" in message  # missing
+    assert "layer2.0.downsample.0.weight" in message  # unexpected
+    assert "conv1.weight" in message and "[8, 3, 3, 3]" in message and "[16, 3, 3, 3]" in message  # shapes
+
+
+def test_another_stem_is_a_mismatch_even_where_the_channels_differ(tmp_path: Path) -> None:
+    torch.save(tiny().state_dict(), tmp_path / "w.pth")
+    with pytest.raises(UserError, match=r"conv1\.weight"):
+        load_weights(
+            create_model("resnet8", num_classes=4, in_channels=1, stem="imagenet"), tmp_path / "w.pth"
+        )
+
+
+class Payload:
+    """A pickle that would create a file when it is read."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> tuple:
+        return (Path.touch, (self.file,))
+
+
+def test_a_pickle_with_code_is_refused_and_nothing_is_run(tmp_path: Path) -> None:
+    trap = tmp_path / "executed"
+    torch.save({"state_dict": tiny().state_dict(), "extra": Payload(trap)}, tmp_path / "w.pth")
+    torch.load(tmp_path / "w.pth", weights_only=False)
+    assert trap.exists()  # the payload works where it is let
+    trap.unlink()
+    with pytest.raises(UserError, match=r"nothing in it was run.*\.safetensors"):
+        load_weights(tiny(), tmp_path / "w.pth")
+    assert not trap.exists()
+
+
+@pytest.mark.parametrize("name", ["w.pth", "w.safetensors"])
+def test_a_damaged_or_missing_file_is_named(name: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=name):
+        load_weights(tiny(), tmp_path / name)
+    (tmp_path / name).write_bytes(b"not weights at all")
+    with pytest.raises(UserError, match=name):
+        load_weights(tiny(), tmp_path / name)
+
+
+def test_a_file_without_a_state_dict_is_refused(tmp_path: Path) -> None:
+    torch.save([1, 2], tmp_path / "w.pth")
+    with pytest.raises(UserError, match="no state dict"):
+        load_weights(tiny(), tmp_path / "w.pth")
+
+
+# ---- torchvision's names
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Path:
+    """Torch's download cache, empty; a file under the right name in it is not fetched again."""
+    before = torch.hub.get_dir()
+    torch.hub.set_dir(tmp_path)
+    yield tmp_path / "checkpoints"
+    torch.hub.set_dir(before)
+
+
+@pytest.mark.parametrize("name", ["IMAGENET1K_V1", "DEFAULT", "ResNet18_Weights.IMAGENET1K_V1"])
+def test_torchvisions_names_mean_torchvisions_files(
+    name: str, hub: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained = create_model("resnet18")
+    hub.mkdir()
+    torch.save(trained.state_dict(), hub / "resnet18-f37072fd.pth")
+    net = create_model("resnet18", weights=name, num_classes=10)
+    assert equal(net, trained, but="fc.")
+    assert "the head is new: 1000 classes" in capsys.readouterr().out
+
+
+def test_unknown_weights_are_answered_with_the_names_there_are() -> None:
+    with pytest.raises(UserError, match="did you mean IMAGENET1K_V2 or IMAGENET1K_V1"):
+        create_model("resnet50", weights="IMAGENET1K_V3")
+    with pytest.raises(UserError, match=r"ResNet18_Weights\.IMAGENET1K_V1"):
+        create_model("resnet20", weights="IMAGENET1K_V1")
+
+
+def test_a_download_that_fails_says_what_to_fetch(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # nobody listens there
+    with pytest.raises(UserError, match=r"resnet34-b627a593\.pth"):
+        create_model("resnet34", weights="IMAGENET1K_V1")
