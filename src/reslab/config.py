@@ -1,0 +1,147 @@
+"""The typed configuration of a run: LightningCLI's, with an allowlist and messages that name the mistake."""
+
+import difflib
+import hashlib
+import re
+import textwrap
+from argparse import ArgumentError
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from jsonargparse import Namespace, set_parsing_settings
+from lightning.pytorch import seed_everything
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from reslab.data import ImageData
+from reslab.errors import UserError
+from reslab.training import Classifier
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+
+# What a config file may name. Everything else is refused before it is imported: importing runs code.
+ALLOWED = [
+    "reslab",
+    "torch.optim",
+    "lightning.pytorch.callbacks",
+    "lightning.pytorch.loggers",
+    "lightning.pytorch.strategies",
+    "lightning.pytorch.profilers",
+    "lightning.pytorch.plugins",
+]
+set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=ALLOWED)
+
+
+@dataclass
+class RunOptions:
+    """How a run is kept.
+
+    Args:
+        name: The experiment's name: runs go to runs/<name>/<id>.
+        dir: The run's folder. An unfinished run in it is continued.
+        rule: Which weights are tested: those at the end of training, or those with the best `monitor`.
+        monitor: The validation metric that best.ckpt goes by.
+        mode: Whether more or less of `monitor` is better.
+        checkpoint_every_steps: Write last.ckpt every so many optimizer steps.
+        checkpoint_every_minutes: Write last.ckpt whenever so many minutes have passed.
+        group: The group of the run in W&B, such as a study.
+        job_type: The job type of the run in W&B, such as an arm.
+        tags: The tags of the run in W&B.
+    """
+
+    name: str = "unnamed"
+    dir: str | None = None
+    rule: Literal["final", "best"] = "final"
+    monitor: str = "val/acc"
+    mode: Literal["max", "min"] = "max"
+    checkpoint_every_steps: int | None = None
+    checkpoint_every_minutes: float = 5.0
+    group: str | None = None
+    job_type: str | None = None
+    tags: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.checkpoint_every_minutes <= 0:
+            raise ValueError("run.checkpoint_every_minutes must be more than 0")
+        if not re.fullmatch(r"[\w.=+-]+", self.name):
+            raise ValueError(f"run.name is a folder's name, of letters, digits and _ . = + -, not {self.name!r}")
+
+
+class Experiment(LightningCLI):
+    """Parses a run's configuration; builds data, model and trainer only when asked (`build`)."""
+
+    def __init__(self, args: list[str]) -> None:
+        super().__init__(
+            Classifier,
+            ImageData,
+            save_config_callback=None,
+            seed_everything_default=0,
+            run=False,
+            args=args,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            parser_kwargs={
+                "prog": "reslab fit",
+                "description": "Trains and tests one run.",
+                "exit_on_error": False,
+                "allow_abbrev": False,  # otherwise --trainer.max_epoch trains
+                "default_config_files": [str(CONFIGS / "base.yaml")],
+            },
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_class_arguments(RunOptions, "run")
+        parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
+        parser.link_arguments("seed_everything", "model.seed", compute_fn=int)
+        parser.link_arguments("data.num_classes", "model.net.init_args.num_classes", apply_on="instantiate")
+        parser.link_arguments("data.channels", "model.net.init_args.in_channels", apply_on="instantiate")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        try:
+            self.config = parser.parse_args(args)
+        except ArgumentError as error:
+            raise UserError(explain(str(error), parser, args)) from error
+
+    def _set_seed(self) -> None:
+        """The seed is set by `build`."""
+
+    def instantiate_classes(self) -> None:
+        """Building is `build`'s, after the run's folder is claimed."""
+
+    def dump(self) -> str:
+        """The whole resolved configuration as YAML: a config file of the same run in a folder of its own."""
+        config = self.config.clone()
+        config.run.dir = None
+        return self.parser.dump(config, skip_none=False, skip_validation=True)
+
+    def run_dir(self) -> Path:
+        """The run's folder: as given, else runs/<name>/<time>-seed<seed>-<hash of the config>."""
+        if self.config.run.dir:
+            return Path(self.config.run.dir)
+        digest = hashlib.sha256(self.dump().encode()).hexdigest()[:6]
+        started = datetime.now().strftime("%Y%m%d-%H%M%S")
+        return Path("runs", self.config.run.name, f"{started}-seed{int(self.config.seed_everything)}-{digest}")
+
+    def build(self) -> tuple[ImageData, Classifier, dict[str, Any]]:
+        """The data, the model, and the trainer's settings, its lists of callbacks, loggers and plugins open for more."""
+        seed_everything(int(self.config.seed_everything), workers=True, verbose=False)
+        try:
+            built = self.parser.instantiate_classes(self.config)
+        except ValueError as error:  # a check at construction, with the fix in its message
+            raise UserError(str(error)) from error
+        settings = dict(built.trainer)
+        for name in ("callbacks", "logger", "plugins"):
+            settings[name] = _as_list(settings[name])
+        return built.data, built.model, settings
+
+
+def _as_list(value: Any) -> list[Any]:
+    if value in (None, False, True):
+        return []
+    return list(value) if isinstance(value, list) else [value]
+
+
+def explain(message: str, parser: Any, args: Any) -> str:
+    return message

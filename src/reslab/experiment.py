@@ -1,0 +1,255 @@
+"""One run from start to end: claim the folder, train, test once, close the manifest, draw the report."""
+
+import os
+import socket
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_only
+from safetensors.torch import load_file, save_file
+
+from reslab.config import Experiment
+from reslab.data import ImageData
+from reslab.errors import UserError
+from reslab.files import replacing, write_text
+from reslab.runs import manifest as manifests
+from reslab.runs.folder import RunFolder
+from reslab.runs.metrics import MetricsCSV, cut
+from reslab.training import Classifier
+from reslab.training.checkpoint import Checkpoints, TrustedIO, read_checkpoint, resume_point, weights_sha256
+from reslab.training.classifier import Diverged
+from reslab.training.preemption import Preempted, Preemption
+from reslab.training.progress import ProgressReport
+
+EXIT = {"complete": 0, "failed": 1, "diverged": 1, "preempted": 75}
+# These say where and how a run is carried out, not which run it is.
+NOT_IDENTITY = ("run.dir", "data.root", "data.download")
+
+
+def fit(argv: list[str]) -> int:
+    """`reslab fit`: starts a run, or continues the unfinished one in --run.dir; returns the exit status."""
+    experiment = Experiment(argv)
+    folder = RunFolder(experiment.run_dir())
+    if rank_zero_only.rank != 0:
+        return Run(experiment, folder, argv).execute()
+    folder.probe()
+    with folder.lock():
+        return Run(experiment, folder, argv).execute()
+
+
+class Run:
+    """A run in its folder, and the manifest that it keeps.
+
+    Args:
+        experiment: The parsed configuration.
+        folder: The run's folder, claimed by this process.
+        argv: The command line, for the record.
+    """
+
+    def __init__(self, experiment: Experiment, folder: RunFolder, argv: list[str]) -> None:
+        self.experiment, self.folder, self.argv = experiment, folder, argv
+        self.options = experiment.config.run
+        self.manifest: dict[str, Any] = {}
+        self._began = time.monotonic()
+        self.writes = rank_zero_only.rank == 0  # one process keeps the folder
+
+    def execute(self) -> int:
+        """Trains and tests; whatever happens, the manifest says how it ended."""
+        if not self._open():
+            return EXIT["complete"]
+        try:
+            self._train_and_test()
+        except Preempted as stop:
+            return self._close("preempted", str(stop))
+        except Diverged as error:
+            return self._close("diverged", str(error))
+        except UserError as error:
+            self._close("failed", str(error))
+            raise
+        except KeyboardInterrupt:
+            return self._close("failed", "interrupted")
+        except Exception as error:
+            traceback.print_exc()
+            return self._close("failed", f"{type(error).__name__}: {error}")
+        return EXIT["complete"]
+
+    # The manifest
+
+    def _open(self) -> bool:
+        """Opens the manifest, of a new run or of an unfinished one; False where the run is finished already."""
+        text = self.experiment.dump()
+        if self.folder.manifest.exists():
+            self.manifest = manifests.read(self.folder.manifest)
+            self._refuse_other_config(text)
+            if self.manifest["status"] == "complete":
+                print(f"{self.folder.path} holds this run, finished: nothing to do. Report: {self.folder.report}")
+                return False
+            for attempt in self.manifest["attempts"]:
+                attempt.setdefault("ended", None)
+                attempt.setdefault("how", "killed")
+        else:
+            self.manifest = self._new_manifest(text)
+        if self.writes:
+            write_text(self.folder.config, text)
+        started = {"started": manifests.now(), "host": socket.gethostname(), "pid": os.getpid()}
+        self.manifest["attempts"].append(started)
+        self._write(status="running", environment=manifests.environment())
+        return True
+
+    def _new_manifest(self, config: str) -> dict[str, Any]:
+        git = manifests.git_state(Path(__file__).parent)
+        if git and self.writes and git["diff"]:
+            write_text(self.folder.path / "uncommitted.diff", git["diff"])
+        if git:
+            git["diff"] = "uncommitted.diff" if git["diff"] else None
+        return {
+            "status": "running",
+            "id": f"{self.options.name}-{self.folder.path.name}",
+            "name": self.options.name,
+            "seed": self.experiment.config.seed_everything,
+            "command": manifests.command(self.argv),
+            "config_sha256": manifests.config_sha256(config),
+            "rule": self.options.rule,
+            "git": git,
+            "attempts": [],
+            "results": {},
+            "weights_sha256": None,
+            "wall_seconds": 0.0,
+            "samples_per_second": None,
+        }
+
+    def _refuse_other_config(self, text: str) -> None:
+        old, new = _flat(yaml.safe_load(self.folder.config.read_text())), _flat(yaml.safe_load(text))
+        keys = sorted(k for k in {*old, *new} if old.get(k) != new.get(k) and not k.startswith(NOT_IDENTITY))
+        if keys:
+            rows = "\n".join(f"  {k}: {old.get(k)} there, {new.get(k)} here" for k in keys)
+            raise UserError(f"{self.folder.path} holds a run with another config; give another --run.dir, or the same config:\n{rows}")
+
+    def _write(self, **changes: Any) -> None:
+        self.manifest.update(changes)
+        if self.writes:
+            manifests.write(self.folder.manifest, self.manifest)
+
+    def _close(self, status: str, how: str) -> int:
+        attempt = self.manifest["attempts"][-1]
+        attempt.update(ended=manifests.now(), how=status if status == "complete" else f"{status}: {how}")
+        self.manifest["wall_seconds"] += round(time.monotonic() - self._began, 1)
+        self._write(status=status)
+        if status != "complete" and self.writes:
+            print(f"{status}: {how}", flush=True)
+        return EXIT[status]
+
+    # The work
+
+    def _train_and_test(self) -> None:
+        checkpoint, messages = resume_point(self.folder.checkpoints)
+        for message in messages:
+            print(message)
+        if checkpoint:
+            step = read_checkpoint(checkpoint)["global_step"]
+            print(f"resuming at step {step} from {checkpoint}")
+            self.manifest["attempts"][-1]["from_step"] = step
+        if self.writes:
+            cut(self.folder.metrics, step if checkpoint else 0)
+        data, model, settings = self.experiment.build()
+        progress = ProgressReport()
+        saver = Checkpoints(
+            self.folder.checkpoints,
+            self.options.monitor,
+            self.options.mode,
+            self.options.checkpoint_every_steps,
+            self.options.checkpoint_every_minutes,
+        )
+        # In this order: what is saved at a step's end knows what was logged in it.
+        settings["callbacks"] += [progress, saver, Preemption(saver)]
+        settings["logger"].append(MetricsCSV(self.folder.metrics))
+        settings["plugins"].append(TrustedIO())
+        settings["default_root_dir"] = str(self.folder.path)
+        trainer = Trainer(**settings)
+        data.prepare_data()
+        self._write(data=data.fingerprint())
+        trainer.fit(model, datamodule=data, ckpt_path=str(checkpoint) if checkpoint else None)
+        self.manifest["samples_per_second"] = progress.images_per_second()
+        self._test(trainer, model, data, saver)
+        if self.writes:
+            self._close("complete", "")
+            self._draw(data)
+
+    def _test(self, trainer: Trainer, model: Classifier, data: ImageData, saver: Checkpoints) -> None:
+        """Tests the weights that the protocol names, once, and keeps them with what they answered."""
+        results = dict(model.latest)
+        if self.options.rule == "best":
+            model.load_state_dict(read_checkpoint(self.folder.checkpoints / "best.ckpt")["state_dict"])
+            results.update(saver.best_metrics)
+        trainer.test(model, datamodule=data, verbose=False)
+        results.update({name: model.latest[name] for name in model.latest if name.startswith("test/")})
+        if not self.writes:
+            return
+        weights = {k: v.detach().cpu().contiguous() for k, v in model.evaluated_net().state_dict().items()}
+        with replacing(self.folder.weights) as part:
+            save_file(weights, part)
+        with replacing(self.folder.predictions) as part, part.open("wb") as file:
+            np.savez_compressed(file, **{name: column.numpy() for name, column in model.predictions.items()})
+        self._write(results=results, weights_sha256=weights_sha256(weights))
+
+    def _draw(self, data: ImageData) -> None:
+        """Figures and report; should they fail, the run is complete all the same."""
+        from reslab.runs.figures import draw_figures
+        from reslab.runs.report import write_report
+
+        try:
+            draw_figures(self.folder.path, data.class_names, _test_images(data))
+            report = write_report(self.folder.path)
+        except Exception:
+            traceback.print_exc()
+            print(f"the run is complete, but its figures or report could not be drawn: see above. {self.folder.path}")
+            return
+        results = self.manifest["results"]
+        print(f"test/acc {results['test/acc']:.4f}  test/loss {results['test/loss']:.4f}  ({self.options.rule} weights)")
+        print(f"run     {self.folder.path}\nreport  {report}")
+
+
+def _test_images(data: ImageData) -> Callable[[int], np.ndarray]:
+    """The test images by index, uint8 (H, W, C), as the network saw them before normalisation."""
+    batches = data.test_dataloader().dataset
+    return lambda index: batches[0, np.array([index])].images[0].numpy()
+
+
+def _flat(config: Any, prefix: str = "") -> dict[str, Any]:
+    """A nested config as dotted keys."""
+    if not isinstance(config, dict) or not config:
+        return {prefix: config}
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        flat.update(_flat(value, f"{prefix}.{key}" if prefix else str(key)))
+    return flat
+
+
+# Using a finished run
+
+
+def evaluate(run: str, split: str, overrides: list[str]) -> int:
+    """`reslab validate RUN` and `reslab test RUN`: evaluates the run's weights; writes nothing."""
+    folder, data, model, settings = load_run(run, overrides)
+    trainer = Trainer(**settings)
+    (trainer.test if split == "test" else trainer.validate)(model, datamodule=data, verbose=False)
+    for name, value in model.latest.items():
+        print(f"{name} {value:.6f}")
+    return 0
+
+
+def load_run(run: str, overrides: list[str]) -> tuple[RunFolder, ImageData, Classifier, dict[str, Any]]:
+    """A finished run's data, its model with the weights that were tested, and settings of a trainer that writes nothing."""
+    folder = RunFolder.existing(run)
+    if not folder.weights.exists():
+        raise UserError(f"{run} has no {folder.weights.name}: its status is {manifests.read(folder.manifest)['status']}")
+    args = ["--config", str(folder.config), "--model.ema_decay", "null", "--model.weights", "null", "--model.compile", "false"]
+    data, model, settings = Experiment([*args, *overrides]).build()
+    model.net.load_state_dict(load_file(folder.weights))
+    return folder, data, model, {**settings, "logger": False, "callbacks": []}

@@ -1,0 +1,171 @@
+"""Checkpoints that can be trusted: written whole, hashed, checked before they are loaded."""
+
+import contextlib
+import hashlib
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.plugins.io import CheckpointIO
+from torch import Tensor
+
+from reslab.errors import UserError
+from reslab.files import replacing, sha256_file, write_text
+
+SUMS = "SHA256SUMS"  # beside the checkpoints, in the format of `sha256sum -c`
+
+
+def weights_sha256(state_dict: Mapping[str, Tensor]) -> str:
+    """SHA-256 over the names, dtypes, shapes and bytes of all tensors, in the order of their names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state_dict.items()):
+        tensor = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def read_sums(folder: Path) -> dict[str, set[str]]:
+    """The digests on record for each file of a checkpoints folder; several while a write is under way."""
+    sums: dict[str, set[str]] = {}
+    with contextlib.suppress(FileNotFoundError):
+        for line in (folder / SUMS).read_text().splitlines():
+            digest, _, name = line.partition("  ")
+            sums.setdefault(name, set()).add(digest)
+    return sums
+
+
+def _write_sums(folder: Path, sums: Mapping[str, set[str]]) -> None:
+    lines = [f"{digest}  {name}\n" for name in sorted(sums) for digest in sorted(sums[name])]
+    write_text(folder / SUMS, "".join(lines))
+
+
+def is_whole(path: Path) -> bool:
+    """Whether the file is, bit for bit, one that was written here."""
+    # Any digest on record will do: a crash between two renames may leave a good file under its neighbour's name.
+    known = set().union(*read_sums(path.parent).values())
+    return sha256_file(path) in known
+
+
+def read_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
+    """A checkpoint's contents; raises UserError if the file is not whole. Never executes code from it."""
+    if not is_whole(path):
+        raise UserError(f"{path} is damaged: its SHA-256 is not the one in {SUMS}")
+    return torch.load(path, map_location=map_location, weights_only=True)
+
+
+class TrustedIO(CheckpointIO):
+    """Lightning's door to checkpoint files: atomic writes, digests on record, weights-only loads.
+
+    A write keeps the file that it replaces as `previous.ckpt`, if it replaces `last.ckpt`.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as part:
+            torch.save(checkpoint, part)
+            sums = read_sums(path.parent)
+            new = sha256_file(part)
+            # On record before it is in place: a whole file is never taken for a damaged one.
+            _write_sums(path.parent, {**sums, path.name: sums.get(path.name, set()) | {new}})
+            if path.name == "last.ckpt" and path.exists():
+                path.replace(path.with_name("previous.ckpt"))
+                sums["previous.ckpt"] = sums.get("last.ckpt", set())
+        _write_sums(path.parent, {**sums, path.name: {new}})
+
+    def load_checkpoint(self, path: Any, map_location: Any | None = None, weights_only: bool | None = None) -> dict[str, Any]:
+        return read_checkpoint(Path(path), map_location or "cpu")
+
+    def remove_checkpoint(self, path: Any) -> None:
+        Path(path).unlink(missing_ok=True)
+
+
+def resume_point(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest whole checkpoint to resume from, and what had to be set aside to find it.
+
+    A damaged file is renamed to `<name>.damaged`, never deleted. Returns None where no checkpoint was ever
+    written. Raises UserError where there were some and none is whole.
+    """
+    messages = []
+    for name in ("last.ckpt", "previous.ckpt"):
+        path = folder / name
+        if not path.exists():
+            continue
+        if is_whole(path):
+            return path, messages
+        aside = path.with_name(name + ".damaged")
+        path.replace(aside)
+        messages.append(f"{path} is damaged (its SHA-256 is not the one on record): set aside as {aside.name}")
+    if messages:
+        raise UserError("\n".join([*messages, f"no whole checkpoint is left in {folder}: start the run anew in another folder"]))
+    return None, messages
+
+
+class Checkpoints(Callback):
+    """Writes last.ckpt, to resume from, and best.ckpt, the weights with the best validation metric.
+
+    Args:
+        folder: Where they are written.
+        monitor: The metric that best.ckpt goes by.
+        mode: Whether more or less of it is better.
+        every_steps: Write last.ckpt every so many optimizer steps.
+        every_minutes: Write last.ckpt whenever so many minutes have passed.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        monitor: str = "val/acc",
+        mode: Literal["max", "min"] = "max",
+        every_steps: int | None = None,
+        every_minutes: float = 5.0,
+    ) -> None:
+        self.folder, self.monitor, self.mode = folder, monitor, mode
+        self.every_steps, self.every_minutes = every_steps, every_minutes
+        self.best: float | None = None
+        self.best_metrics: dict[str, float] = {}  # of the validation that best.ckpt is from
+        self._written_at = time.monotonic()
+        self._written_step = -1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best, "best_metrics": self.best_metrics}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best, self.best_metrics = state_dict["best"], state_dict["best_metrics"]
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._written_at, self._written_step = time.monotonic(), trainer.global_step
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if self._due(trainer):
+            self.write(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.write(trainer)
+
+    def _due(self, trainer: Trainer) -> bool:
+        step = trainer.global_step
+        if step == self._written_step:  # in the middle of an accumulation
+            return False
+        by_step = self.every_steps is not None and step % self.every_steps == 0
+        by_time = time.monotonic() - self._written_at >= 60 * self.every_minutes
+        return by_step or by_time
+
+    def write(self, trainer: Trainer) -> None:
+        """Writes last.ckpt as of now; the one before it is kept."""
+        trainer.save_checkpoint(self.folder / "last.ckpt")
+        self._written_at, self._written_step = time.monotonic(), trainer.global_step
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn != "fit" or trainer.sanity_checking or self.monitor not in trainer.callback_metrics:
+            return
+        value = float(trainer.callback_metrics[self.monitor])
+        if self.best is None or (value > self.best if self.mode == "max" else value < self.best):
+            self.best = value
+            metrics = trainer.callback_metrics
+            self.best_metrics = {name: float(metrics[name]) for name in metrics if name.startswith("val/")}
+            trainer.save_checkpoint(self.folder / "best.ckpt", weights_only=True)

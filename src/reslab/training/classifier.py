@@ -1,0 +1,273 @@
+"""The LightningModule: a network, its loss, its metrics and its optimizer."""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor
+from torch.optim import SGD, Optimizer
+from torchmetrics import MeanMetric, Metric, MetricCollection
+from torchmetrics.classification import MulticlassAccuracy
+
+from reslab.data.loaders import Batch
+from reslab.data.order import step_seed
+from reslab.errors import UserError
+from reslab.models.resnet import ResNet
+from reslab.models.zoo import load_weights
+from reslab.training.ema import EMA
+from reslab.training.optimizers import Cosine, Schedule, parameter_groups
+
+PADDING = -1  # the label of an image that only fills up a batch: it counts nowhere
+CHECK_FINITE_EVERY = 50  # steps: the longest that a diverged run trains on
+
+
+class Diverged(Exception):
+    """The training loss is no longer a finite number."""
+
+
+def nesterov_sgd(params: Any) -> Optimizer:
+    """SGD as most CIFAR papers run it: rate 0.1, Nesterov momentum 0.9, weight decay 5e-4."""
+    return SGD(params, lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
+
+
+class EvaluationLoss(MeanMetric):
+    """The mean cross-entropy over images, unsmoothed, padding left out; summed in float64."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.set_dtype(torch.float64)
+
+    def update(self, logits: Tensor, labels: Tensor) -> None:  # type: ignore[override]
+        losses = F.cross_entropy(logits.float(), labels, ignore_index=PADDING, reduction="none")
+        super().update(losses.double(), (labels != PADDING).double())
+
+
+def evaluation_metrics(num_classes: int, prefix: str) -> MetricCollection:
+    """Loss, top-1 and top-5 accuracy; micro-averaged: every image counts the same."""
+    options: dict[str, Any] = {"num_classes": num_classes, "average": "micro", "ignore_index": PADDING}
+    metrics: dict[str, Metric | MetricCollection] = {
+        "loss": EvaluationLoss(),
+        "acc": MulticlassAccuracy(top_k=1, **options),
+        "acc5": MulticlassAccuracy(top_k=min(5, num_classes), **options),
+    }
+    return MetricCollection(metrics, prefix=prefix, compute_groups=False)
+
+
+class Classifier(LightningModule):
+    """Trains and evaluates a network on batches of (images, labels, indices, …).
+
+    Args:
+        net: The network: float images (N, C, H, W) to logits (N, num_classes).
+        optimizer: Any of torch.optim, with its settings; the rate given is the one at `lr_reference_batch`.
+        schedule: The law of the learning rate over training.
+        label_smoothing: The share of each training label spread over all classes (Szegedy et al. 2016).
+        lr_reference_batch: The batch size that the learning rate is stated for; the rate used is
+            lr × batch_size / lr_reference_batch (Goyal et al. 2017). Without it the rate is used as it stands.
+        decay_norm_and_bias: Whether weight decay acts on norms and biases too.
+        ema_decay: The decay per step of an exponential moving average of the weights; evaluation uses the
+            average. Without it the weights themselves are evaluated.
+        weights: Pretrained weights to start from: a name of torchvision's (IMAGENET1K_V2), or a file.
+        compile: Whether to run the network through torch.compile.
+        channels_last: Whether to keep weights and activations in the channels-last layout.
+        seed: The seed of the randomness inside the network (dropout, stochastic depth).
+    """
+
+    def __init__(
+        self,
+        net: ResNet,
+        optimizer: OptimizerCallable = nesterov_sgd,
+        schedule: Schedule | None = None,
+        label_smoothing: float = 0.0,
+        lr_reference_batch: int | None = None,
+        decay_norm_and_bias: bool = False,
+        ema_decay: float | None = None,
+        weights: str | None = None,
+        compile: bool = False,
+        channels_last: bool = True,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if not 0 <= label_smoothing < 1:
+            raise ValueError(f"label_smoothing is a share and must lie in [0, 1), not {label_smoothing}")
+        if ema_decay is not None and not 0 < ema_decay < 1:
+            raise ValueError(f"ema_decay must lie between 0 and 1, not {ema_decay}; null turns the average off")
+        if lr_reference_batch is not None and lr_reference_batch < 1:
+            raise ValueError(f"lr_reference_batch must be at least 1, not {lr_reference_batch}")
+        if net.num_classes == 0:
+            raise ValueError("a classifier needs num_classes >= 1: num_classes=0 is the network without its head")
+        self.net = net.to(memory_format=torch.channels_last) if channels_last else net
+        self.make_optimizer = optimizer
+        self.schedule = schedule or Cosine()
+        self.label_smoothing = label_smoothing
+        self.lr_reference_batch = lr_reference_batch
+        self.decay_norm_and_bias = decay_norm_and_bias
+        self.ema_decay = ema_decay
+        self.ema: EMA | None = None
+        self.weights = weights
+        self.compile_net = compile
+        self.seed = seed
+        self.val_metrics = evaluation_metrics(net.num_classes, "val/")
+        self.test_metrics = evaluation_metrics(net.num_classes, "test/")
+        self.predictions: dict[str, Tensor] = {}
+        self._test_outputs: list[Tensor] = []
+        self._window = torch.zeros(2)  # sums of loss and of correct answers since the last logged step …
+        self._window_images = 0  # … over this many images
+        self.latest: dict[str, float] = {}  # the newest logged values, on the host
+        self._unsent = False  # of them, those of training, to callback_metrics
+
+    def configure_model(self) -> None:
+        if self.weights and self.trainer.state.fn == "fit" and not self.trainer.ckpt_path:
+            for message in load_weights(self.net, self.weights):
+                self.print(message)
+            self.weights = None
+        if self.ema_decay is not None and self.ema is None:
+            self.ema = EMA(self.net, self.ema_decay)
+        if self.compile_net:
+            self.net.compile()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (N, num_classes) of images (N, C, H, W); in eval mode by the averaged weights, if there are."""
+        if self.ema is not None and not self.training:
+            return self.ema.module(images)
+        return self.net(images)
+
+    def evaluated_net(self) -> torch.nn.Module:
+        """The network that evaluation uses: the average where there is one, else the trained one."""
+        return self.net if self.ema is None else self.ema.module
+
+    # Training
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        optimizer = self.make_optimizer(parameter_groups(self.net, self.decay_norm_and_bias))
+        for group in optimizer.param_groups:
+            group["lr"] *= self._lr_scale()
+        total_steps = self.trainer.estimated_stepping_batches
+        if math.isinf(total_steps):
+            raise UserError("the schedule needs an end: set trainer.max_epochs or trainer.max_steps")
+        per_epoch = self.trainer.num_training_batches / self.trainer.accumulate_grad_batches
+        scheduler = self.schedule.scheduler(optimizer, int(total_steps), per_epoch)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _lr_scale(self) -> float:
+        if self.lr_reference_batch is None:
+            return 1.0
+        batch_size = getattr(self.trainer.datamodule, "batch_size", None)  # type: ignore[attr-defined]
+        if batch_size is None:
+            raise UserError("model.lr_reference_batch needs a datamodule with a batch_size, such as ImageData")
+        return batch_size / self.lr_reference_batch
+
+    def on_train_start(self) -> None:
+        self._window = self._window.to(self.device)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        # No random state is carried from step to step, so none has to be saved to resume exactly.
+        torch.manual_seed(step_seed(self.seed, self.trainer.fit_loop.epoch_loop.total_batch_idx, self.global_rank))
+        images, labels = batch[0], batch[1]
+        logits = self.net(images)
+        loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+        with torch.no_grad():
+            correct = (logits.argmax(1) == labels).sum()
+            self._window += torch.stack([loss.detach() * len(images), correct])
+        self._window_images += len(images)
+        return loss
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        step = self.trainer.global_step + 1  # counts this one
+        if self.ema is not None:
+            self.ema.update(self.net, step)
+        if step % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            self._record_window(step)
+        elif step % CHECK_FINITE_EVERY == 0:
+            self._check_finite(float(self._window[0]), step)
+
+    def _record_window(self, step: int) -> None:
+        """Logs the means over the steps since the last call: the one device sync of `log_every_n_steps` steps."""
+        lr = self.optimizers().param_groups[0]["lr"]  # type: ignore[union-attr]
+        count = torch.tensor([float(self._window_images)], device=self.device)
+        sums = self.trainer.strategy.reduce(torch.cat([self._window, count]), reduce_op="sum")
+        loss, correct, images = sums.tolist()
+        self._check_finite(loss, step)
+        self._send({"train/loss": loss / images, "train/acc": correct / images, "lr": lr}, step)
+        self._unsent = True
+        self._window.zero_()
+        self._window_images = 0
+
+    def _check_finite(self, loss: float, step: int) -> None:
+        if not math.isfinite(loss):
+            raise Diverged(f"the training loss is {loss} at step {step}: lower the learning rate, warm up longer, or clip gradients")
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if self._unsent:  # for monitors and progress bars; loggers have it already
+            values = {name: self.latest[name] for name in ("train/loss", "train/acc", "lr")}
+            self.log_dict(values, logger=False, prog_bar=True)
+            self._unsent = False
+
+    def _send(self, metrics: dict[str, float], step: int) -> None:
+        self.latest.update(metrics)
+        for logger in self.loggers:
+            logger.log_metrics({**metrics, "epoch": self.current_epoch}, step=step)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        count = torch.tensor([float(self._window_images)], device=self.device)
+        window = torch.cat([self._window.to(self.device), count])
+        checkpoint["window"] = self.trainer.strategy.reduce(window, reduce_op="sum").tolist()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        window = checkpoint.get("window", [0.0, 0.0, 0.0])
+        if self.global_rank == 0:  # the sums over all ranks go on here
+            self._window, self._window_images = torch.tensor(window[:2]), int(window[2])
+
+    # Evaluation
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self.val_metrics.update(self(batch[0]), batch[1])
+
+    def on_validation_epoch_end(self) -> None:
+        self._close(self.val_metrics)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        logits = self(batch[0])
+        self.test_metrics.update(logits, batch[1])
+        if len(batch) > 2:  # our own batches carry the images' indices; other loaders' need not
+            self._test_outputs.append(_outcomes(logits, batch[1], batch[2]))
+
+    def on_test_epoch_end(self) -> None:
+        self._close(self.test_metrics)
+        if self._test_outputs:
+            self.predictions = _by_index(self.all_gather(torch.cat(self._test_outputs)))
+            self._test_outputs = []
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The classes' probabilities (N, num_classes) in float32."""
+        return self(batch[0]).float().softmax(1)
+
+    def _close(self, metrics: MetricCollection) -> None:
+        values = {name: float(value) for name, value in metrics.compute().items()}
+        metrics.reset()
+        self.log_dict(values, logger=False)
+        if not self.trainer.sanity_checking:
+            self._send(values, self.trainer.global_step)
+
+
+OUTCOMES = ("index", "label", "prediction", "confidence", "correct_probability")
+
+
+def _outcomes(logits: Tensor, labels: Tensor, indices: Tensor) -> Tensor:
+    """(N, 5) in float64, which holds every index exactly: the columns of OUTCOMES."""
+    probabilities = logits.double().softmax(1)
+    confidence, prediction = probabilities.max(1)
+    correct = probabilities.gather(1, labels.clamp(min=0)[:, None])[:, 0]
+    return torch.stack([indices.double(), labels.double(), prediction.double(), confidence, correct], dim=1)
+
+
+def _by_index(outcomes: Tensor) -> dict[str, Tensor]:
+    """Drops the padding, sorts by index, and gives each column its name and type; on the CPU."""
+    rows = outcomes.reshape(-1, len(OUTCOMES)).cpu()  # (ranks, N, 5) -> (ranks · N, 5)
+    rows = rows[rows[:, 0] >= 0]
+    rows = rows[rows[:, 0].argsort()]
+    columns = dict(zip(OUTCOMES, rows.unbind(1), strict=True))
+    return {name: c.long() if name in OUTCOMES[:3] else c.float() for name, c in columns.items()}

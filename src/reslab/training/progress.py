@@ -1,0 +1,117 @@
+"""What a person sees of a training: a bar on a terminal, a line an epoch in a file; and its throughput."""
+
+import sys
+import time
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+SHOWN = ("train/loss", "train/acc", "val/loss", "val/acc")
+
+
+class ProgressReport(Callback):
+    """Shows loss, accuracy, images/s and the time left, from values that are on the host already.
+
+    Also measures the training's throughput (validation and checkpoints left out), which it logs as
+    `images_per_second` and keeps in `images` and `seconds` for the run's manifest.
+    """
+
+    def __init__(self) -> None:
+        self.images, self.seconds = 0, 0.0
+        self._console = Console(file=sys.stdout)
+        self._bar: Progress | None = None
+        self._mark = (0.0, 0)  # when the current stretch of training began, and images seen by then
+        self._logged = (0.0, 0)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"images": self.images, "seconds": self.seconds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.images, self.seconds = state_dict["images"], state_dict["seconds"]
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._began = time.monotonic()
+        self._first_step = trainer.global_step
+        self._resume_clock()
+        self._logged = (self.seconds, self.images)
+        if trainer.is_global_zero and self._console.is_terminal:
+            self._bar = Progress(
+                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+                TextColumn("{task.fields[values]}"), console=self._console,
+            )  # fmt: skip
+            self._task = self._bar.add_task(
+                "training", total=trainer.estimated_stepping_batches, completed=trainer.global_step, values=""
+            )
+            self._bar.start()
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.images += len(batch[1]) * trainer.world_size
+        step = trainer.global_step
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if step % every == 0 and (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+            self._log_speed(trainer, step)
+            self._refresh(pl_module)
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._stop_clock()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._resume_clock()
+        self._refresh(pl_module)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero and self._bar is None:
+            done, total = trainer.current_epoch + 1, trainer.max_epochs
+            print(f"epoch {done}/{total}  {self._values(pl_module)}  left {self._time_left(trainer)}", flush=True)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._stop_clock()
+        self._close_bar()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._close_bar()
+
+    def images_per_second(self) -> float | None:
+        """Training images a second over the whole run so far; None before the first."""
+        return self.images / self.seconds if self.seconds > 0 else None
+
+    def _resume_clock(self) -> None:
+        self._mark = (time.monotonic(), self.images)
+
+    def _stop_clock(self) -> None:
+        now = time.monotonic()
+        self.seconds += now - self._mark[0]
+        self._mark = (now, self.images)
+
+    def _log_speed(self, trainer: Trainer, step: int) -> None:
+        self._stop_clock()
+        seconds, images = self.seconds - self._logged[0], self.images - self._logged[1]
+        self._logged = (self.seconds, self.images)
+        metrics = {"images_per_second": images / max(seconds, 1e-9), "epoch": trainer.current_epoch}
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=step)
+
+    def _close_bar(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def _refresh(self, pl_module: LightningModule) -> None:
+        if self._bar is not None:
+            self._bar.update(self._task, values=self._values(pl_module))
+
+    def _values(self, pl_module: LightningModule) -> str:
+        latest: dict[str, float] = getattr(pl_module, "latest", {})  # host values: no sync
+        shown = [f"{name} {latest[name]:.4f}" for name in SHOWN if name in latest]
+        speed = self.images_per_second()
+        return "  ".join([*shown, f"{speed:,.0f} images/s"] if speed else shown)
+
+    def _time_left(self, trainer: Trainer) -> str:
+        done = trainer.global_step - self._first_step
+        left = trainer.estimated_stepping_batches - trainer.global_step
+        seconds = (time.monotonic() - self._began) * left / max(done, 1)
+        return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
