@@ -1,25 +1,24 @@
 """The typed configuration of a run: LightningCLI's, with an allowlist and messages that name the mistake."""
 
-import difflib
 import hashlib
 import re
-import textwrap
 from argparse import ArgumentError
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch import seed_everything
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
+from reslab.config_errors import explain, located
 from reslab.data import ImageData
 from reslab.errors import UserError
 from reslab.training import Classifier
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+BASE = CONFIGS / "base.yaml"
 
 # What a config file may name. Everything else is refused before it is imported: importing runs code.
 ALLOWED = [
@@ -64,15 +63,16 @@ class RunOptions:
 
     def __post_init__(self) -> None:
         if self.checkpoint_every_minutes <= 0:
-            raise ValueError("run.checkpoint_every_minutes must be more than 0")
+            raise ValueError(f"checkpoint_every_minutes must be more than 0, not {self.checkpoint_every_minutes}")
         if not re.fullmatch(r"[\w.=+-]+", self.name):
-            raise ValueError(f"run.name is a folder's name, of letters, digits and _ . = + -, not {self.name!r}")
+            raise ValueError(f"name is a folder's name, of letters, digits and _ . = + -, not {self.name!r}")
 
 
 class Experiment(LightningCLI):
     """Parses a run's configuration; builds data, model and trainer only when asked (`build`)."""
 
     def __init__(self, args: list[str]) -> None:
+        self._args = args
         super().__init__(
             Classifier,
             ImageData,
@@ -87,7 +87,7 @@ class Experiment(LightningCLI):
                 "description": "Trains and tests one run.",
                 "exit_on_error": False,
                 "allow_abbrev": False,  # otherwise --trainer.max_epoch trains
-                "default_config_files": [str(CONFIGS / "base.yaml")],
+                "default_config_files": [str(BASE)],
             },
         )
 
@@ -102,7 +102,11 @@ class Experiment(LightningCLI):
         try:
             self.config = parser.parse_args(args)
         except ArgumentError as error:
-            raise UserError(explain(str(error), parser, args)) from error
+            raise UserError(explain(str(error), self._keys(), args, BASE)) from error
+
+    def _keys(self) -> list[str]:
+        config = getattr(self, "config", None) or self.parser.get_defaults(skip_validation=True)
+        return [key for key, _ in config.items()]
 
     def _set_seed(self) -> None:
         """The seed is set by `build`."""
@@ -129,8 +133,8 @@ class Experiment(LightningCLI):
         seed_everything(int(self.config.seed_everything), workers=True, verbose=False)
         try:
             built = self.parser.instantiate_classes(self.config)
-        except ValueError as error:  # a check at construction, with the fix in its message
-            raise UserError(str(error)) from error
+        except (ValueError, UserError) as error:  # a check at construction, with the fix in its message
+            raise UserError(located(str(error), self._keys(), self._args, BASE)) from error
         settings = dict(built.trainer)
         for name in ("callbacks", "logger", "plugins"):
             settings[name] = _as_list(settings[name])
@@ -142,6 +146,3 @@ def _as_list(value: Any) -> list[Any]:
         return []
     return list(value) if isinstance(value, list) else [value]
 
-
-def explain(message: str, parser: Any, args: Any) -> str:
-    return message

@@ -12,7 +12,7 @@ import numpy as np
 import yaml
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_only
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save
 
 from reslab.config import Experiment
 from reslab.data import ImageData
@@ -35,12 +35,13 @@ NOT_IDENTITY = ("run.dir", "data.root", "data.download")
 def fit(argv: list[str]) -> int:
     """`reslab fit`: starts a run, or continues the unfinished one in --run.dir; returns the exit status."""
     experiment = Experiment(argv)
+    built = experiment.build()  # first: a value that is refused at construction leaves no folder behind
     folder = RunFolder(experiment.run_dir())
     if rank_zero_only.rank != 0:
-        return Run(experiment, folder, argv).execute()
+        return Run(experiment, folder, argv).execute(*built)
     folder.probe()
     with folder.lock():
-        return Run(experiment, folder, argv).execute()
+        return Run(experiment, folder, argv).execute(*built)
 
 
 class Run:
@@ -59,12 +60,12 @@ class Run:
         self._began = time.monotonic()
         self.writes = rank_zero_only.rank == 0  # one process keeps the folder
 
-    def execute(self) -> int:
+    def execute(self, data: ImageData, model: Classifier, settings: dict[str, Any]) -> int:
         """Trains and tests; whatever happens, the manifest says how it ended."""
         if not self._open():
             return EXIT["complete"]
         try:
-            self._train_and_test()
+            self._train_and_test(data, model, settings)
         except Preempted as stop:
             return self._close("preempted", str(stop))
         except Diverged as error:
@@ -104,16 +105,16 @@ class Run:
 
     def _new_manifest(self, config: str) -> dict[str, Any]:
         git = manifests.git_state(Path(__file__).parent)
-        if git and self.writes and git["diff"]:
-            write_text(self.folder.path / "uncommitted.diff", git["diff"])
-        if git:
-            git["diff"] = "uncommitted.diff" if git["diff"] else None
+        if git and git["diff"]:
+            if self.writes:
+                write_text(self.folder.path / "uncommitted.diff", git["diff"])
+            git["diff"] = "uncommitted.diff"
         return {
             "status": "running",
             "id": f"{self.options.name}-{self.folder.path.name}",
             "name": self.options.name,
             "seed": self.experiment.config.seed_everything,
-            "command": manifests.command(self.argv),
+            "command": manifests.command(["fit", *self.argv]),
             "config_sha256": manifests.config_sha256(config),
             "rule": self.options.rule,
             "git": git,
@@ -147,7 +148,7 @@ class Run:
 
     # The work
 
-    def _train_and_test(self) -> None:
+    def _train_and_test(self, data: ImageData, model: Classifier, settings: dict[str, Any]) -> None:
         checkpoint, messages = resume_point(self.folder.checkpoints)
         for message in messages:
             print(message)
@@ -157,7 +158,6 @@ class Run:
             self.manifest["attempts"][-1]["from_step"] = step
         if self.writes:
             cut(self.folder.metrics, step if checkpoint else 0)
-        data, model, settings = self.experiment.build()
         progress = ProgressReport()
         saver = Checkpoints(
             self.folder.checkpoints,
@@ -173,7 +173,7 @@ class Run:
         settings["default_root_dir"] = str(self.folder.path)
         trainer = Trainer(**settings)
         data.prepare_data()
-        self._write(data=data.fingerprint())
+        self._write(data={**data.fingerprint(), "class_names": data.class_names})
         trainer.fit(model, datamodule=data, ckpt_path=str(checkpoint) if checkpoint else None)
         self.manifest["samples_per_second"] = progress.images_per_second()
         self._test(trainer, model, data, saver)
@@ -193,10 +193,12 @@ class Run:
             return
         weights = {k: v.detach().cpu().contiguous() for k, v in model.evaluated_net().state_dict().items()}
         with replacing(self.folder.weights) as part:
-            save_file(weights, part)
+            part.write_bytes(save(weights))
         with replacing(self.folder.predictions) as part, part.open("wb") as file:
             np.savez_compressed(file, **{name: column.numpy() for name, column in model.predictions.items()})
-        self._write(results=results, weights_sha256=weights_sha256(weights))
+        kind = "EMA" if model.ema is not None else "trained weights"
+        which = "the last epoch" if self.options.rule == "final" else f"the epoch with the best {self.options.monitor}"
+        self._write(results=results, weights_sha256=weights_sha256(weights), tested_weights=f"{kind}, {which}")
 
     def _draw(self, data: ImageData) -> None:
         """Figures and report; should they fail, the run is complete all the same."""
@@ -230,26 +232,3 @@ def _flat(config: Any, prefix: str = "") -> dict[str, Any]:
         flat.update(_flat(value, f"{prefix}.{key}" if prefix else str(key)))
     return flat
 
-
-# Using a finished run
-
-
-def evaluate(run: str, split: str, overrides: list[str]) -> int:
-    """`reslab validate RUN` and `reslab test RUN`: evaluates the run's weights; writes nothing."""
-    folder, data, model, settings = load_run(run, overrides)
-    trainer = Trainer(**settings)
-    (trainer.test if split == "test" else trainer.validate)(model, datamodule=data, verbose=False)
-    for name, value in model.latest.items():
-        print(f"{name} {value:.6f}")
-    return 0
-
-
-def load_run(run: str, overrides: list[str]) -> tuple[RunFolder, ImageData, Classifier, dict[str, Any]]:
-    """A finished run's data, its model with the weights that were tested, and settings of a trainer that writes nothing."""
-    folder = RunFolder.existing(run)
-    if not folder.weights.exists():
-        raise UserError(f"{run} has no {folder.weights.name}: its status is {manifests.read(folder.manifest)['status']}")
-    args = ["--config", str(folder.config), "--model.ema_decay", "null", "--model.weights", "null", "--model.compile", "false"]
-    data, model, settings = Experiment([*args, *overrides]).build()
-    model.net.load_state_dict(load_file(folder.weights))
-    return folder, data, model, {**settings, "logger": False, "callbacks": []}

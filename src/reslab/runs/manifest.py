@@ -62,18 +62,15 @@ def git_state(folder: Path) -> dict[str, Any] | None:
     """The commit that the code is at and its uncommitted changes (`diff`, to be kept in a file); None outside git."""
 
     def git(*args: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(folder), *args], capture_output=True, text=True, check=True
-        ).stdout
+        return subprocess.run(["git", "-C", str(folder), *args], capture_output=True, text=True, check=True).stdout
 
     try:
-        sha = git("rev-parse", "HEAD").strip()
-        # Untracked files count: with intent-to-add in a scratch index they are in the diff, and the index stays.
-        diff = git("diff", "HEAD", "--binary")
-        untracked = git("ls-files", "--others", "--exclude-standard").split()
+        folder = Path(git("rev-parse", "--show-toplevel").strip())
+        sha, diff = git("rev-parse", "HEAD").strip(), git("diff", "HEAD", "--binary")
+        untracked = git("ls-files", "--others", "--exclude-standard").splitlines()
     except (OSError, subprocess.CalledProcessError):
         return None
-    return {"sha": sha, "dirty": bool(diff or untracked), "untracked": untracked[:100], "diff": diff}
+    return {"sha": sha, "dirty": bool(diff or untracked), "untracked": untracked[:100], "diff": diff or None}
 
 
 def environment() -> dict[str, Any]:

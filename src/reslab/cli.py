@@ -1,0 +1,140 @@
+"""The command line. torch and lightning are imported by the commands that need them, when they run."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from reslab.errors import UserError
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit status: 0 done, 2 wrong usage or config, 75 preempted, 1 anything else."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if argv[:1] == ["fit"]:  # its options are LightningCLI's
+            _quiet()
+            from reslab.experiment import fit
+
+            return fit(argv[1:])
+        args, rest = _parser().parse_known_args(argv)
+        if rest and not args.takes_config:
+            raise UserError(f"unrecognized arguments: {' '.join(rest)} (see `reslab {args.command} --help`)")
+        _quiet()
+        return args.run(args, rest) or 0
+    except UserError as error:
+        print(f"reslab: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # `reslab list | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _quiet() -> None:
+    """Leaves out what the libraries say at every start; warnings that tell something stay."""
+    import logging
+    import warnings
+
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in (r".*isinstance\(treespec, LeafSpec\).*", r".*does not have many workers.*", r".*You're resuming from a checkpoint.*",
+                    r".*smaller than the logging interval.*", r".*is intended to run from within Python.*"):  # fmt: skip
+        warnings.filterwarnings("ignore", message)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="reslab",
+        description="ResNet experiments that others can reproduce.",
+        epilog="Start with: reslab fit --config configs/experiment/digits.yaml",
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, run, help: str, takes_config: bool = False) -> argparse.ArgumentParser:  # type: ignore[no-untyped-def]
+        command = commands.add_parser(name, help=help, description=help, allow_abbrev=False)
+        command.set_defaults(run=run, takes_config=takes_config)
+        return command
+
+    add("fit", None, "train and test a run: --config FILE … [--run.dir DIR] [--KEY VALUE …]; all keys: fit --help")
+    for split in ("validate", "test"):
+        command = add(split, _evaluate, f"{split} a finished run's weights: RUN [--data.root DIR]", takes_config=True)
+        command.add_argument("folder", metavar="RUN", help="a run folder")
+    command = add("predict", _predict, "classify a folder of images with a run's weights", takes_config=True)
+    command.add_argument("folder", metavar="RUN", help="a run folder")
+    command.add_argument("--images", required=True, metavar="DIR", help="image files, in any folders below DIR")
+    command.add_argument("--out", required=True, metavar="FILE.csv", help="a row an image: prediction, probability")
+    command.add_argument("--all", action="store_true", help="a column for the probability of every class, too")
+    command = add("list", _list, "list models, data sets, experiments or ablation studies")
+    command.add_argument("what", nargs="?", choices=[*LISTS, "models"], help="one of them; all by default")
+    command = add("summary", _summary, "a model's layers: shapes, parameters, FLOPs")
+    command.add_argument("model", help="a name of `reslab list models`")
+    command.add_argument("--input", default="3,224,224", type=_shape, metavar="C,H,W", help="default 3,224,224")
+    command.add_argument("--classes", default=1000, type=int, metavar="N", help="default 1000")
+    add("doctor", _doctor, "check the machine, and the data of an experiment: [--config FILE …]", takes_config=True)
+    command = add("preview", _preview, "draw an experiment's learning rate or augmented images", takes_config=True)
+    command.add_argument("what", choices=["lr", "augment"])
+    command.add_argument("--out", metavar="FILE.png", help="default preview-WHAT.png")
+    return parser
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected C,H,W such as 3,224,224, not {text!r}") from None
+
+
+LISTS = {"data": "data", "experiments": "experiment", "recipes": "recipe", "ablations": "ablation"}
+
+
+def _list(args: argparse.Namespace, rest: list[str]) -> None:
+    from reslab.models.zoo import list_models
+
+    for what in [args.what] if args.what else ["models", *LISTS]:
+        if args.what is None:
+            print(f"{what}:")
+        for line in list_models() if what == "models" else _config_lines(LISTS[what]):
+            print(f"  {line}" if args.what is None else line)
+
+
+def _config_lines(folder: str) -> list[str]:
+    """A line a config file: its name and the first line of its header."""
+    files = sorted((CONFIGS / folder).glob("*.yaml"))
+    width = max((len(file.stem) for file in files), default=0)
+    headers = [file.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ") for file in files]
+    return [f"{file.stem:<{width}}  {header}" for file, header in zip(files, headers, strict=True)]
+
+
+def _summary(args: argparse.Namespace, rest: list[str]) -> None:
+    from reslab.models import create_model, summarize
+
+    net = create_model(args.model, num_classes=args.classes, in_channels=args.input[0])
+    print(summarize(net, args.input))
+
+
+def _evaluate(args: argparse.Namespace, rest: list[str]) -> None:
+    from reslab.inference import evaluate
+
+    evaluate(args.folder, args.command, rest)
+
+
+def _predict(args: argparse.Namespace, rest: list[str]) -> None:
+    from reslab.inference import predict
+
+    predict(args.folder, Path(args.images), Path(args.out), args.all, rest)
+
+
+def _doctor(args: argparse.Namespace, rest: list[str]) -> int:
+    from reslab.doctor import examine
+
+    return examine(rest)
+
+
+def _preview(args: argparse.Namespace, rest: list[str]) -> None:
+    from reslab.preview import preview
+
+    preview(args.what, Path(args.out or f"preview-{args.what}.png"), rest)

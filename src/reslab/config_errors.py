@@ -1,0 +1,173 @@
+"""jsonargparse's errors, said in one message: the key, where it stands, and the nearest valid names."""
+
+import difflib
+import importlib
+import inspect
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+# Where the short class names of config files come from.
+NAMESPACES = ("reslab.models", "reslab.data", "reslab.training", "torch.optim", "lightning.pytorch.callbacks", "lightning.pytorch.loggers")
+
+
+def explain(message: str, known_keys: Sequence[str], args: Sequence[str], base: Path) -> str:
+    """What is wrong, where, and what was probably meant.
+
+    Args:
+        message: jsonargparse's.
+        known_keys: Every dotted key of the configuration.
+        args: The command line, which names the config files.
+        base: The config file that is read before all others.
+    """
+    if broken := _syntax_error(args, base):
+        return broken
+    if "import path denylist" in message:
+        name = _first(r"Importing '([^']+)'", message)
+        reason, key, near = f"{name!r} is not on the list of what a config may name", _key(message), []
+        reason += ": reslab, torch.optim, and lightning's callbacks, loggers, strategies, profilers and plugins"
+    elif (key := _unknown_key(message)) is not None:
+        reason, near = "no such key", _nearest(key, [*known_keys, *_class_keys(key, message)])
+    elif (name := _first(r"Expected a dot import path string: (\S+)", message) or _first(r"has no attribute '(\w+)'", message)) is not None:
+        reason, key, near = f"no class {name!r}", _key(message), difflib.get_close_matches(name, _class_names(), 3, 0.5)
+    else:
+        reason, key, near = *_wrong_value(message), _nearest_choices(message)
+    lines = [f"{key}: {reason}" if key else reason]
+    if key and (places := list(_places(key, args, base))):
+        lines.append(f"  stands in: {places[-1]}")
+    if near:
+        lines.append(f"  nearest: {', '.join(near)}")
+    return "\n".join(lines)
+
+
+def key_in(message: str, known_keys: Sequence[str]) -> str | None:
+    """The config key that a constructor's message speaks of by its last name, if it speaks of one."""
+    words = set(re.findall(r"[\w.]+", message))
+    named = [key for key in known_keys if key in words or key.rpartition(".")[2] in words]
+    return max(named, key=lambda key: (key in words, len(key.rpartition(".")[2])), default=None)
+
+
+def located(message: str, known_keys: Sequence[str], args: Sequence[str], base: Path) -> str:
+    """A constructor's message with the key it speaks of, and the file and line where that stands."""
+    key = key_in(message, known_keys)
+    places = list(_places(key, args, base)) if key else []
+    return "\n".join([f"{key}: {message}" if key else message, *(f"  stands in: {p}" for p in places[-1:])])
+
+
+def _first(pattern: str, text: str) -> str | None:
+    match = re.search(pattern, text)
+    return match.group(1) if match else None
+
+
+def _key(message: str) -> str:
+    """The dotted key that the message is about: nested messages each name a part of it."""
+    parts = re.findall(r'Parser key "([^"]+)"', message)
+    return ".init_args.".join(parts)
+
+
+def _unknown_key(message: str) -> str | None:
+    if name := _first(r"unrecognized arguments: (?:--)?([^\s=]+)", message):
+        return name
+    if match := re.search(r"Group '([^']+)' does not accept option '([^']+)'", message):
+        return f"{match.group(1)}.{match.group(2)}"
+    if name := _first(r"Option '([^']+)' is not accepted", message):
+        return f"{_key(message)}.init_args.{name}" if _key(message) else name
+    return None
+
+
+def _class_keys(key: str, message: str) -> list[str]:
+    """The keys that the class named in the message takes."""
+    path = _first(r"class_path[= ]'([\w.]+)'", message)
+    if path is None:
+        return []
+    module, _, name = path.rpartition(".")
+    taken = inspect.signature(getattr(importlib.import_module(module), name)).parameters
+    return [f"{key.rpartition('.')[0]}.{p}" for p in taken if p not in ("self", "params", "args", "kwargs")]
+
+
+def _nearest(key: str, known: Sequence[str]) -> list[str]:
+    """The known keys of the same group with the likeliest last name; failing that, the likeliest whole key."""
+    group, _, name = key.rpartition(".")
+    names = [k.rpartition(".")[2] for k in known if k.rpartition(".")[0] == group]
+    near = difflib.get_close_matches(name, names, 3, 0.5)
+    return [f"{group}.{n}" if group else n for n in near] or difflib.get_close_matches(key, known, 3, 0.6)
+
+
+def _class_names() -> list[str]:
+    names: set[str] = set()
+    for namespace in NAMESPACES:
+        module = importlib.import_module(namespace)
+        names |= {n for n in getattr(module, "__all__", dir(module)) if n[:1].isupper()}
+    return sorted(names)
+
+
+def _wrong_value(message: str) -> tuple[str, str]:
+    """What was expected and what was given; the key."""
+    expected = dict.fromkeys(re.findall(r"Expected an? (.+?)(?:\. Got value|$)", message, re.MULTILINE))
+    plain = [re.sub(r"<class '([\w.]+)'>|typing\.Literal", lambda m: m.group(1) or "one of ", e) for e in expected]
+    given = _first(r"(?:Got value|Given value): (.+)", message)
+    if not plain:
+        return " ".join(re.sub(r'Parser key "[^"]+":', "", message).split()), _key(message)
+    wanted = " or ".join(plain).replace("NoneType", "null")
+    return f"expected {wanted}" + (f", not {given}" if given else ""), _key(message)
+
+
+def _nearest_choices(message: str) -> list[str]:
+    choices = re.findall(r"'([^']+)'", " ".join(re.findall(r"Literal\[([^\]]+)\]", message)))
+    given = _first(r"(?:Got value|Given value): (.+)", message)
+    return difflib.get_close_matches(given, list(dict.fromkeys(choices)), 3, 0.5) if given else []
+
+
+def _files(args: Sequence[str], base: Path) -> list[Path]:
+    """The config files of a command line, in the order in which they are read."""
+    flags = ("--config", "-c")
+    apart = [args[i + 1] for i, arg in enumerate(args[:-1]) if arg in flags]
+    joined = [arg.partition("=")[2] for arg in args if arg.startswith(("--config=", "-c="))]
+    return [base, *map(Path, apart + joined)]
+
+
+def _syntax_error(args: Sequence[str], base: Path) -> str | None:
+    for path in _files(args, base):
+        try:
+            yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+        except OSError as error:
+            return f"cannot read the config file {path}: {error.strerror}"
+        except yaml.YAMLError as error:
+            return f"{path} is not YAML: " + " ".join(str(error).replace('"<unicode string>", ', "").split())
+    return None
+
+
+def _places(key: str, args: Sequence[str], base: Path) -> Iterator[str]:
+    """Where the key is given, in the order in which it is read: files (with their lines), then the command line."""
+    wanted = [part for part in key.split(".") if part != "init_args"]
+    for path in _files(args, base):
+        yield from _lines(path, wanted)
+    options = [arg.partition("=")[0].lstrip("-").removesuffix(".class_path") for arg in args]
+    if any(option.replace("init_args.", "") == ".".join(wanted) for option in options):
+        yield "the command line"
+
+
+def _lines(path: Path, wanted: list[str]) -> Iterator[str]:
+    try:
+        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    except (OSError, yaml.YAMLError):
+        return
+    yield from _walk(root, wanted, path)
+
+
+def _walk(node: Any, wanted: list[str], path: Path) -> Iterator[str]:
+    """Follows the key down one file, and into the leaves that it names by path."""
+    if isinstance(node, yaml.ScalarNode) and str(node.value).endswith((".yaml", ".yml")):
+        yield from _lines(path.parent / node.value, wanted)
+    if not isinstance(node, yaml.MappingNode):
+        return
+    for name, value in node.value:
+        if name.value == "init_args":
+            yield from _walk(value, wanted, path)
+        elif name.value == wanted[0] and len(wanted) == 1:
+            yield f"{path}, line {name.start_mark.line + 1}"
+        elif name.value == wanted[0]:
+            yield from _walk(value, wanted[1:], path)
