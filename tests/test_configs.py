@@ -1,0 +1,283 @@
+"""Every config file loads; a mistake in one is answered with its key, its file and the nearest valid name."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from reslab.config import Experiment
+from reslab.errors import UserError
+from reslab.training import MultiStep
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+DIGITS = CONFIGS / "experiment" / "digits.yaml"
+EXPERIMENTS = sorted((CONFIGS / "experiment").glob("*.yaml"))
+OVERLAYS = sorted(f for folder in ("recipe", "trainer", "logger") for f in (CONFIGS / folder).glob("*.yaml"))
+LEAVES = sorted(f for folder in ("net", "data") for f in (CONFIGS / folder).glob("*.yaml"))
+
+
+def named(paths: list[Path]) -> list:
+    return [pytest.param(path, id=f"{path.parent.name}/{path.stem}") for path in paths]
+
+
+def parse(*configs: Path, options: list[str] | None = None) -> Experiment:
+    return Experiment([*(arg for path in configs for arg in ("--config", str(path))), *(options or [])])
+
+
+# What ships
+
+
+def test_no_config_file_is_forgotten() -> None:
+    tested = {"experiment", "recipe", "trainer", "logger", "net", "data", "ablation", "sweep"}
+    assert {path.name for path in CONFIGS.iterdir()} <= tested | {"base.yaml"}
+    assert len(EXPERIMENTS) >= 13 and len(OVERLAYS) >= 12
+
+
+@pytest.mark.parametrize("path", named(EXPERIMENTS))
+def test_experiment_parses_and_is_named_after_its_file(path: Path) -> None:
+    config = parse(path).config
+    assert config.run.name == path.stem
+    assert config.trainer.max_epochs or config.trainer.max_steps, "no end of training"
+
+
+@pytest.mark.parametrize("path", [p for p in named(EXPERIMENTS) if "imagenet_" not in str(p.id)])
+def test_experiment_builds_data_model_and_trainer_settings(path: Path) -> None:
+    with torch.device("meta"):  # shapes without the arithmetic
+        data, model, settings = parse(path).build()
+        logits = model.eval()(torch.zeros(2, *data.image_shape))
+    assert model.net.num_classes == data.num_classes
+    assert model.net.in_channels == data.channels
+    assert settings["callbacks"] == []
+    assert logits.shape == (2, data.num_classes)
+
+
+def test_imagenet_takes_its_classes_from_the_folders(tmp_path: Path) -> None:
+    for wnid in ("n01440764", "n02102040", "n03000684"):
+        (tmp_path / "imagenet" / "train" / wnid).mkdir(parents=True)
+    path = CONFIGS / "experiment" / "imagenet_resnet18.yaml"
+    data, model, _ = parse(path, options=["--data.root", str(tmp_path)]).build()
+    assert data.num_classes == model.net.num_classes == 3
+
+
+@pytest.mark.parametrize("path", named(EXPERIMENTS))
+def test_header_states_command_hardware_time_and_result(path: Path) -> None:
+    header = path.read_text(encoding="utf-8").partition("\nrun:")[0]
+    assert all(line.startswith("#") for line in header.splitlines())
+    assert f"reslab fit --config configs/experiment/{path.name}" in header
+    assert "Hardware:" in header and "Time:" in header
+    measured = r"0\.\d+ ± 0?\.\d+ \(\d+ seeds"
+    published = r"not yet measured\. Published: "
+    assert re.search(rf"Expected test/acc: ({measured}|{published})", header)
+
+
+@pytest.mark.parametrize("path", named(OVERLAYS))
+def test_overlay_stacks_on_an_experiment(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert text.startswith("# "), "an overlay says in its first line what it is for"
+    assert parse(DIGITS, path).config.run.name == "digits"
+
+
+@pytest.mark.parametrize("path", named([*EXPERIMENTS, *OVERLAYS, CONFIGS / "base.yaml"]))
+def test_no_config_inside_a_config(path: Path) -> None:
+    # jsonargparse would let it replace whole groups without a word.
+    assert "config" not in yaml.safe_load(path.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("path", named(LEAVES))
+def test_leaf_takes_its_place_in_an_experiment(path: Path) -> None:
+    assert path.read_text(encoding="utf-8").startswith("# ")
+    key = {"net": "model.net", "data": "data.dataset"}[path.parent.name]
+    config = parse(DIGITS, options=[f"--{key}={path}"]).config
+    assert config[key].class_path == yaml.safe_load(path.read_text(encoding="utf-8"))["class_path"]
+
+
+@pytest.mark.parametrize("depth", [20, 32, 44, 56, 110])
+def test_he_recipe_is_the_papers(depth: int) -> None:
+    config = parse(CONFIGS / "experiment" / f"cifar10_resnet{depth}.yaml").config
+    sgd, schedule = config.model.optimizer.init_args, config.model.schedule.init_args
+    assert (config.trainer.max_steps, config.data.batch_size, config.data.val_split) == (64_000, 128, 5000)
+    assert (sgd.lr, sgd.momentum, sgd.nesterov, sgd.weight_decay) == (0.1, 0.9, False, 1e-4)
+    assert (schedule.milestones, schedule.gamma) == ([0.5, 0.75], 0.1)
+    assert config.model.decay_norm_and_bias and config.model.net.init_args.shortcut == "A"
+    assert (config.data.augment.crop_padding, config.data.augment.flip) == (4, "random")
+
+
+PUBLISHED_EPOCHS = {
+    "cifar100_resnet18": [60, 120, 160],
+    "cifar100_resnet50": [60, 120, 160],
+    "imagenet_resnet18": [30, 60],
+    "imagenet_resnet50": [30, 60],
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED_EPOCHS)
+def test_rate_falls_at_the_published_epochs(name: str) -> None:
+    config = parse(CONFIGS / "experiment" / f"{name}.yaml").config
+    schedule, an_epoch = MultiStep(**config.model.schedule.init_args.as_dict()), 5004
+    total = config.trainer.max_epochs * an_epoch
+    for drops, epoch in enumerate(PUBLISHED_EPOCHS[name]):
+        step = epoch * an_epoch
+        assert schedule.factor(step - 1, total, an_epoch) == schedule.gamma**drops
+        assert schedule.factor(step, total, an_epoch) == schedule.gamma ** (drops + 1)
+
+
+# What a user gets wrong
+
+
+def refusal(folder: Path, text: str, *options: str) -> str:
+    """The answer to the demonstration with the config `text` stacked on it."""
+    (folder / "mine.yaml").write_text(text, encoding="utf-8")
+    with pytest.raises(UserError) as caught:
+        parse(DIGITS, folder / "mine.yaml", options=list(options)).build()
+    message = str(caught.value)
+    assert len(message.splitlines()) <= 5 and len(message) <= 600
+    assert "mine.yaml" in message
+    return message
+
+
+def words(message: str) -> set[str]:
+    """The dotted names in a message, whole, and their last parts."""
+    names = re.findall(r"[\w.]*\w", message)
+    return {*names, *(name.rpartition(".")[2] for name in names)}
+
+
+UNKNOWN_KEYS = [
+    ("trainr: {max_epochs: 3}", "trainr", "trainer.max_epochs"),
+    ("trainer: {max_epoch: 3}", "trainer.max_epoch", "trainer.max_epochs"),
+    ("data: {batchsize: 64}", "data.batchsize", "data.batch_size"),
+    ("data: {augment: {crop_pading: 1}}", "crop_pading", "crop_padding"),
+    ("run: {nam: x}", "run.nam", "run.name"),
+    ("model: {label_smothing: 0.1}", "model.label_smothing", "model.label_smoothing"),
+    ("model: {net: {init_args: {shortcat: A}}}", "shortcat", "shortcut"),
+    ("model: {schedule: {init_args: {peak_att: 0.2}}}", "peak_att", "peak_at"),
+    ("model: {optimizer: {init_args: {momentun: 0.9}}}", "momentun", "momentum"),
+]
+WRONG_NAMES = [
+    ("model: {optimizer: {class_path: torch.optim.SDG}}", "model.optimizer", "SGD"),
+    ("model: {schedule: {class_path: Cosin}}", "model.schedule", "Cosine"),
+    ("model: {schedule: {class_path: reslab.training.OneCicle}}", "model.schedule", "OneCycle"),
+    ("data: {dataset: {class_path: CIFAR11}}", "data.dataset", "CIFAR10"),
+    ("data: {augment: {flip: randm}}", "flip", "random"),
+    ("model: {net: {init_args: {stem: cifr}}}", "stem", "cifar"),
+    ("run: {rule: finl}", "run.rule", "final"),
+]
+WRONG_TYPES = [
+    ("data: {batch_size: many}", "data.batch_size", "int"),
+    ("model: {label_smoothing: [1]}", "model.label_smoothing", "float"),
+    ("model: {net: {init_args: {layers: two}}}", "layers", "two"),
+    ("trainer: {max_epochs: 1.5}", "trainer.max_epochs", "int"),
+    ("trainer: 3", "trainer", ""),
+]
+
+
+@pytest.mark.parametrize(("text", "key", "nearest"), UNKNOWN_KEYS)
+def test_unknown_key_is_answered_with_the_nearest(tmp_path: Path, text: str, key: str, nearest: str) -> None:
+    message = refusal(tmp_path, text)
+    assert key in message and nearest in words(message)
+
+
+@pytest.mark.parametrize(("text", "key", "nearest"), WRONG_NAMES)
+def test_unknown_name_is_answered_with_the_nearest(tmp_path: Path, text: str, key: str, nearest: str) -> None:
+    message = refusal(tmp_path, text)
+    assert key in message and nearest in message
+
+
+@pytest.mark.parametrize(("text", "key", "expected"), WRONG_TYPES)
+def test_wrong_type_says_what_was_expected(tmp_path: Path, text: str, key: str, expected: str) -> None:
+    message = refusal(tmp_path, text)
+    assert key in message and expected in message
+
+
+OUT_OF_RANGE = [
+    ("data: {batch_size: 0}", "batch_size", "1 or more"),
+    ("data: {augment: {crop_padding: -1}}", "crop_padding", "0 or more"),
+    ("model: {label_smoothing: 1.5}", "label_smoothing", "[0, 1)"),
+    ("model: {ema_decay: 2.0}", "ema_decay", "between 0 and 1"),
+    (
+        "model: {schedule: {class_path: MultiStep, init_args: {milestones: [0.5, 3]}}}",
+        "milestones",
+        "between 0 and 1",
+    ),
+    ("model: {net: {init_args: {layers: [1, 0]}}}", "layers", "1"),
+    ("run: {checkpoint_every_minutes: 0}", "checkpoint_every_minutes", "more than 0"),
+    ("run: {name: a/b}", "run.name", "letters"),
+]
+
+
+@pytest.mark.parametrize(("text", "key", "remedy"), OUT_OF_RANGE)
+def test_value_out_of_range_says_what_is_allowed(tmp_path: Path, text: str, key: str, remedy: str) -> None:
+    message = refusal(tmp_path, text)
+    assert key in message and remedy in message
+
+
+@pytest.mark.parametrize(
+    ("option", "key", "nearest"),
+    [
+        ("--trainer.max_epoch=12", "trainer.max_epoch", "trainer.max_epochs"),  # an abbreviation is no key
+        ("--data.num_worker=2", "data.num_worker", "data.num_workers"),
+        ("--model.net.init_args.shortcut=D", "shortcut", "identity"),
+    ],
+)
+def test_mistake_on_the_command_line(option: str, key: str, nearest: str) -> None:
+    with pytest.raises(UserError) as caught:
+        parse(DIGITS, options=[option])
+    message = str(caught.value)
+    assert key in message and nearest in words(message) and "command line" in message
+
+
+def test_file_that_is_not_there() -> None:
+    with pytest.raises(UserError, match=r"nowhere\.yaml"):
+        parse(Path("nowhere.yaml"))
+
+
+def test_leaf_that_is_not_there_is_named_with_the_file_that_names_it(tmp_path: Path) -> None:
+    message = refusal(tmp_path, "model: {net: ../net/resnet9.yaml}")
+    assert "resnet9.yaml" in message
+
+
+def test_broken_yaml_is_named_with_its_line(tmp_path: Path) -> None:
+    message = refusal(tmp_path, "data:\n  batch_size: [64\nmodel: {}")
+    assert "mine.yaml" in message and "line" in message
+
+
+FORBIDDEN = ["os.system", "subprocess.Popen", "builtins.eval", "torch.load", "reslab_evil.Callback"]
+PLACES = [
+    "trainer: {callbacks: [{class_path: NAME}]}",
+    "model: {net: {class_path: NAME}}",
+    "model: {optimizer: {class_path: NAME}}",
+]
+
+
+@pytest.mark.parametrize("name", FORBIDDEN)
+@pytest.mark.parametrize("place", PLACES)
+def test_config_cannot_name_what_is_not_allowed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, name: str
+) -> None:
+    # A module whose name only begins like an allowed one, and which leaves a trace when it is imported.
+    trace = tmp_path / "imported"
+    (tmp_path / "reslab_evil.py").write_text(f"open({str(trace)!r}, 'w')\nclass Callback: ...\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert name in refusal(tmp_path, place.replace("NAME", name))
+    assert not trace.exists()
+
+
+def test_command_line_answers_with_one_message_and_status_2(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("trainer: {max_epoch: 3}")
+    command = [
+        sys.executable,
+        "-m",
+        "reslab",
+        "fit",
+        "--config",
+        str(DIGITS),
+        "--config",
+        str(tmp_path / "mine.yaml"),
+    ]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "trainer.max_epochs" in done.stderr and "Traceback" not in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.yaml"], "a refused run leaves nothing behind"
