@@ -1,5 +1,6 @@
 """The networks: torchvision's to the last digit, and what holds for every combination of knobs."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,15 @@ def shapes(net: torch.nn.Module) -> dict[str, torch.Size]:
 def meta(name: str, **knobs: Any) -> ResNet:
     with torch.device("meta"):
         return create_model(name, **knobs)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    # On a busy machine OpenMP's threads wait for each other: these small tensors take ten times as long.
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 # ---- against torchvision and the papers

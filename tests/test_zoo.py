@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -171,7 +171,7 @@ def test_a_file_without_a_state_dict_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def hub(tmp_path: Path) -> Path:
+def hub(tmp_path: Path) -> Iterator[Path]:
     """Torch's download cache, empty; a file under the right name in it is not fetched again."""
     before = torch.hub.get_dir()
     torch.hub.set_dir(tmp_path)

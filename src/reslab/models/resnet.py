@@ -243,13 +243,10 @@ def _check(net: ResNet) -> None:
         (not 0 <= net.drop_path < 1, f"drop_path={net.drop_path}: give a probability in [0, 1)"),
         (
             plain and net.drop_path > 0,
-            "drop_path would cut a plain net in two: set it to 0, or give a shortcut",
+            "drop_path would cut a plain net in two: set it to 0 or give a shortcut",
         ),
-        (plain and net.zero_init, "zero_init would make a plain net output zeros: set it to false"),
-        (
-            unnormed and net.zero_init,
-            "zero_init sets the last norm of each branch: give a norm, or set it to false",
-        ),
+        (plain and net.zero_init, "zero_init would make a plain net compute nothing: set it to false"),
+        (unnormed and net.zero_init, "zero_init has no norm to set to zero: give a norm, or set it to false"),
     ):
         if wrong:
             raise ModelError(remedy)
