@@ -248,8 +248,10 @@ class Classifier(LightningModule):
     def _close(self, metrics: MetricCollection) -> None:
         values = {name: float(value) for name, value in metrics.compute().items()}
         metrics.reset()
-        self.log_dict(values, logger=False)
-        if not self.trainer.sanity_checking:
+        self.latest.update(values)
+        within_fit = self.trainer.state.fn == "fit"
+        self.log_dict(values, logger=not within_fit)
+        if within_fit and not self.trainer.sanity_checking:  # Lightning would log these a step too early
             self._send(values, self.trainer.global_step)
 
 

@@ -1,0 +1,149 @@
+"""A run from the command line to its folder, as a user sees it."""
+
+import csv
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from safetensors.torch import load_file
+
+from reslab.training.checkpoint import weights_sha256
+
+SHORT = ["--trainer.max_epochs", "2", "--trainer.log_every_n_steps", "5"]
+
+
+def reslab(*args: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "reslab", *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=280)
+
+
+def fit(repo: Path, *args: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return reslab("fit", "--config", repo / "configs/experiment/digits.yaml", *SHORT, *args, cwd=cwd)
+
+
+@pytest.fixture(scope="module")
+def run(repo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "ein Lauf, größer"  # spaces and non-ASCII letters
+    done = fit(repo, "--run.dir", folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1].endswith("report.html")
+    assert "epoch 2/2" in done.stdout  # a line an epoch where the output is a file
+    return folder
+
+
+def test_the_folder_holds_what_the_contract_says(run: Path) -> None:
+    names = {"config.yaml", "manifest.json", "metrics.csv", "weights.safetensors", "predictions.npz", "report.html"}
+    assert names <= {p.name for p in run.iterdir()}
+    assert {"last.ckpt", "best.ckpt", "SHA256SUMS"} <= {p.name for p in (run / "checkpoints").iterdir()}
+    figures = {p.stem for p in (run / "figures").iterdir()}
+    assert {"learning_curves", "learning_rate", "confusion", "mistakes", "reliability"} <= figures
+    assert not list(run.rglob("*.part")) and not list(run.rglob("probe"))
+
+
+def test_the_manifest_says_where_the_run_came_from_and_how_it_ended(run: Path) -> None:
+    manifest = json.loads((run / "manifest.json").read_text())
+    assert manifest["status"] == "complete" and manifest["seed"] == 0
+    assert manifest["config_sha256"] == hashlib.sha256((run / "config.yaml").read_bytes()).hexdigest()
+    assert manifest["weights_sha256"] == weights_sha256(load_file(run / "weights.safetensors"))
+    assert [a["how"] for a in manifest["attempts"]] == ["complete"]
+    assert manifest["samples_per_second"] > 0 and manifest["wall_seconds"] > 0
+    assert {"files", "split", "classes"} <= set(manifest["data"])
+    assert {"python", "packages", "cpu", "threads", "determinism"} <= set(manifest["environment"])
+    assert 0 < manifest["results"]["test/acc"] <= 1
+
+
+def test_metrics_have_every_logged_step_once(run: Path) -> None:
+    with (run / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    steps = [int(row["step"]) for row in rows]
+    assert steps == [5, 10, 15, 20, 25, 30, 35, 40]  # 1,294 // 64 = 20 steps an epoch, two epochs
+    assert all(row["train/loss"] and row["lr"] for row in rows)
+    assert [row["step"] for row in rows if row["val/acc"]] == ["20", "40"]
+    assert [row["step"] for row in rows if row["test/acc"]] == ["40"]  # tested once, at the end
+
+
+def test_predictions_cover_the_test_set_and_agree_with_the_result(run: Path) -> None:
+    predictions = np.load(run / "predictions.npz")
+    assert predictions["index"].tolist() == list(range(359))
+    accuracy = (predictions["prediction"] == predictions["label"]).mean()
+    assert accuracy == pytest.approx(json.loads((run / "manifest.json").read_text())["results"]["test/acc"])
+
+
+def test_the_saved_config_is_the_same_run(run: Path, tmp_path: Path) -> None:
+    again = reslab("fit", "--config", run / "config.yaml", "--run.dir", tmp_path / "again", "--data.num_workers", "1")
+    assert again.returncode == 0, again.stderr
+    first, second = (json.loads((d / "manifest.json").read_text()) for d in (run, tmp_path / "again"))
+    assert first["weights_sha256"] == second["weights_sha256"]
+
+
+def test_a_finished_run_is_left_alone(repo: Path, run: Path) -> None:
+    before = (run / "manifest.json").read_bytes()
+    done = fit(repo, "--run.dir", run)
+    assert done.returncode == 0 and "nothing to do" in done.stdout
+    assert (run / "manifest.json").read_bytes() == before
+
+
+def test_another_config_in_the_same_folder_is_refused(repo: Path, run: Path) -> None:
+    before = (run / "manifest.json").read_bytes()
+    done = fit(repo, "--run.dir", run, "--seed_everything", "7")
+    assert done.returncode == 2 and "seed_everything: 0 there, 7 here" in done.stderr
+    assert "Traceback" not in done.stderr and (run / "manifest.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("split", ["test", "validate"])
+def test_evaluating_a_run_gives_its_own_result(run: Path, split: str) -> None:
+    done = reslab(split, run)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((run / "manifest.json").read_text())["results"]
+    values = dict(line.split() for line in done.stdout.splitlines() if "/" in line.split()[0])
+    prefix = {"test": "test", "validate": "val"}[split]
+    assert float(values[f"{prefix}/acc"]) == pytest.approx(results[f"{prefix}/acc"], abs=1e-6)
+    assert float(values[f"{prefix}/loss"]) == pytest.approx(results[f"{prefix}/loss"], abs=1e-6)
+
+
+def test_predict_writes_a_row_an_image_and_names_what_it_cannot_read(run: Path, tmp_path: Path) -> None:
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    for i in range(20):
+        pixels = np.rint(digits.images[i] * 255 / 16).astype(np.uint8)
+        (tmp_path / "images" / str(i % 3)).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(tmp_path / "images" / str(i % 3) / f"{i:02d}.png")
+    (tmp_path / "images" / "broken.png").write_bytes(b"not an image")
+    done = reslab("predict", run, "--images", tmp_path / "images", "--out", tmp_path / "out.csv")
+    assert done.returncode == 0, done.stderr
+    rows = list(csv.DictReader((tmp_path / "out.csv").open()))
+    assert len(rows) == 21
+    broken = [row for row in rows if row["error"]]
+    assert len(broken) == 1 and broken[0]["file"].endswith("broken.png") and not broken[0]["prediction"]
+    right = [str(digits.target[int(Path(row["file"]).stem)]) == row["prediction"] for row in rows if not row["error"]]
+    assert sum(right) >= 12  # two epochs of training: far better than the 2 of chance
+    assert all(0.1 <= float(row["probability"]) <= 1 for row in rows if not row["error"])
+
+
+def test_without_a_folder_given_the_run_gets_one_of_its_own(repo: Path, tmp_path: Path) -> None:
+    done = fit(repo, "--trainer.max_epochs", "1", "--run.rule", "best", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (folder,) = (tmp_path / "runs" / "digits").iterdir()
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    assert config["run"]["rule"] == "best" and "-seed0-" in folder.name
+    assert [p.name for p in tmp_path.iterdir()] == ["runs"]  # nothing is left lying about
+
+
+def test_a_data_error_is_one_message_and_the_run_is_marked_failed(repo: Path, tmp_path: Path) -> None:
+    config = repo / "configs/experiment/cifar10_resnet20.yaml"
+    done = reslab("fit", "--config", config, "--data.root", tmp_path, "--data.download", "false", "--run.dir", tmp_path / "r")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert str(tmp_path) in done.stderr
+    assert json.loads((tmp_path / "r" / "manifest.json").read_text())["status"] == "failed"
+
+
+def test_a_refused_value_leaves_no_folder_behind(repo: Path, tmp_path: Path) -> None:
+    done = fit(repo, "--run.dir", tmp_path / "r", "--model.label_smoothing", "3")
+    assert done.returncode == 2 and "model.label_smoothing" in done.stderr and not (tmp_path / "r").exists()

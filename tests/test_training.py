@@ -1,0 +1,204 @@
+"""The Classifier and its parts: schedules, parameter groups, the average of the weights, metrics."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from lightning.pytorch import Callback, Trainer
+from torch.utils.data import DataLoader, TensorDataset
+
+from reslab import Classifier, ImageData, create_model
+from reslab.data import Batch, Digits
+from reslab.training import Constant, Cosine, MultiStep, OneCycle, Schedule
+from reslab.training.classifier import Diverged, evaluation_metrics
+from reslab.training.ema import EMA
+from reslab.training.optimizers import parameter_groups
+
+SCHEDULES: list[Schedule] = [
+    Constant(),
+    Constant(warmup_epochs=2),
+    Cosine(),
+    Cosine(final=0.1, warmup_epochs=1, warmup_start=0.1),
+    OneCycle(),
+    OneCycle(peak_at=0.4, shape="cosine", final=0.01),
+    MultiStep(),
+    MultiStep([0.3, 0.6, 0.8], gamma=0.2, warmup_epochs=1),
+]
+
+
+def small_net(**knobs: Any) -> torch.nn.Module:
+    return create_model("resnet8", in_channels=1, num_classes=10, **knobs)
+
+
+def quiet_trainer(**settings: Any) -> Trainer:
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    return Trainer(accelerator="cpu", **{**quiet, **settings})
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: type(s).__name__)
+@given(steps_per_epoch=st.integers(1, 400), epochs=st.integers(1, 300))
+def test_a_schedule_stays_between_zero_and_the_base_rate(schedule: Schedule, steps_per_epoch: int, epochs: int) -> None:
+    total = steps_per_epoch * epochs
+    factors = [schedule.factor(step, total, steps_per_epoch) for step in {0, 1, total // 3, total // 2, total - 1}]
+    assert all(0 <= f <= 1 + 1e-9 for f in factors)
+
+
+@given(progress=st.floats(0, 1), epochs=st.integers(1, 50))
+def test_a_longer_training_stretches_the_whole_schedule(progress: float, epochs: int) -> None:
+    for schedule in (Cosine(), OneCycle(), Constant()):
+        short, long = 100 * epochs, 300 * epochs
+        a = schedule.factor(round(progress * short), short, 100)
+        b = schedule.factor(round(progress * short) * 3, long, 100)
+        assert math.isclose(a, b, abs_tol=1e-9)
+
+
+def test_the_papers_steps_fall_where_the_paper_says() -> None:
+    # He et al. 2015, section 4.2: 64k iterations, ÷ 10 at 32k and 48k.
+    factor = [MultiStep([0.5, 0.75]).factor(step, 64_000, 391) for step in (0, 31_999, 32_000, 47_999, 48_000)]
+    assert factor == pytest.approx([1, 1, 0.1, 0.1, 0.01])
+
+
+def test_warm_up_rises_linearly_to_the_base_rate() -> None:
+    rates = [Cosine(warmup_epochs=1, warmup_start=0.0).factor(step, 100, 10) for step in range(10)]
+    assert rates == pytest.approx([0.1 * (step + 1) for step in range(10)])
+
+
+def test_one_cycle_ends_at_its_final_rate() -> None:
+    assert OneCycle(final=0.0).factor(1000, 1000, 10) == pytest.approx(0.0)
+    assert OneCycle(peak_at=0.25).factor(250, 1000, 10) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("wrong", [lambda: OneCycle(peak_at=1.5), lambda: MultiStep([0.7, 0.3]), lambda: Cosine(warmup_epochs=-1)])
+def test_impossible_schedules_are_refused(wrong: Any) -> None:
+    with pytest.raises(ValueError, match="share|milestones|negative"):
+        wrong()
+
+
+def test_weight_decay_spares_norms_and_biases_unless_told_otherwise() -> None:
+    net = small_net()
+    decayed, spared = parameter_groups(net, decay_norm_and_bias=False)
+    assert "weight_decay" not in decayed and spared["weight_decay"] == 0
+    assert all(p.ndim > 1 for p in decayed["params"]) and all(p.ndim == 1 for p in spared["params"])
+    assert len(decayed["params"]) + len(spared["params"]) == len(list(net.parameters()))
+    (everything,) = parameter_groups(net, decay_norm_and_bias=True)
+    assert len(everything["params"]) == len(list(net.parameters()))
+
+
+def test_the_average_follows_the_rule_and_the_running_statistics() -> None:
+    net = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
+    ema = EMA(net, decay=0.9)
+    expected = net[0].weight.detach().clone()
+    for step in range(1, 30):
+        with torch.no_grad():
+            net[0].weight += 1.0
+        net[1].running_mean += 0.5
+        ema.update(net, step)
+        decay = min(0.9, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * net[0].weight.detach()
+    torch.testing.assert_close(ema.module[0].weight, expected)
+    assert 0 < float(ema.module[1].running_mean[0]) < float(net[1].running_mean[0])
+    assert not any(p.requires_grad for p in ema.parameters())
+    assert not ema.train().module[1].training  # the average is evaluated, never trained
+
+
+def test_padding_counts_in_no_metric() -> None:
+    logits, labels = torch.randn(40, 10), torch.randint(0, 10, (40,))
+    padded = evaluation_metrics(10, "val/")
+    padded.update(torch.cat([logits, torch.randn(7, 10)]), torch.cat([labels, torch.full((7,), -1)]))
+    values = padded.compute()
+    assert float(values["val/acc"]) == pytest.approx(float((logits.argmax(1) == labels).float().mean()))
+    assert float(values["val/loss"]) == pytest.approx(float(F.cross_entropy(logits, labels)), rel=1e-6)
+    top5 = (logits.topk(5).indices == labels[:, None]).any(1).float().mean()
+    assert float(values["val/acc5"]) == pytest.approx(float(top5))
+
+
+def test_the_learning_rate_follows_the_global_batch() -> None:
+    data = ImageData(Digits(), batch_size=64)
+    sgd = lambda params: torch.optim.SGD(params, lr=0.1)  # noqa: E731
+    model = Classifier(small_net(), sgd, Constant(), lr_reference_batch=256)
+    trainer = quiet_trainer(max_epochs=1, limit_train_batches=2, limit_val_batches=0)
+    trainer.fit(model, datamodule=data)
+    assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.1 * 64 / 256)
+
+
+def test_accumulation_takes_as_many_steps_over_the_same_images() -> None:
+    steps = []
+    for accumulate in (1, 4):
+        trainer = quiet_trainer(max_epochs=1, accumulate_grad_batches=accumulate, limit_val_batches=0)
+        trainer.fit(Classifier(small_net()), datamodule=ImageData(Digits(), batch_size=64))
+        steps.append(trainer.global_step)
+    assert steps[0] == steps[1] == 1294 // 64
+
+
+def test_evaluation_uses_the_average_and_training_the_weights() -> None:
+    model = Classifier(small_net(), ema_decay=0.5)
+    model.ema = EMA(model.net, 0.5)
+    images = torch.randn(2, 1, 8, 8)
+    with torch.no_grad():
+        for p in model.ema.module.parameters():
+            p.zero_()
+    assert torch.all(model.eval()(images) == 0)
+    assert not torch.all(model.train()(images) == 0)
+    assert model.evaluated_net() is model.ema.module
+
+
+def test_works_with_the_stock_trainer_and_plain_loaders() -> None:
+    loader = DataLoader(TensorDataset(torch.randn(64, 1, 8, 8), torch.randint(0, 10, (64,))), batch_size=16)
+    model = Classifier(small_net())
+    trainer = quiet_trainer(max_epochs=1)
+    trainer.fit(model, loader, loader)
+    assert {"val/loss", "val/acc", "val/acc5"} <= set(trainer.callback_metrics)
+    (results,) = trainer.test(model, loader, verbose=False)
+    assert 0 <= results["test/acc"] <= 1
+
+
+def test_a_diverged_run_stops_within_fifty_steps() -> None:
+    images = torch.full((1280, 1, 8, 8), float("nan"))
+    loader = DataLoader(TensorDataset(images, torch.zeros(1280, dtype=torch.long)), batch_size=8)
+    trainer = quiet_trainer(max_epochs=1, log_every_n_steps=1000)
+    with pytest.raises(Diverged, match="step 50"):
+        trainer.fit(Classifier(small_net()), loader)
+
+
+def test_the_training_step_reads_nothing_from_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between two logged steps no tensor becomes a Python number: each would be a device sync."""
+    model = Classifier(small_net(), ema_decay=0.9)
+    counts = {"reads": 0}
+    for name in ("item", "tolist", "__float__", "__bool__", "__int__"):
+        original = getattr(torch.Tensor, name)
+
+        def counted(self: torch.Tensor, *args: Any, original: Any = original) -> Any:
+            counts["reads"] += 1
+            return original(self, *args)
+
+        monkeypatch.setattr(torch.Tensor, name, counted)
+    seen = []
+
+    class Reads(Callback):
+        def on_train_batch_start(self, *args: Any) -> None:
+            self.before = counts["reads"]
+
+        def on_train_batch_end(self, *args: Any) -> None:
+            seen.append(counts["reads"] - self.before)
+
+    trainer = quiet_trainer(max_epochs=1, log_every_n_steps=8, limit_val_batches=0, callbacks=[Reads()])
+    trainer.fit(model, datamodule=ImageData(Digits(), batch_size=64))
+    quiet = [reads for step, reads in enumerate(seen, 1) if step % 8]
+    assert quiet and set(quiet) == {0}, f"tensors read in steps between the logged ones: {seen}"
+    assert max(seen) > 0  # the probe works: logged steps do read
+
+
+def test_predict_step_gives_probabilities() -> None:
+    batch = Batch(torch.randn(3, 1, 8, 8), torch.zeros(3), torch.arange(3), torch.empty(3, 0))
+    probabilities = Classifier(small_net()).eval().predict_step(batch, 0)
+    torch.testing.assert_close(probabilities.sum(1), torch.ones(3))
+
+
+@pytest.mark.parametrize(("knob", "value"), [("label_smoothing", 1.0), ("ema_decay", 1.5), ("lr_reference_batch", 0)])
+def test_values_out_of_range_are_refused_by_name(knob: str, value: float) -> None:
+    with pytest.raises(ValueError, match=knob):
+        Classifier(small_net(), **{knob: value})
