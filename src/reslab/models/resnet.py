@@ -241,10 +241,7 @@ def _check(net: ResNet) -> None:
         (grouped and net.block == "basic", "groups and width_per_group need block='bottleneck'"),
         (net.groups < 1 or net.width * net.width_per_group < 64, "groups or width_per_group is too small"),
         (not 0 <= net.drop_path < 1, f"drop_path={net.drop_path}: give a probability in [0, 1)"),
-        (
-            plain and net.drop_path > 0,
-            "drop_path would cut a plain net in two: set it to 0 or give a shortcut",
-        ),
+        (plain and net.drop_path > 0, "drop_path would cut a plain net: set it to 0, or give a shortcut"),
         (plain and net.zero_init, "zero_init would make a plain net compute nothing: set it to false"),
         (unnormed and net.zero_init, "zero_init has no norm to set to zero: give a norm, or set it to false"),
     ):
