@@ -2,8 +2,8 @@
 
 Both give augmented, normalised float32 batches of 128 in random order (pad-4 crop and flip). torchvision's is
 CIFAR10 + RandomCrop, RandomHorizontalFlip, ToTensor, Normalize on PIL images in a DataLoader, with 0 and with
-2 workers, of which the better counts. Each repeat times all three in turn and takes the ratio of neighbours in
-time, so that other work on the machine meets all alike.
+2 workers, of which the better counts. Each repeat times all three in turn and takes the ratio of neighbours
+in time, so that other work on the machine meets all alike.
 """
 
 import argparse

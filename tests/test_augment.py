@@ -1,0 +1,144 @@
+"""The same images as torchvision's transforms make, given the same parameters."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as tvf
+
+from reslab.data import Augment
+from reslab.data.augment import crop, cutout, flip, normalize, resized_crop_box
+from reslab.data.order import uniforms
+from reslab.errors import UserError
+
+MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+
+
+def photos(n: int, height: int, width: int, channels: int = 3) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (n, height, width, channels), dtype=torch.uint8, generator=generator)
+
+
+def chw(images: torch.Tensor) -> torch.Tensor:
+    return images.permute(0, 3, 1, 2)
+
+
+sizes = st.integers(5, 12)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    sizes, sizes, st.sampled_from([1, 3]), st.integers(1, 4), st.sampled_from(["zeros", "reflect"]), st.data()
+)
+def test_crops_are_torchvisions(height, width, channels, padding, mode, data):
+    images = photos(3, height, width, channels)
+    offsets = st.lists(st.integers(0, 2 * padding), min_size=3, max_size=3)
+    dy, dx = data.draw(offsets), data.draw(offsets)
+    ours = crop(images, torch.tensor(dy), torch.tensor(dx), padding, mode)
+    for image, y, x, out in zip(chw(images), dy, dx, chw(ours), strict=True):
+        padded = tvf.pad(image.float(), [padding], padding_mode="constant" if mode == "zeros" else mode)
+        assert torch.equal(out.float(), tvf.crop(padded, y, x, height, width))
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=6))
+def test_flips_are_torchvisions(mirrored):
+    images = photos(len(mirrored), 5, 7)
+    ours = flip(images, torch.tensor(mirrored).long())
+    theirs = [tvf.horizontal_flip(x) if m else x for x, m in zip(chw(images), mirrored, strict=True)]
+    assert torch.equal(chw(ours), torch.stack(theirs))
+
+
+@settings(max_examples=60, deadline=None)
+@given(sizes, sizes, st.integers(1, 16), st.data())
+def test_cutout_is_torchvisions_erase(height, width, size, data):
+    cy = data.draw(st.lists(st.integers(0, height - 1), min_size=3, max_size=3))
+    cx = data.draw(st.lists(st.integers(0, width - 1), min_size=3, max_size=3))
+    normal = normalize(photos(3, height, width), MEAN, STD)
+    theirs = normal.clone()
+    for image, y, x in zip(theirs, cy, cx, strict=True):
+        top, left = max(y - size // 2, 0), max(x - size // 2, 0)
+        bottom, right = min(y - size // 2 + size, height), min(x - size // 2 + size, width)
+        tvf.erase(image, top, left, bottom - top, right - left, torch.zeros(()), inplace=True)
+    assert torch.equal(cutout(normal, torch.tensor(cy), torch.tensor(cx), size), theirs)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_normalisation_is_torchvisions_in_channels_last(channels):
+    images = photos(4, 8, 8, channels)
+    ours = normalize(images, MEAN[:channels], STD[:channels])
+    theirs = tvf.normalize(
+        tvf.to_dtype(chw(images), torch.float32, scale=True), MEAN[:channels], STD[:channels]
+    )
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+    assert ours.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_all_of_it_is_torchvisions_pipeline_given_the_same_parameters():
+    augment = Augment(crop_padding=4, flip="random", cutout=8)
+    images = photos(64, 32, 32)
+    draws = augment.draw(seed=1, epoch=2, indices=np.arange(64), size=32)
+    ours = augment.apply(images, torch.from_numpy(draws), MEAN, STD)
+    for image, out, (dy, dx, mirrored, cy, cx) in zip(chw(images), ours, draws.tolist(), strict=True):
+        x = tvf.crop(tvf.pad(image, [4]), dy, dx, 32, 32)
+        x = tvf.horizontal_flip(x) if mirrored else x
+        x = tvf.normalize(tvf.to_dtype(x, torch.float32, scale=True), MEAN, STD)
+        top, left = max(cy - 4, 0), max(cx - 4, 0)
+        x = tvf.erase(x, top, left, min(cy + 4, 32) - top, min(cx + 4, 32) - left, torch.zeros(()))
+        torch.testing.assert_close(out, x, rtol=0, atol=1e-6)
+
+
+def test_draws_are_those_of_the_image_and_the_epoch():
+    augment = Augment(crop_padding=4, flip="random", cutout=8)
+    draws = augment.draw(0, 5, np.arange(5000), 32)
+    np.testing.assert_array_equal(draws[[7, 3]], augment.draw(0, 5, np.array([7, 3]), 32))
+    assert (draws != augment.draw(0, 6, np.arange(5000), 32)).any(1).mean() > 0.99
+    for column, places in zip(draws.T, (9, 9, 2, 32, 32), strict=True):
+        assert sorted(set(column)) == list(range(places))
+    assert Augment().draw(0, 0, np.arange(3), 32).shape == (3, 0)
+
+
+def test_alternating_flips_show_every_image_both_ways_in_two_epochs():
+    flips = [Augment(flip="alternating").draw(0, epoch, np.arange(1000), 32)[:, 2] for epoch in range(4)]
+    assert (flips[0] != flips[1]).all()
+    assert (flips[0] == flips[2]).all()
+    assert 400 < flips[0].sum() < 600
+
+
+def test_resized_crops_have_the_distribution_of_torchvisions():
+    scale, ratio, height, width, n = (0.08, 1.0), (3 / 4, 4 / 3), 60, 90, 4000
+    torch.manual_seed(0)
+    image = torch.empty(3, height, width)
+    theirs = np.array(
+        [
+            v2.RandomResizedCrop(32, scale, ratio).make_params([image])[k]
+            for _ in range(n)
+            for k in ("top", "left", "height", "width")
+        ]
+    ).reshape(n, 4)
+    ours = np.array([resized_crop_box(u, height, width, scale, ratio) for u in uniforms(0, 0, range(n), 22)])
+    assert (ours[:, :2] >= 0).all()
+    assert (ours[:, 0] + ours[:, 2] <= height).all()
+    assert (ours[:, 1] + ours[:, 3] <= width).all()
+    for column in range(4):
+        a, b = np.sort(ours[:, column]), np.sort(theirs[:, column])
+        points = np.arange(91)
+        distance = abs(np.searchsorted(a, points, "right") - np.searchsorted(b, points, "right")).max() / n
+        assert distance < 0.043  # Kolmogorov-Smirnov, two samples of 4,000, p = 0.001
+
+
+@pytest.mark.parametrize(("height", "width"), [(10, 100), (100, 10)])
+def test_an_image_that_no_crop_fits_is_cut_in_the_middle_as_torchvision_does(height, width):
+    box = resized_crop_box(uniforms(0, 0, [0], 22)[0], height, width, (1.0, 1.0), (3 / 4, 4 / 3))
+    transform = v2.RandomResizedCrop(32, (1.0, 1.0), (3 / 4, 4 / 3))
+    theirs = transform.make_params([torch.empty(3, height, width)])
+    assert box == tuple(theirs[k] for k in ("top", "left", "height", "width"))
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"crop_padding": -1}, {"cutout": -2}, {"scale": (0.5, 2.0)}, {"ratio": (2.0, 1.0)}]
+)
+def test_impossible_settings_are_refused(wrong):
+    with pytest.raises(UserError, match="augment: "):
+        Augment(**wrong)

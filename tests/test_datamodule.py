@@ -1,0 +1,347 @@
+"""ImageData: the same batches whatever the workers, the validation, the devices and the interruptions."""
+
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from PIL import Image
+
+from reslab.data import CIFAR10, Augment, DataError, Digits, ImageData, ImageFolder, ImageSource
+from reslab.data.datasets import Arrays
+from reslab.data.loaders import Batch, EvalOrder, TrainOrder
+from reslab.data.order import permutation
+from reslab.errors import UserError
+
+AUGMENT = Augment(crop_padding=1, flip="random", cutout=2)
+
+
+def digits(**settings: Any) -> ImageData:
+    return ImageData(Digits(), **{"batch_size": 100, "augment": AUGMENT, **settings})
+
+
+def epochs(data: ImageData, count: int) -> list[Batch]:
+    loader = data.train_dataloader()
+    return [data.on_after_batch_transfer(batch) for _ in range(count) for batch in loader]
+
+
+def assert_same(ours: list[Batch], theirs: list[Batch]) -> None:
+    assert len(ours) == len(theirs) > 0
+    for a, b in zip(ours, theirs, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_a_plain_loop_sees_every_training_image_once_an_epoch():
+    data = digits(batch_size=1294 // 2)
+    batches = epochs(data, 2)
+    assert len(batches) == 4
+    assert batches[0].images.shape == (647, 1, 8, 8)
+    for first, second in (batches[:2], batches[2:]):
+        assert sorted([*first.indices.tolist(), *second.indices.tolist()]) == data.split[0].tolist()
+    assert not torch.equal(batches[0].indices, batches[2].indices)
+    assert torch.equal(batches[0].labels, torch.from_numpy(data.train_data.labels)[batches[0].indices])
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_number_of_workers_changes_no_batch(workers):
+    assert_same(epochs(digits(num_workers=workers), 2), epochs(digits(), 2))
+
+
+def test_another_seed_is_another_order_and_another_augmentation():
+    a, b = (next(iter(digits(seed=seed).train_dataloader())) for seed in (0, 1))
+    assert not torch.equal(a.indices, b.indices)
+    batches = [digits(seed=seed).train_dataloader().dataset for seed in (0, 1)]
+    assert not torch.equal(batches[0][0, np.arange(9)].draws, batches[1][0, np.arange(9)].draws)
+
+
+def test_loading_leaves_the_global_random_state_alone():
+    before = torch.random.get_rng_state()
+    epochs(digits(num_workers=1), 1)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+class Recorder(LightningModule):
+    """Keeps the images it is trained on; asks for the length of training first, as schedules do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.seen: list[Batch] = []
+        self.evaluated: list[Batch] = []
+
+    def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
+        self.seen.append(batch)
+        return self.weight.sum()
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self.evaluated.append(batch)
+
+    test_step = validation_step
+
+    def predict_step(self, batch: Batch, batch_idx: int = 0) -> torch.Tensor:
+        return batch.indices
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        assert self.trainer.estimated_stepping_batches > 0
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+
+class SaveAfter(Callback):
+    """Writes a checkpoint after so many batches, and stops there."""
+
+    def __init__(self, batches: int, path: Path) -> None:
+        self.batches, self.path = batches, path
+
+    def on_train_batch_end(self, trainer: Trainer, module: Any, *args: Any) -> None:
+        if len(module.seen) == self.batches:
+            trainer.save_checkpoint(self.path)
+            trainer.should_stop = True
+            trainer.limit_train_batches = trainer.limit_val_batches = 0
+
+
+def train(data: ImageData, resume: Path | None = None, *callbacks: Callback, **settings: Any) -> Recorder:
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    model = Recorder()
+    trainer = Trainer(
+        max_epochs=3,
+        accelerator="cpu",
+        enable_model_summary=False,
+        callbacks=[*callbacks],
+        **quiet,
+        **settings,
+    )
+    trainer.fit(model, data, ckpt_path=resume)
+    return model
+
+
+def interrupted(path: Path, after: int, workers: int, **settings: Any) -> list[Batch]:
+    """Trains until `after` batches, then a fresh process's worth of objects goes on: all batches seen."""
+    checkpoint = path / "stop.ckpt"
+    first = train(digits(num_workers=workers), None, SaveAfter(after, checkpoint), **settings)
+    second = train(digits(num_workers=workers), checkpoint, **settings)
+    return first.seen[:after] + second.seen
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("after", [1, 5, 12, 17, 24])
+def test_training_goes_on_where_a_checkpoint_was_written(tmp_path, after, workers):
+    # 12 batches an epoch: inside the first and second epoch, and on their edges
+    assert_same(interrupted(tmp_path, after, workers), train(digits()).seen)
+
+
+def test_it_goes_on_with_accumulated_and_limited_batches_too(tmp_path):
+    settings: dict[str, Any] = {"accumulate_grad_batches": 2, "limit_train_batches": 8}
+    whole = train(digits(), **settings).seen
+    assert len(whole) == 24
+    assert len(whole[0].images) == 50
+    assert_same(interrupted(tmp_path, 10, 1, **settings), whole)
+    assert not torch.equal(whole[0].indices, whole[8].indices)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"limit_val_batches": 0}, {"val_check_interval": 5}, {"check_val_every_n_epoch": 3}]
+)
+def test_the_validation_schedule_changes_no_batch(settings):
+    assert_same(train(digits(), None, **settings).seen, train(digits()).seen)
+
+
+def test_accumulated_micro_batches_make_the_same_global_batch():
+    whole, halves = (
+        train(digits(), limit_train_batches=4),
+        train(digits(), accumulate_grad_batches=2, limit_train_batches=8),
+    )
+    for step, batch in enumerate(whole.seen):
+        parts = halves.seen[2 * step : 2 * step + 2]
+        assert torch.equal(torch.cat([part.images for part in parts]), batch.images)
+
+
+def test_validation_and_test_see_each_image_once_without_augmentation():
+    data = digits(eval_batch_size=60)
+    model = train(data, num_sanity_val_steps=0, limit_train_batches=1)
+    val = model.evaluated[:3]
+    assert [len(batch.labels) for batch in val] == [60, 60, 24]
+    assert torch.cat([batch.indices for batch in val]).tolist() == data.split[1].tolist()
+    plain = digits(augment=Augment(), eval_batch_size=60)
+    assert_same(val, [plain.on_after_batch_transfer(batch) for batch in plain.val_dataloader()])
+    model.evaluated.clear()
+    model.trainer.test(model, data, verbose=False)
+    assert torch.cat([batch.indices for batch in model.evaluated]).tolist() == list(range(359))
+
+
+def test_lightning_can_predict_on_the_test_set():
+    trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
+    assert torch.cat(trainer.predict(Recorder(), digits())).tolist() == list(range(359))
+
+
+def test_without_a_validation_split_there_is_no_validation():
+    data = digits(val_split=0)
+    assert train(data, limit_train_batches=1).evaluated == []
+    assert len(data.split[0]) == 1438
+
+
+def test_half_precision_networks_get_their_images_and_the_same_crops():
+    half, full = (train(digits(), precision=p, limit_train_batches=2) for p in ("bf16-true", "32-true"))
+    for a, b in zip(half.seen, full.seen, strict=True):
+        assert a.images.dtype == torch.bfloat16
+        assert torch.equal(a.images, b.images.bfloat16())
+
+
+def ranks(subset: np.ndarray, world: int, accumulate: int) -> list[list[np.ndarray]]:
+    samplers = [TrainOrder(subset, 0, 24, accumulate, world, rank) for rank in range(world)]
+    return [[indices for _, indices in sampler] for sampler in samplers]
+
+
+@pytest.mark.parametrize(("world", "accumulate"), [(1, 1), (2, 1), (3, 2), (4, 3)])
+def test_ranks_share_the_global_batches_of_one_order(world, accumulate):
+    subset = np.arange(1000, 1100)
+    expected = subset[permutation(0, 0, 100)][: 4 * 24].reshape(4, 24)
+    steps = zip(*ranks(subset, world, accumulate), strict=True)
+    together = np.concatenate([np.concatenate(parts) for parts in steps]).reshape(4, 24)
+    np.testing.assert_array_equal(together, expected)
+
+
+def test_evaluation_padding_is_labelled_minus_one():
+    data = digits()
+    batches = data.test_dataloader().dataset
+    shares = [[batches[key] for key in EvalOrder(np.arange(10), 3, world=4, rank=rank)] for rank in range(4)]
+    assert [[len(batch.labels) for batch in share] for share in shares] == [[3]] * 4
+    last = shares[3][0]
+    assert last.indices.tolist() == [3, 7, -1]
+    assert last.labels.tolist() == [*data.test_data.labels[[3, 7]], -1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "accumulate", "message"),
+    [
+        ({"batch_size": 100}, 3, r"batch_size 100 does not divide among 1 devices × 3 .*: use 99 or 102"),
+        ({"batch_size": 2}, 3, r"use 3$"),
+        ({"batch_size": 2000}, 1, r"batch_size 2000 is more than the 1294 training images: use at most 1294"),
+        ({"val_split": 1438}, 1, r"a split of 1438 does not fit"),
+        ({"val_split": 0.999}, 1, r"at most 1428"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused_before_the_first_step(settings, accumulate, message):
+    with pytest.raises(UserError, match=message):
+        train(digits(**settings), accumulate_grad_batches=accumulate)
+
+
+def test_a_batch_size_below_one_and_overfit_batches_are_refused():
+    with pytest.raises(UserError, match=r"data\.batch_size must be 1 or more"):
+        digits(batch_size=0)
+    with pytest.raises(UserError, match="limit_train_batches"):
+        train(digits(), overfit_batches=2)
+
+
+def test_what_the_network_needs_is_known_without_loading(tmp_path, monkeypatch):
+    monkeypatch.setenv("RESLAB_DATA", str(tmp_path))
+    data = ImageData(CIFAR10())
+    assert (data.num_classes, data.channels, data.image_shape, data.root) == (10, 3, (3, 32, 32), tmp_path)
+
+
+def test_preview_shows_images_by_epochs():
+    rows = digits().preview(n_images=5, n_epochs=4)
+    assert rows.shape == (5, 4, 8, 8, 1)
+    assert rows.dtype == np.uint8
+    assert not np.array_equal(rows[:, 0], rows[:, 1])
+    plain = digits(augment=Augment())
+    unchanged = plain.preview(5, 2)
+    np.testing.assert_array_equal(unchanged[:, 0], unchanged[:, 1])
+    assert {bytes(image) for image in unchanged[:, 0]} <= {bytes(image) for image in plain.train_data.images}
+
+
+class Colours(ImageSource):
+    """A data set of a user's own: 12 images 8×8 of noise."""
+
+    mean, std = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
+    image_size = resize = 8
+
+    def classes(self, root: Path) -> list[str]:
+        return ["a", "b"]
+
+    def load(self, root: Path, split: str) -> Arrays:
+        images = np.random.default_rng(0).integers(0, 256, (12, 8, 8, 3), dtype=np.uint8)
+        return Arrays(images, np.arange(12) % 2)
+
+
+def folder_of(data: ImageData, path: Path) -> Path:
+    (path / "deeper").mkdir(parents=True)
+    for i, image in enumerate(data.test_data.images):
+        Image.fromarray(image).save(path / ("deeper" if i % 2 else "") / f"{i:02}.png")
+    return path
+
+
+def batches_of(data: ImageData, folder: Path, **settings: Any) -> Iterator[Any]:
+    return iter(data.folder_dataloader(folder, **settings))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_images_of_a_folder_are_seen_as_in_evaluation(tmp_path, workers):
+    data = ImageData(Colours(), batch_size=5, val_split=0, num_workers=workers)
+    found = list(batches_of(data, folder_of(data, tmp_path / "some images")))
+    paths = [path for batch in found for path in batch.paths]
+    assert paths == sorted(
+        [f"{i:02}.png" for i in range(0, 12, 2)] + [f"deeper/{i:02}.png" for i in range(1, 12, 2)]
+    )
+    images = torch.cat([data.on_after_batch_transfer(batch.batch.to("cpu")).images for batch in found])
+    test = torch.cat([data.on_after_batch_transfer(batch).images for batch in data.test_dataloader()])
+    assert torch.equal(images, test[[int(Path(path).stem) for path in paths]])
+
+
+def test_any_image_is_brought_to_the_data_sets_size_and_channels(tmp_path):
+    Image.effect_noise((60, 40), 50).save(tmp_path / "grey.jpg")
+    for data, shape in ((ImageData(Colours()), (1, 8, 8, 3)), (digits(), (1, 8, 8, 1))):
+        (found,) = batches_of(data, tmp_path)
+        assert found.batch.images.shape == shape
+
+
+def test_unreadable_images_of_a_folder_are_reported_or_refused(tmp_path):
+    data = ImageData(Colours(), batch_size=4, num_workers=0)
+    folder = folder_of(data, tmp_path / "images")
+    for name in ("0bad.png", "0empty.jpg"):
+        (folder / name).write_bytes(b"not an image" if "bad" in name else b"")
+    found = list(batches_of(data, folder, skip_unreadable=True))
+    unreadable = [file for batch in found for file in batch.unreadable]
+    assert [name for name, _ in unreadable] == ["0bad.png", "0empty.jpg"]
+    assert all("no image that can be read" in reason for _, reason in unreadable)
+    assert sum(len(batch.paths) for batch in found) == 12
+    with pytest.raises(DataError, match=r"0bad\.png"):
+        list(batches_of(data, folder))
+    with pytest.raises(DataError, match="holds no image files, or is not there"):
+        data.folder_dataloader(tmp_path / "nowhere")
+
+
+def test_files_give_the_same_batches_with_any_number_of_workers(tmp_path):
+    rng = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for name in ("a", "b"):
+            (tmp_path / split / name).mkdir(parents=True)
+            for i in range(6):
+                noise = rng.integers(0, 256, (20 + i, 30, 3), dtype=np.uint8)
+                Image.fromarray(noise).save(tmp_path / split / name / f"{i}.png")
+    source = ImageFolder(str(tmp_path), image_size=16)
+    settings: dict[str, Any] = {"batch_size": 4, "val_split": 2, "augment": Augment(flip="random", cutout=4)}
+    some, none = (epochs(ImageData(source, num_workers=n, **settings), 2) for n in (2, 0))
+    assert_same(some, none)
+    val = list(ImageData(source, num_workers=0, **settings).val_dataloader())
+    assert [len(batch.labels) for batch in islice(val, 2)] == [2]
+
+
+@pytest.mark.gpu
+def test_the_device_gives_the_same_images_without_a_sync():
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    data = digits(augment=Augment(crop_padding=1, padding_mode="reflect", flip="random", cutout=2))
+    batch = next(iter(data.train_dataloader()))
+    on_cpu = data.on_after_batch_transfer(batch)
+    on_gpu = batch.to("cuda")
+    data.on_after_batch_transfer(on_gpu)  # the first call copies the constants
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        finished = data.on_after_batch_transfer(on_gpu)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(finished.images.cpu(), on_cpu.images, rtol=0, atol=1e-6)

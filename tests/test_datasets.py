@@ -1,0 +1,292 @@
+"""Where images come from: what is loaded, and what is said about data that are wrong."""
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as tvf
+
+from reslab.data import CIFAR10, CIFAR100, DataError, Digits, ImageData, ImageFolder, ImageNet, Imagenette
+from reslab.data.loaders import decode
+
+
+def write_image(
+    path: Path, color: tuple[int, int, int] = (200, 30, 60), size: tuple[int, int] = (40, 30)
+) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, color).save(path)
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A data root with pets/{train,val}/{cat,dog}, ten and three images of each class."""
+    for part, count in (("train", 10), ("val", 3)):
+        for label, name in enumerate(("cat", "dog")):
+            for i in range(count):
+                write_image(tmp_path / "pets" / part / name / f"{i}.png", (20 * i, 100 * label, 7))
+    return tmp_path
+
+
+def pets(root: Path, **settings) -> ImageData:
+    settings = {"batch_size": 4, "num_workers": 0, "val_split": 0.2, **settings}
+    return ImageData(ImageFolder("pets", image_size=16), str(root), **settings)
+
+
+def test_digits_are_scikit_learns():
+    from sklearn.datasets import load_digits
+
+    source = Digits()
+    train, test = source.load(Path(), "train"), source.load(Path(), "test")
+    assert (len(train), len(test)) == (1438, 359)
+    pixels = np.concatenate([train.images, test.images]).reshape(1797, 64)
+    assert sorted(map(bytes, pixels)) == sorted(
+        map(bytes, np.round(load_digits().data * 255 / 16).astype(np.uint8))
+    )
+    assert np.bincount(test.labels).min() >= 34
+    assert abs(train.images.mean() / 255 - source.mean[0]) < 1e-4
+    assert abs(train.images.std() / 255 - source.std[0]) < 1e-4
+
+
+@pytest.mark.shared_data
+def test_cifar10_is_torchvisions_with_the_statistics_stated(shared_data):
+    from torchvision.datasets import CIFAR10 as Theirs
+
+    source, theirs = CIFAR10(), Theirs(str(shared_data), train=False)
+    test = source.load(shared_data, "test")
+    np.testing.assert_array_equal(test.images, theirs.data)
+    assert test.labels.tolist() == theirs.targets
+    assert source.classes(shared_data) == theirs.classes
+    some = source.load(shared_data, "train").images[::10] / 255
+    np.testing.assert_allclose(some.mean((0, 1, 2)), source.mean, atol=2e-3)
+    np.testing.assert_allclose(some.std((0, 1, 2)), source.std, atol=2e-3)
+
+
+def test_cifar100_has_a_hundred_classes():
+    names = CIFAR100().classes(Path())
+    assert len(set(names)) == 100
+    assert names == sorted(names)
+
+
+def test_missing_cifar_says_how_to_get_it(tmp_path):
+    data = ImageData(CIFAR10(), str(tmp_path), download=False)
+    data.prepare_data()
+    with pytest.raises(
+        DataError, match=r"data_batch_1 is not there \(7 of 7.*--data.root.*--data.download true"
+    ):
+        data.setup("fit")
+
+
+def test_a_failed_download_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(CIFAR10._torchvision, "url", "file:///nowhere/cifar.tar.gz")
+    with pytest.raises(DataError, match=r"the download into .* failed: .*--data.root"):
+        ImageData(CIFAR10(), str(tmp_path)).prepare_data()
+
+
+@pytest.mark.shared_data
+def test_a_corrupt_cifar_file_is_named_and_nothing_downloaded(shared_data, tmp_path, monkeypatch):
+    copy = tmp_path / "cifar-10-batches-py"
+    copy.mkdir()
+    for path in (shared_data / copy.name).iterdir():
+        (copy / path.name).symlink_to(path)
+    damaged = copy / "data_batch_3"
+    content = bytearray(damaged.read_bytes())
+    content[1000] ^= 1
+    damaged.unlink()
+    damaged.write_bytes(content)
+    data = ImageData(CIFAR10(), str(tmp_path))
+    monkeypatch.setattr(CIFAR10._torchvision, "download", lambda self: pytest.fail("downloaded"))
+    data.prepare_data()
+    with pytest.raises(DataError, match=r"wrong MD5\): \S*data_batch_3\. Remove"):
+        data.setup("fit")
+
+
+def test_folders_are_read_by_class(folder):
+    (folder / "pets/train/cat/notes.txt").write_text("no image")
+    (folder / "pets/train/cat/._0.png").write_bytes(b"macOS")
+    write_image(folder / "pets/train/dog/deeper/größe.jpg")
+    data = pets(folder)
+    data.setup()
+    assert data.class_names == ["cat", "dog"]
+    assert data.image_shape == (3, 16, 16)
+    assert np.bincount(data.train_data.labels).tolist() == [10, 11]
+    names = [data.train_data.path(i).relative_to(folder / "pets/train").as_posix() for i in (0, 10, 20)]
+    assert names == ["cat/0.png", "dog/0.png", "dog/deeper/größe.jpg"]
+    assert len(data.test_data) == 6
+
+
+def test_a_missing_folder_says_what_belongs_there(tmp_path):
+    with pytest.raises(DataError, match=r"pets/train is not there.*\{train,val\}/<class>/.*--data.root"):
+        _ = pets(tmp_path).num_classes
+
+
+def test_class_folders_that_differ_are_listed(folder):
+    (folder / "pets/val/dog").rename(folder / "pets/val/dogs")
+    with pytest.raises(DataError, match=r"Only in train: dog\. Only in val: dogs\."):
+        pets(folder).setup("fit")
+
+
+def test_an_empty_class_folder_is_named(folder):
+    (folder / "pets/train/fish").mkdir()
+    (folder / "pets/val/fish").mkdir()
+    with pytest.raises(DataError, match=r"pets/train/fish holds no image"):
+        pets(folder).setup("fit")
+
+
+def test_an_empty_file_is_named_before_the_first_step(folder):
+    (folder / "pets/train/dog/4.png").write_bytes(b"")
+    with pytest.raises(DataError, match=r"1 image files are empty .*pets/train/dog/4\.png"):
+        pets(folder).setup("fit")
+
+
+def test_a_flat_imagenet_val_folder_is_explained_by_lines_that_fix_it(tmp_path, monkeypatch):
+    for name in ("n01440764", "n01443537"):
+        write_image(tmp_path / "imagenet/train" / name / "a.JPEG")
+    for i in (1, 2):
+        write_image(tmp_path / f"imagenet/val/ILSVRC2012_val_0000000{i}.JPEG")
+    with pytest.raises(DataError, match=r"val has no class folders.*\n.*devkit_t12") as raised:
+        ImageData(ImageNet(), str(tmp_path), batch_size=1).setup("fit")
+    code = str(raised.value).split("<<'END'\n")[1].removesuffix("END")
+
+    from torchvision.datasets import imagenet
+
+    monkeypatch.setattr(imagenet, "parse_devkit_archive", lambda root: None)  # the devkit needs a login
+    monkeypatch.setattr(imagenet, "load_meta_file", lambda root: ({}, ["n01443537", "n01440764"]))
+    exec(code, {})
+    ImageData(ImageNet(), str(tmp_path), batch_size=1, val_split=0).setup("fit")
+    assert (tmp_path / "imagenet/val/n01443537/ILSVRC2012_val_00000001.JPEG").exists()
+
+
+def test_missing_imagenet_says_what_to_download(tmp_path):
+    with pytest.raises(DataError, match=r"ILSVRC2012_img_train\.tar.*image-net\.org"):
+        ImageData(ImageNet(), str(tmp_path)).setup("fit")
+
+
+def test_another_data_set_than_imagenette_is_told_apart(folder):
+    with pytest.raises(DataError, match=r"is not Imagenette: missing n01440764.*unknown cat, dog"):
+        ImageData(Imagenette(folder="pets"), str(folder)).setup("fit")
+
+
+class Mislabelled(Digits):
+    def classes(self, root: Path) -> list[str]:
+        return list("012345678")
+
+
+def test_labels_outside_the_classes_are_refused():
+    with pytest.raises(
+        DataError, match=r"\d+ training labels lie outside 0 … 8 \(the 9 classes\), the first is 9"
+    ):
+        ImageData(Mislabelled()).setup("fit")
+
+
+def test_a_download_leaves_data_that_are_there_alone(folder, monkeypatch):
+    monkeypatch.setattr("torchvision.datasets.Imagenette", lambda *a, **k: pytest.fail("downloaded"))
+    (folder / "imagenette2-160").mkdir()
+    ImageData(Imagenette(), str(folder)).prepare_data()
+
+
+@pytest.mark.parametrize(("damage", "workers"), [("truncated", 0), ("no image", 1)])
+def test_an_unreadable_image_is_named_by_its_path(folder, workers, damage):
+    path = write_image(folder / "pets/train/cat/bad.jpg", size=(400, 400))
+    path.write_bytes(path.read_bytes()[:2000] if damage == "truncated" else b"<html>not found</html>")
+    data = pets(folder, num_workers=workers, batch_size=21, val_split=0)
+    data.setup("fit")
+    with pytest.raises(DataError) as raised:
+        next(iter(data.train_dataloader()))
+    assert str(raised.value).startswith(str(path))
+    assert str(raised.value).endswith("restore or remove it")
+
+
+def test_decoding_handles_what_image_files_come_as(tmp_path):
+    pixels = np.zeros((4, 6, 3), np.uint8)
+    pixels[:2, :3] = (250, 10, 60)
+    image = Image.fromarray(pixels)
+    expected = torch.from_numpy(pixels).permute(2, 0, 1)
+    for name, picture in {
+        "rgb.png": image,
+        "rgba.png": image.convert("RGBA"),
+        "palette.gif": image.quantize(),
+        "bitmap.bmp": image,
+        "scan.tiff": image,
+        "web.webp": image,
+    }.items():
+        picture.save(tmp_path / name, **({"lossless": True} if name.endswith("webp") else {}))
+        assert torch.equal(decode(tmp_path / name, 3), expected), name
+    (tmp_path / "rgb.png").rename(tmp_path / "really_a_png.jpg")  # ImageNet has one of these
+    assert torch.equal(decode(tmp_path / "really_a_png.jpg", 3), expected)
+
+    image.convert("CMYK").save(tmp_path / "cmyk.jpg", quality=100)  # … and some of these
+    assert (decode(tmp_path / "cmyk.jpg", 3).int() - expected).abs().float().mean() < 30
+    assert torch.equal(decode(tmp_path / "bitmap.bmp", 1), tvf.pil_to_tensor(image.convert("L")))
+    Image.fromarray(np.full((2, 2), 0x8000, np.uint16)).save(tmp_path / "deep.png")
+    assert decode(tmp_path / "deep.png", 3).float().mean() == 0x80
+
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: rotate by 90° to see it upright
+    for name in ("turned.jpg", "turned.webp"):
+        image.resize((60, 40)).save(tmp_path / name, exif=exif)
+        assert decode(tmp_path / name, 3).shape == (3, 60, 40)
+
+
+@pytest.mark.shared_data
+def test_evaluation_of_files_is_torchvisions_reference_preprocessing(shared_data):
+    data = ImageData(ImageFolder("imagenette-subset"), str(shared_data), batch_size=8, num_workers=0)
+    batch = data.on_after_batch_transfer(next(iter(data.test_dataloader())))
+    reference = v2.Compose(
+        [
+            v2.Resize(256, antialias=True),
+            v2.CenterCrop(224),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(data.dataset.mean, data.dataset.std),
+        ]
+    )
+    for index, image in zip(batch.indices, batch.images, strict=True):
+        theirs = reference(decode(data.test_data.path(index), 3))
+        torch.testing.assert_close(image, theirs, rtol=0, atol=1e-6)
+
+
+@pytest.mark.shared_data
+def test_imagenette_trains_on_crops_of_its_images(shared_data):
+    data = ImageData(Imagenette(folder="imagenette-subset"), str(shared_data), batch_size=8, num_workers=0)
+    data.setup("fit")
+    assert data.class_names[:2] == ["tench", "English springer"]
+    assert (len(data.train_data), len(data.test_data)) == (2000, 500)
+    loader = data.train_dataloader()
+    first, second = (next(iter(loader)) for _ in range(2))  # two epochs
+    assert first.images.shape == (8, 128, 128, 3)
+    batches = loader.dataset
+    again = batches[0, first.indices.numpy()]
+    assert torch.equal(again.images, first.images)
+    assert not torch.equal(batches[1, first.indices.numpy()].images, first.images)
+    assert not torch.equal(first.indices, second.indices)
+
+
+def test_the_fingerprint_tells_data_split_and_classes_apart(folder):
+    original = pets(folder).fingerprint()
+    assert original == pets(folder, seed=3).fingerprint()
+    other_split = pets(folder, split_seed=1).fingerprint()
+    assert {key for key in original if original[key] != other_split[key]} == {"split"}
+    write_image(folder / "pets/train/cat/0.png", size=(41, 30))
+    other_file = pets(folder).fingerprint()
+    assert {key for key in original if original[key] != other_file[key]} == {"files"}
+    for part in ("train", "val"):
+        (folder / "pets" / part / "dog").rename(folder / "pets" / part / "dogs")
+    assert pets(folder).fingerprint()["classes"] != original["classes"]
+
+
+def test_a_pickle_that_only_looks_like_cifar_is_never_opened(tmp_path):
+    class Payload:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "executed",)
+
+    top = tmp_path / "cifar-10-batches-py"
+    top.mkdir()
+    for path in CIFAR10()._files(tmp_path):
+        path.write_bytes(pickle.dumps(Payload()))
+    with pytest.raises(DataError, match="wrong MD5"):
+        CIFAR10().load(tmp_path, "train")
+    assert not (tmp_path / "executed").exists()
