@@ -168,7 +168,7 @@ class ImageData(LightningDataModule):
                 "overfit_batches would replace the order of the data: use --trainer.limit_train_batches"
             )
         # Lightning does not know that a position needs no state: its warning would be wrong here.
-        warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before the epoch ended")
+        warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before the epoch")
         parts = (self._accumulate, self._world, self._rank)
         sampler = TrainOrder(self.split[0], self.seed, self.batch_size, *parts, position=self._position)
         return self._loader(self._train_batches(), sampler)
