@@ -172,9 +172,7 @@ def test_no_login_means_offline(tmp_path: Path, capsys: pytest.CaptureFixture[st
     attach(tmp_path).conclude({})
     [run] = offline_runs(tmp_path)
     out, err = capsys.readouterr()
-    assert out == (
-        f"W&B: offline, no login here (wandb login, or WANDB_API_KEY). {upload(run)}\n"
-    )
+    assert out == f"W&B: offline, no login here (wandb login, or WANDB_API_KEY). {upload(run)}\n"
     assert err == ""
 
 
