@@ -7,6 +7,10 @@ from pathlib import Path
 
 import pytest
 
+# One thread a process, here and in the processes that tests start: pytest-xdist's workers share the cores, and
+# OpenMP threads that wait for each other on a shared core are many times slower than one.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 REPO = Path(__file__).resolve().parents[1]
 
 

@@ -41,7 +41,8 @@ def _quiet() -> None:
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in (r".*isinstance\(treespec, LeafSpec\).*", r".*does not have many workers.*", r".*You're resuming from a checkpoint.*",
-                    r".*smaller than the logging interval.*", r".*is intended to run from within Python.*"):  # fmt: skip
+                    r".*smaller than the logging interval.*", r".*in eval mode at the start of training.*",
+                    r".*is intended to run from within Python.*"):  # fmt: skip
         warnings.filterwarnings("ignore", message)
 
 

@@ -1,6 +1,7 @@
 """One run from start to end: claim the folder, train, test once, close the manifest, draw the report."""
 
 import os
+import secrets
 import socket
 import time
 import traceback
@@ -21,6 +22,7 @@ from reslab.files import replacing, write_text
 from reslab.runs import manifest as manifests
 from reslab.runs.folder import RunFolder
 from reslab.runs.metrics import MetricsCSV, cut
+from reslab.runs.tracking import WandB
 from reslab.training import Classifier
 from reslab.training.checkpoint import Checkpoints, TrustedIO, read_checkpoint, resume_point, weights_sha256
 from reslab.training.classifier import Diverged
@@ -29,7 +31,9 @@ from reslab.training.progress import ProgressReport
 
 EXIT = {"complete": 0, "failed": 1, "diverged": 1, "preempted": 75}
 # These say where and how a run is carried out, not which run it is.
-NOT_IDENTITY = ("run.dir", "data.root", "data.download")
+NOT_IDENTITY = (
+    "run.dir", "run.group", "run.job_type", "run.tags", "trainer.logger", "data.root", "data.download", "data.num_workers",
+)  # fmt: skip
 
 
 def fit(argv: list[str]) -> int:
@@ -96,8 +100,8 @@ class Run:
                 attempt.setdefault("how", "killed")
         else:
             self.manifest = self._new_manifest(text)
-        if self.writes:
-            write_text(self.folder.config, text)
+            if self.writes:
+                write_text(self.folder.config, text)
         started = {"started": manifests.now(), "host": socket.gethostname(), "pid": os.getpid()}
         self.manifest["attempts"].append(started)
         self._write(status="running", environment=manifests.environment())
@@ -111,7 +115,7 @@ class Run:
             git["diff"] = "uncommitted.diff"
         return {
             "status": "running",
-            "id": f"{self.options.name}-{self.folder.path.name}",
+            "id": secrets.token_hex(4),
             "name": self.options.name,
             "seed": self.experiment.config.seed_everything,
             "command": manifests.command(["fit", *self.argv]),
@@ -166,20 +170,38 @@ class Run:
             self.options.checkpoint_every_steps,
             self.options.checkpoint_every_minutes,
         )
+        self.trackers = [logger for logger in settings["logger"] if isinstance(logger, WandB)]
         # In this order: what is saved at a step's end knows what was logged in it.
         settings["callbacks"] += [progress, saver, Preemption(saver)]
         settings["logger"].append(MetricsCSV(self.folder.metrics))
         settings["plugins"].append(TrustedIO())
         settings["default_root_dir"] = str(self.folder.path)
+        if self.writes:
+            self._attach_wandb()
         trainer = Trainer(**settings)
         data.prepare_data()
         self._write(data={**data.fingerprint(), "class_names": data.class_names})
-        trainer.fit(model, datamodule=data, ckpt_path=str(checkpoint) if checkpoint else None)
+        trainer.fit(model, datamodule=data, ckpt_path=str(checkpoint) if checkpoint else None, weights_only=True)
         self.manifest["samples_per_second"] = progress.images_per_second()
         self._test(trainer, model, data, saver)
         if self.writes:
             self._close("complete", "")
-            self._draw(data)
+            pictures = self._draw(data)
+            for tracker in self.trackers:
+                tracker.conclude(self.manifest["results"], pictures)
+
+    def _attach_wandb(self) -> None:
+        config = yaml.safe_load(self.folder.config.read_text())
+        for tracker in self.trackers:
+            tracker.attach(
+                dir=self.folder.path,
+                id=self.manifest["id"],
+                name=f"{self.options.name} seed {self.manifest['seed']}",
+                config=config,
+                group=self.options.group or self.options.name,
+                job_type=self.options.job_type,
+                tags=self.options.tags,
+            )
 
     def _test(self, trainer: Trainer, model: Classifier, data: ImageData, saver: Checkpoints) -> None:
         """Tests the weights that the protocol names, once, and keeps them with what they answered."""
@@ -187,7 +209,7 @@ class Run:
         if self.options.rule == "best":
             model.load_state_dict(read_checkpoint(self.folder.checkpoints / "best.ckpt")["state_dict"])
             results.update(saver.best_metrics)
-        trainer.test(model, datamodule=data, verbose=False)
+        trainer.test(model, datamodule=data, verbose=False, weights_only=True)
         results.update({name: model.latest[name] for name in model.latest if name.startswith("test/")})
         if not self.writes:
             return
@@ -200,21 +222,22 @@ class Run:
         which = "the last epoch" if self.options.rule == "final" else f"the epoch with the best {self.options.monitor}"
         self._write(results=results, weights_sha256=weights_sha256(weights), tested_weights=f"{kind}, {which}")
 
-    def _draw(self, data: ImageData) -> None:
+    def _draw(self, data: ImageData) -> list[Path]:
         """Figures and report; should they fail, the run is complete all the same."""
         from reslab.runs.figures import draw_figures
         from reslab.runs.report import write_report
 
         try:
-            draw_figures(self.folder.path, data.class_names, _test_images(data))
+            figures = draw_figures(self.folder.path, data.class_names, _test_images(data))
             report = write_report(self.folder.path)
         except Exception:
             traceback.print_exc()
             print(f"the run is complete, but its figures or report could not be drawn: see above. {self.folder.path}")
-            return
+            return []
         results = self.manifest["results"]
         print(f"test/acc {results['test/acc']:.4f}  test/loss {results['test/loss']:.4f}  ({self.options.rule} weights)")
         print(f"run     {self.folder.path}\nreport  {report}")
+        return [*figures, report]
 
 
 def _test_images(data: ImageData) -> Callable[[int], np.ndarray]:

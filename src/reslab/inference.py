@@ -39,7 +39,7 @@ def evaluate(run: str, split: str, overrides: list[str]) -> None:
     """Prints the metrics of a run's weights on its validation or test set."""
     data, model, settings = load_run(run, overrides)
     trainer = Trainer(**settings)
-    (trainer.test if split == "test" else trainer.validate)(model, datamodule=data, verbose=False)
+    (trainer.test if split == "test" else trainer.validate)(model, datamodule=data, verbose=False, weights_only=True)
     for name, value in model.latest.items():
         print(f"{name} {value:.6f}")
 
