@@ -117,11 +117,9 @@ def _affine(
     mean: tuple[float, ...], std: tuple[float, ...], width: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     # A whole image row each, (W*C,): broadcasting over 3 channels alone defeats the CPU's vector units.
-    deviation, centre = np.tile(std, width), np.tile(mean, width)
+    centre, deviation = torch.tensor([mean, std], dtype=torch.float64).repeat(1, width)
     scale, shift = 1 / (255 * deviation), -centre / deviation
-    return torch.tensor(scale, dtype=torch.float32).to(device), torch.tensor(shift, dtype=torch.float32).to(
-        device
-    )
+    return scale.float().to(device), shift.float().to(device)
 
 
 def cutout(images: Tensor, cy: Tensor, cx: Tensor, size: int) -> Tensor:

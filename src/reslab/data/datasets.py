@@ -353,6 +353,8 @@ class ImageNet(ImageFolder):
         )
 
     def _how_to_sort(self, root: Path, top: Path) -> str:
+        if top.name != self.test:
+            return self._how_to_get(root)
         return _SORT_FLAT_FOLDER.format(top=top, root=root / self.folder)
 
 

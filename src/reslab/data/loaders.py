@@ -82,12 +82,12 @@ class TrainOrder(DistributedSampler[Key]):
         position: Callable[[int], tuple[int, int] | None] = lambda length: None,
     ) -> None:
         self.subset, self.seed, self.batch_size = subset, seed, batch_size
-        self.accumulate, self.world, self.rank = accumulate, world, rank
+        self.parts = accumulate, world, rank
         self.position = position
         self.epoch = 0
 
     def __len__(self) -> int:
-        return len(self.subset) // self.batch_size * self.accumulate
+        return len(self.subset) // self.batch_size * self.parts[0]
 
     def __iter__(self) -> Iterator[Key]:
         # A generator: the position is read when the first key is wanted. A DataLoader with workers makes two.
@@ -99,10 +99,7 @@ class TrainOrder(DistributedSampler[Key]):
         epoch, first = divmod(taken, an_epoch)
         samples = self.subset[order.permutation(self.seed, epoch, len(self.subset))]
         for i in range(first, an_epoch):
-            yield (
-                epoch,
-                order.micro_batch(samples, i, self.batch_size, self.accumulate, self.world, self.rank),
-            )
+            yield epoch, order.micro_batch(samples, i, self.batch_size, *self.parts)
 
 
 class EvalOrder(DistributedSampler[Key]):

@@ -39,8 +39,7 @@ def _words(n: int | npt.ArrayLike) -> npt.NDArray[np.uint64]:
 
 
 def _sort_keys(seed: int, epoch: int, n: int, stream: int) -> npt.NDArray[np.uint64]:
-    zero = np.uint64(0)
-    high, low, _, _ = philox((_words(n), zero, np.uint64(epoch), np.uint64(stream)), seed)
+    high, low, _, _ = philox((_words(n), 0, epoch, stream), seed)
     return (high << 32) | low
 
 
@@ -55,7 +54,7 @@ def uniforms(
     """Random numbers in [0, 1), float32 (len(indices), draws); row i depends on no index but indices[i]."""
     index = _words(indices)[:, None]
     block = _words(-(-draws // 4))[None]
-    words = philox((index, block, np.uint64(epoch), np.uint64(stream)), seed)
+    words = philox((index, block, epoch, stream), seed)
     bits = np.stack(np.broadcast_arrays(*words), axis=-1).reshape(len(index), -1)[:, :draws]
     return (bits >> 8).astype(np.float32) * np.float32(2**-24)
 
