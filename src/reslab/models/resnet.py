@@ -163,7 +163,8 @@ class ResNet(nn.Module):
 
     Args:
         block: basic (two 3×3 convolutions) or bottleneck (1×1, 3×3, 1×1, four times the channels out).
-        layers: Blocks in each stage; each stage after the first halves the resolution.
+        layers: Blocks in each stage; each stage after the first halves the resolution. The first may have none:
+            then the stem leads straight to a block of stride 2, which spares the work at full resolution.
         width: Channels of the first stage's convolutions; doubled from stage to stage.
         stem: imagenet (7×7 of stride 2 and a max-pool: 1/4 of the resolution), cifar (3×3: all of it), or
             cifar_stride2 (3×3 of stride 2: half of it).
@@ -235,7 +236,10 @@ def _check(net: ResNet) -> None:
     plain, unnormed = net.shortcut == "none", NORMS[net.norm] is nn.Identity
     grouped = (net.groups, net.width_per_group) != (1, 64)
     for wrong, remedy in (
-        (not net.layers or min(net.layers) < 1, f"layers={net.layers}: give each stage at least one block"),
+        (
+            not sum(net.layers) or min(net.layers[1:], default=1) < 1 or net.layers[0] < 0,
+            f"layers={net.layers}: give each stage at least one block (the first may have none)",
+        ),
         (net.width < 1 or net.in_channels < 1, "width and in_channels must be at least 1"),
         (net.num_classes < 0, "num_classes must be at least 1, or 0 for a network without a head"),
         (grouped and net.block == "basic", "groups and width_per_group need block='bottleneck'"),

@@ -105,6 +105,11 @@ def resume_point(folder: Path) -> tuple[Path | None, list[str]]:
     return None, messages
 
 
+def at_step_end(trainer: Trainer, batch_idx: int) -> bool:
+    """Whether this batch completed an optimizer step; within an accumulation there are gradients nobody saves."""
+    return (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch
+
+
 class Checkpoints(Callback):
     """Writes last.ckpt, to resume from, and best.ckpt, the weights with the best validation metric.
 
@@ -141,17 +146,14 @@ class Checkpoints(Callback):
         self._written_at, self._written_step = time.monotonic(), trainer.global_step
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if self._due(trainer):
+        if at_step_end(trainer, batch_idx) and self._due(trainer):
             self.write(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.write(trainer)
 
     def _due(self, trainer: Trainer) -> bool:
-        step = trainer.global_step
-        if step == self._written_step:  # in the middle of an accumulation
-            return False
-        by_step = self.every_steps is not None and step % self.every_steps == 0
+        by_step = self.every_steps is not None and trainer.global_step % self.every_steps == 0
         by_time = time.monotonic() - self._written_at >= 60 * self.every_minutes
         return by_step or by_time
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from reslab.training.checkpoint import Checkpoints
+from reslab.training.checkpoint import Checkpoints, at_step_end
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 AGREE_EVERY = 8  # steps between two agreements of several processes
@@ -29,35 +29,47 @@ class Preemption(Callback):
 
     def __init__(self, saver: Checkpoints) -> None:
         self.saver = saver
-        self._received: signal.Signals | None = None
+        self._received = 0
+        self._batches = 0  # of evaluation, since it began
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage == "fit":  # Lightning puts the handlers back that it found, at the end of fit
-            for number in SIGNALS:
-                signal.signal(number, self._note)
+    def listen(self, *args: Any) -> None:
+        """Takes the signals. Lightning installs its own handlers at each start, so this is said again after it."""
+        self._batches = 0
+        for number in SIGNALS:
+            signal.signal(number, self._note)
+
+    on_train_start = on_validation_start = on_test_start = listen
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self._received == signal.SIGINT and number == signal.SIGINT:
+        if self._received == number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             signal.raise_signal(signal.SIGINT)  # asked twice: stop at once
-        self._received = signal.Signals(number)
+        self._received = number
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
-            self._stop_if_asked(trainer, trainer.global_step)
+        if at_step_end(trainer, batch_idx) and (number := self._asked(trainer, trainer.global_step)):
+            self._stop(trainer, number)
 
     def on_validation_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
-        if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            self._stop_if_asked(trainer, AGREE_EVERY)
+        self._batches += 1
+        if trainer.state.fn == "fit" and (number := self._asked(trainer, self._batches)):
+            self._stop(trainer, number)
 
-    def _stop_if_asked(self, trainer: Trainer, step: int) -> None:
-        if trainer.world_size > 1:
-            if step % AGREE_EVERY:
-                return
-            flag = torch.tensor(int(self._received or 0), device=trainer.strategy.root_device)
-            agreed = int(trainer.strategy.reduce(flag, reduce_op="max"))
-        else:
-            agreed = int(self._received or 0)
-        if agreed:
-            self.saver.write(trainer)
-            raise Preempted(f"{signal.Signals(agreed).name} at step {trainer.global_step}: run the same command again to go on")
+    def on_test_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        self._batches += 1
+        if number := self._asked(trainer, self._batches):
+            raise Preempted(f"{signal.Signals(number).name} during the test: run the same command again to repeat it")
+
+    def _asked(self, trainer: Trainer, count: int) -> int:
+        """The signal received here, or by any process where all agree every few steps; 0 for none."""
+        if trainer.world_size == 1:
+            return self._received
+        if count % AGREE_EVERY:
+            return 0
+        flag = torch.tensor(self._received, device=trainer.strategy.root_device)
+        return int(trainer.strategy.reduce(flag, reduce_op="max"))
+
+    def _stop(self, trainer: Trainer, number: int) -> None:
+        self.saver.write(trainer)
+        name = signal.Signals(number).name
+        raise Preempted(f"{name} at step {trainer.global_step}: run the same command again to go on")
