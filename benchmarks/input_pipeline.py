@@ -33,9 +33,7 @@ def torchvision_loader(root: str, workers: int) -> DataLoader[Any]:
         ]
     )
     train = datasets.CIFAR10(root, transform=transform)
-    return DataLoader(
-        train, BATCH, shuffle=True, num_workers=workers, persistent_workers=workers > 0, drop_last=True
-    )
+    return DataLoader(train, BATCH, shuffle=True, num_workers=workers, persistent_workers=workers > 0, drop_last=True)
 
 
 def reslab_batches(data: ImageData) -> Iterator[Any]:
@@ -61,9 +59,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    data = ImageData(
-        CIFAR10(), arguments.root, BATCH, val_split=0, augment=Augment(crop_padding=4, flip="random")
-    )
+    data = ImageData(CIFAR10(), arguments.root, BATCH, val_split=0, augment=Augment(crop_padding=4, flip="random"))
     loaders = [torchvision_loader(arguments.root, workers) for workers in (0, 2)]
     data.setup()
     ours, theirs, ratios = [], [], []

@@ -8,6 +8,7 @@ the ratios of neighbouring blocks is printed as the line that the docs quote.
 """
 
 import argparse
+import contextlib
 import statistics
 import tempfile
 import time
@@ -72,7 +73,10 @@ class TakeTurns(Callback):
             ours = time.perf_counter() - self.start
             bare = self.bare.run(self.steps)
             self.ratios.append(ours / bare)
-            print(f"block {len(self.ratios) - 1}: fit {ours:.2f} s, bare loop {bare:.2f} s, ratio {ours / bare:.3f}", flush=True)
+            print(
+                f"block {len(self.ratios) - 1}: fit {ours:.2f} s, bare loop {bare:.2f} s, ratio {ours / bare:.3f}",
+                flush=True,
+            )
         if len(self.ratios) > self.blocks:
             raise Done
         self.start = time.perf_counter()
@@ -89,8 +93,21 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=50, help="steps a block")
     args, rest = parser.parse_known_args()
     turns = TakeTurns(args.blocks, args.steps)
-    argv = ["--config", str(CONFIGS / "experiment/cifar10_resnet20.yaml"), "--trainer.precision", "bf16-mixed"]
-    argv += ["--run.checkpoint_every_steps", "100", "--trainer.max_epochs", "30", "--trainer.max_steps", "-1", *rest]
+    argv = [
+        "--config",
+        str(CONFIGS / "experiment/cifar10_resnet20.yaml"),
+        "--trainer.precision",
+        "bf16-mixed",
+    ]
+    argv += [
+        "--run.checkpoint_every_steps",
+        "100",
+        "--trainer.max_epochs",
+        "30",
+        "--trainer.max_steps",
+        "-1",
+        *rest,
+    ]
     with tempfile.TemporaryDirectory() as temporary:
         folder = RunFolder(Path(temporary) / "run")
         folder.probe()
@@ -98,10 +115,8 @@ def main() -> None:
         settings["callbacks"].append(turns)
         run = Run(Experiment(argv), folder, argv)
         run._open()
-        try:
+        with contextlib.suppress(Done):
             run._train_and_test(data, model, settings)
-        except Done:
-            pass
     ratios = turns.ratios[1:]
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     print(

@@ -29,9 +29,7 @@ sizes = st.integers(5, 12)
 
 
 @settings(max_examples=60, deadline=None)
-@given(
-    sizes, sizes, st.sampled_from([1, 3]), st.integers(1, 4), st.sampled_from(["zeros", "reflect"]), st.data()
-)
+@given(sizes, sizes, st.sampled_from([1, 3]), st.integers(1, 4), st.sampled_from(["zeros", "reflect"]), st.data())
 def test_crops_are_torchvisions(height, width, channels, padding, mode, data):
     images = photos(3, height, width, channels)
     offsets = st.lists(st.integers(0, 2 * padding), min_size=3, max_size=3)
@@ -68,9 +66,7 @@ def test_cutout_is_torchvisions_erase(height, width, size, data):
 def test_normalisation_is_torchvisions_in_channels_last(channels):
     images = photos(4, 8, 8, channels)
     ours = normalize(images, MEAN[:channels], STD[:channels])
-    theirs = tvf.normalize(
-        tvf.to_dtype(chw(images), torch.float32, scale=True), MEAN[:channels], STD[:channels]
-    )
+    theirs = tvf.normalize(tvf.to_dtype(chw(images), torch.float32, scale=True), MEAN[:channels], STD[:channels])
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
     assert ours.is_contiguous(memory_format=torch.channels_last)
 
@@ -136,9 +132,7 @@ def test_an_image_that_no_crop_fits_is_cut_in_the_middle_as_torchvision_does(hei
     assert box == tuple(theirs[k] for k in ("top", "left", "height", "width"))
 
 
-@pytest.mark.parametrize(
-    "wrong", [{"crop_padding": -1}, {"cutout": -2}, {"scale": (0.5, 2.0)}, {"ratio": (2.0, 1.0)}]
-)
+@pytest.mark.parametrize("wrong", [{"crop_padding": -1}, {"cutout": -2}, {"scale": (0.5, 2.0)}, {"ratio": (2.0, 1.0)}])
 def test_impossible_settings_are_refused(wrong):
     with pytest.raises(UserError, match="augment: "):
         Augment(**wrong)

@@ -283,9 +283,7 @@ def test_images_of_a_folder_are_seen_as_in_evaluation(tmp_path, workers):
     data = ImageData(Colours(), batch_size=5, val_split=0, num_workers=workers)
     found = list(batches_of(data, folder_of(data, tmp_path / "some images")))
     paths = [path for batch in found for path in batch.paths]
-    assert paths == sorted(
-        [f"{i:02}.png" for i in range(0, 12, 2)] + [f"deeper/{i:02}.png" for i in range(1, 12, 2)]
-    )
+    assert paths == sorted([f"{i:02}.png" for i in range(0, 12, 2)] + [f"deeper/{i:02}.png" for i in range(1, 12, 2)])
     images = torch.cat([data.on_after_batch_transfer(batch.batch.to("cpu")).images for batch in found])
     test = torch.cat([data.on_after_batch_transfer(batch).images for batch in data.test_dataloader()])
     assert torch.equal(images, test[[int(Path(path).stem) for path in paths]])

@@ -14,9 +14,7 @@ from reslab.data import CIFAR10, CIFAR100, DataError, Digits, ImageData, ImageFo
 from reslab.data.loaders import decode
 
 
-def write_image(
-    path: Path, color: tuple[int, int, int] = (200, 30, 60), size: tuple[int, int] = (40, 30)
-) -> Path:
+def write_image(path: Path, color: tuple[int, int, int] = (200, 30, 60), size: tuple[int, int] = (40, 30)) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", size, color).save(path)
     return path
@@ -44,9 +42,7 @@ def test_digits_are_scikit_learns():
     train, test = source.load(Path(), "train"), source.load(Path(), "test")
     assert (len(train), len(test)) == (1438, 359)
     pixels = np.concatenate([train.images, test.images]).reshape(1797, 64)
-    assert sorted(map(bytes, pixels)) == sorted(
-        map(bytes, np.round(load_digits().data * 255 / 16).astype(np.uint8))
-    )
+    assert sorted(map(bytes, pixels)) == sorted(map(bytes, np.round(load_digits().data * 255 / 16).astype(np.uint8)))
     assert np.bincount(test.labels).min() >= 34
     assert abs(train.images.mean() / 255 - source.mean[0]) < 1e-4
     assert abs(train.images.std() / 255 - source.std[0]) < 1e-4
@@ -77,9 +73,7 @@ def test_cifar100_has_a_hundred_classes():
 def test_missing_cifar_says_how_to_get_it(tmp_path):
     data = ImageData(CIFAR10(), str(tmp_path), download=False)
     data.prepare_data()
-    with pytest.raises(
-        DataError, match=r"data_batch_1 is not there \(7 of 7.*--data.root.*--data.download true"
-    ):
+    with pytest.raises(DataError, match=r"data_batch_1 is not there \(7 of 7.*--data.root.*--data.download true"):
         data.setup("fit")
 
 
@@ -179,9 +173,7 @@ class Mislabelled(Digits):
 
 
 def test_labels_outside_the_classes_are_refused():
-    with pytest.raises(
-        DataError, match=r"\d+ training labels lie outside 0 … 8 \(the 9 classes\), the first is 9"
-    ):
+    with pytest.raises(DataError, match=r"\d+ training labels lie outside 0 … 8 \(the 9 classes\), the first is 9"):
         ImageData(Mislabelled()).setup("fit")
 
 

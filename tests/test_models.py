@@ -89,9 +89,7 @@ def test_published_parameter_counts(name: str, count: int) -> None:
     assert parameters(meta(name)) == count
 
 
-@pytest.mark.parametrize(
-    ("depth", "millions"), [(20, "0.27"), (32, "0.46"), (44, "0.66"), (56, "0.85"), (110, "1.7")]
-)
+@pytest.mark.parametrize(("depth", "millions"), [(20, "0.27"), (32, "0.46"), (44, "0.66"), (56, "0.85"), (110, "1.7")])
 def test_cifar_nets_are_those_of_section_4_2(depth: int, millions: str) -> None:
     net = meta(f"resnet{depth}", num_classes=10)
     assert f"{parameters(net) / 1e6:.{len(millions) - 2}f}" == millions
@@ -162,9 +160,7 @@ def test_option_a_pads_channels_with_zeros_and_skips_positions() -> None:
 
 def test_shortcuts_differ_in_their_projections_only() -> None:
     nets = {kind: create_model("resnet20", shortcut=kind) for kind in ("identity", "A", "C", "none")}
-    projections = {
-        kind: len([k for k in net.state_dict() if "downsample.0" in k]) for kind, net in nets.items()
-    }
+    projections = {kind: len([k for k in net.state_dict() if "downsample.0" in k]) for kind, net in nets.items()}
     assert projections == {"identity": 2, "A": 0, "C": 9, "none": 0}
     assert shapes(nets["A"]) == shapes(nets["none"])
     images = torch.randn(2, 3, 32, 32)

@@ -75,9 +75,7 @@ def test_draws_are_uniform_and_differ_between_seeds_epochs_and_streams():
 
 
 def test_step_seeds_fit_torch_and_differ_between_steps_ranks_and_seeds():
-    all_seeds = {
-        order.step_seed(seed, step, rank) for seed in range(5) for step in (0, 1, 2**33) for rank in (0, 1)
-    }
+    all_seeds = {order.step_seed(seed, step, rank) for seed in range(5) for step in (0, 1, 2**33) for rank in (0, 1)}
     assert len(all_seeds) == 30
     assert all(0 <= seed < 2**63 for seed in all_seeds)
 

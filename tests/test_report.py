@@ -140,9 +140,7 @@ def test_with_many_classes_the_most_confused_pairs_are_shown(run: Path) -> None:
     assert_pictures(draw_figures(run, [f"n{i:08d}" for i in range(100)], IMAGES))
 
 
-@pytest.mark.parametrize(
-    "text", [None, "", "step,epoch,train/loss\n", "step,epoch,train/loss,lr\n10,0,2.1,0.1\n20,"]
-)
+@pytest.mark.parametrize("text", [None, "", "step,epoch,train/loss\n", "step,epoch,train/loss,lr\n10,0,2.1,0.1\n20,"])
 def test_a_run_that_was_not_tested_shows_what_there_is(tmp_path: Path, text: str | None) -> None:
     if text is not None:
         (tmp_path / "metrics.csv").write_text(text)
@@ -271,9 +269,7 @@ def test_a_folder_that_is_no_run_is_the_users_mistake(tmp_path: Path) -> None:
         write_report(tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("seconds", "said"), [(41.24, "41.2 s"), (754, "12 min 34 s"), (11100, "3 h 05 min")]
-)
+@pytest.mark.parametrize(("seconds", "said"), [(41.24, "41.2 s"), (754, "12 min 34 s"), (11100, "3 h 05 min")])
 def test_durations_as_a_person_says_them(seconds: float, said: str) -> None:
     assert duration(seconds) == said
 

@@ -37,7 +37,14 @@ def run(repo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_folder_holds_what_the_contract_says(run: Path) -> None:
-    names = {"config.yaml", "manifest.json", "metrics.csv", "weights.safetensors", "predictions.npz", "report.html"}
+    names = {
+        "config.yaml",
+        "manifest.json",
+        "metrics.csv",
+        "weights.safetensors",
+        "predictions.npz",
+        "report.html",
+    }
     assert names <= {p.name for p in run.iterdir()}
     assert {"last.ckpt", "best.ckpt", "SHA256SUMS"} <= {p.name for p in (run / "checkpoints").iterdir()}
     figures = {p.stem for p in (run / "figures").iterdir()}
@@ -138,7 +145,17 @@ def test_without_a_folder_given_the_run_gets_one_of_its_own(repo: Path, tmp_path
 
 def test_a_data_error_is_one_message_and_the_run_is_marked_failed(repo: Path, tmp_path: Path) -> None:
     config = repo / "configs/experiment/cifar10_resnet20.yaml"
-    done = reslab("fit", "--config", config, "--data.root", tmp_path, "--data.download", "false", "--run.dir", tmp_path / "r")
+    done = reslab(
+        "fit",
+        "--config",
+        config,
+        "--data.root",
+        tmp_path,
+        "--data.download",
+        "false",
+        "--run.dir",
+        tmp_path / "r",
+    )
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert str(tmp_path) in done.stderr
     assert json.loads((tmp_path / "r" / "manifest.json").read_text())["status"] == "failed"

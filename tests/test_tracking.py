@@ -177,9 +177,7 @@ def test_no_login_means_offline(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 
 @pytest.mark.parametrize(("mode", "runs"), [("offline", 1), ("disabled", 0)])
-def test_wandb_mode_is_respected(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str, runs: int
-) -> None:
+def test_wandb_mode_is_respected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str, runs: int) -> None:
     monkeypatch.setenv("WANDB_MODE", mode)
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     logger = attach(tmp_path)

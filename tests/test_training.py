@@ -35,7 +35,12 @@ def small_net(**knobs: Any) -> torch.nn.Module:
 
 
 def quiet_trainer(**settings: Any) -> Trainer:
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
     return Trainer(accelerator="cpu", **{**quiet, **settings})
 
 
@@ -72,9 +77,11 @@ def test_one_cycle_ends_at_its_final_rate() -> None:
     assert OneCycle(peak_at=0.25).factor(250, 1000, 10) == pytest.approx(1.0)
 
 
-@pytest.mark.parametrize("wrong", [lambda: OneCycle(peak_at=1.5), lambda: MultiStep([0.7, 0.3]), lambda: Cosine(warmup_epochs=-1)])
+@pytest.mark.parametrize(
+    "wrong", [lambda: OneCycle(peak_at=1.5), lambda: MultiStep([0.7, 0.3]), lambda: Cosine(warmup_epochs=-1)]
+)
 def test_impossible_schedules_are_refused(wrong: Any) -> None:
-    with pytest.raises(ValueError, match="share|milestones|negative"):
+    with pytest.raises(ValueError, match=r"share|milestones|negative"):
         wrong()
 
 

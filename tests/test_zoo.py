@@ -36,9 +36,7 @@ def test_any_6n_plus_2_is_a_name() -> None:
     assert create_model("resnet1202", width=1).layers == (200, 200, 200)
 
 
-@pytest.mark.parametrize(
-    ("name", "nearest"), [("resnet5O", "resnet50"), ("resnet21", "resnet20"), ("vgg", "resnet18")]
-)
+@pytest.mark.parametrize(("name", "nearest"), [("resnet5O", "resnet50"), ("resnet21", "resnet20"), ("vgg", "resnet18")])
 def test_unknown_name_is_answered_with_the_nearest(name: str, nearest: str) -> None:
     with pytest.raises(UserError, match=nearest):
         create_model(name)
@@ -69,9 +67,7 @@ SAVERS: dict[str, Callable[[dict, Path], None]] = {
     "model.pth": lambda state, file: torch.save({"model": state, "lr": 0.1}, file),
     "ddp.pth": lambda state, file: torch.save({f"module.{k}": v for k, v in state.items()}, file),
     "compiled.pth": lambda state, file: torch.save({f"net._orig_mod.{k}": v for k, v in state.items()}, file),
-    "compiled_inside.pth": lambda state, file: torch.save(
-        {f"_orig_mod.net.{k}": v for k, v in state.items()}, file
-    ),
+    "compiled_inside.pth": lambda state, file: torch.save({f"_orig_mod.net.{k}": v for k, v in state.items()}, file),
 }
 
 
@@ -85,9 +81,7 @@ def test_a_file_fills_the_network(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("classes_in_file", "classes"), [(4, 7), (0, 7), (4, 0)])
-def test_another_number_of_classes_makes_the_head_new(
-    classes_in_file: int, classes: int, tmp_path: Path
-) -> None:
+def test_another_number_of_classes_makes_the_head_new(classes_in_file: int, classes: int, tmp_path: Path) -> None:
     trained = tiny(num_classes=classes_in_file)
     torch.save(trained.state_dict(), tmp_path / "w.pth")
     net = tiny(num_classes=classes)
@@ -112,9 +106,7 @@ def test_other_channels_make_the_stem_new(tmp_path: Path) -> None:
 
 
 def test_any_other_mismatch_lists_the_keys(tmp_path: Path) -> None:
-    torch.save(
-        create_model("resnet8", num_classes=4, width=8, shortcut="identity").state_dict(), tmp_path / "w.pth"
-    )
+    torch.save(create_model("resnet8", num_classes=4, width=8, shortcut="identity").state_dict(), tmp_path / "w.pth")
     with pytest.raises(UserError) as caught:
         load_weights(create_model("resnet14", num_classes=4), tmp_path / "w.pth")
     message = str(caught.value)
@@ -126,9 +118,7 @@ def test_any_other_mismatch_lists_the_keys(tmp_path: Path) -> None:
 def test_another_stem_is_a_mismatch_even_where_the_channels_differ(tmp_path: Path) -> None:
     torch.save(tiny().state_dict(), tmp_path / "w.pth")
     with pytest.raises(UserError, match=r"conv1\.weight"):
-        load_weights(
-            create_model("resnet8", num_classes=4, in_channels=1, stem="imagenet"), tmp_path / "w.pth"
-        )
+        load_weights(create_model("resnet8", num_classes=4, in_channels=1, stem="imagenet"), tmp_path / "w.pth")
 
 
 class Payload:
@@ -180,9 +170,7 @@ def hub(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("name", ["IMAGENET1K_V1", "DEFAULT", "ResNet18_Weights.IMAGENET1K_V1"])
-def test_torchvisions_names_mean_torchvisions_files(
-    name: str, hub: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_torchvisions_names_mean_torchvisions_files(name: str, hub: Path, capsys: pytest.CaptureFixture[str]) -> None:
     trained = create_model("resnet18")
     hub.mkdir()
     torch.save(trained.state_dict(), hub / "resnet18-f37072fd.pth")

@@ -38,11 +38,16 @@ def _quiet() -> None:
     import logging
     import warnings
 
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
+    noisy = "lightning.pytorch.utilities.rank_zero", "lightning.pytorch.trainer.connectors.checkpoint_connector"
+    for name in noisy:
         logging.getLogger(name).setLevel(logging.WARNING)
-    for message in (r".*isinstance\(treespec, LeafSpec\).*", r".*does not have many workers.*", r".*You're resuming from a checkpoint.*",
-                    r".*smaller than the logging interval.*", r".*in eval mode at the start of training.*",
-                    r".*is intended to run from within Python.*"):  # fmt: skip
+    for message in (
+        r".*isinstance\(treespec, LeafSpec\).*",
+        r".*does not have many workers.*",
+        r".*smaller than the logging interval.*",
+        r".*in eval mode at the start of training.*",
+        r".*is intended to run from within Python.*",
+    ):
         warnings.filterwarnings("ignore", message)
 
 
@@ -60,7 +65,11 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(run=run, takes_config=takes_config)
         return command
 
-    add("fit", None, "train and test a run: --config FILE … [--run.dir DIR] [--KEY VALUE …]; all keys: fit --help")
+    add(
+        "fit",
+        None,
+        "train and test a run: --config FILE … [--run.dir DIR] [--KEY VALUE …]; all keys: fit --help",
+    )
     for split in ("validate", "test"):
         command = add(split, _evaluate, f"{split} a finished run's weights: RUN [--data.root DIR]", takes_config=True)
         command.add_argument("folder", metavar="RUN", help="a run folder")
@@ -75,7 +84,12 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("model", help="a name of `reslab list models`")
     command.add_argument("--input", default="3,224,224", type=_shape, metavar="C,H,W", help="default 3,224,224")
     command.add_argument("--classes", default=1000, type=int, metavar="N", help="default 1000")
-    add("doctor", _doctor, "check the machine, and the data of an experiment: [--config FILE …]", takes_config=True)
+    add(
+        "doctor",
+        _doctor,
+        "check the machine, and the data of an experiment: [--config FILE …]",
+        takes_config=True,
+    )
     command = add("preview", _preview, "draw an experiment's learning rate or augmented images", takes_config=True)
     command.add_argument("what", choices=["lr", "augment"])
     command.add_argument("--out", metavar="FILE.png", help="default preview-WHAT.png")

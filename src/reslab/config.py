@@ -8,7 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from jsonargparse import Namespace, set_parsing_settings
+from jsonargparse import set_parsing_settings
 from lightning.pytorch import seed_everything
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
@@ -45,6 +45,7 @@ class RunOptions:
         mode: Whether more or less of `monitor` is better.
         checkpoint_every_steps: Write last.ckpt every so many optimizer steps.
         checkpoint_every_minutes: Write last.ckpt whenever so many minutes have passed.
+        elastic: Allow an unfinished run to go on with another number of processes; its bits may differ.
         group: The group of the run in W&B, such as a study.
         job_type: The job type of the run in W&B, such as an arm.
         tags: The tags of the run in W&B.
@@ -57,6 +58,7 @@ class RunOptions:
     mode: Literal["max", "min"] = "max"
     checkpoint_every_steps: int | None = None
     checkpoint_every_minutes: float = 5.0
+    elastic: bool = False
     group: str | None = None
     job_type: str | None = None
     tags: list[str] = field(default_factory=list)
@@ -129,7 +131,7 @@ class Experiment(LightningCLI):
         return Path("runs", self.config.run.name, f"{started}-seed{int(self.config.seed_everything)}-{digest}")
 
     def build(self) -> tuple[ImageData, Classifier, dict[str, Any]]:
-        """The data, the model, and the trainer's settings, its lists of callbacks, loggers and plugins open for more."""
+        """The data, the model, and the trainer's settings: callbacks, loggers and plugins as lists, to add to."""
         seed_everything(int(self.config.seed_everything), workers=True, verbose=False)
         try:
             built = self.parser.instantiate_classes(self.config)
@@ -145,4 +147,3 @@ def _as_list(value: Any) -> list[Any]:
     if value in (None, False, True):
         return []
     return list(value) if isinstance(value, list) else [value]
-

@@ -11,7 +11,14 @@ from typing import Any
 import yaml
 
 # Where the short class names of config files come from.
-NAMESPACES = ("reslab.models", "reslab.data", "reslab.training", "torch.optim", "lightning.pytorch.callbacks", "lightning.pytorch.loggers")
+NAMESPACES = (
+    "reslab.models",
+    "reslab.data",
+    "reslab.training",
+    "torch.optim",
+    "lightning.pytorch.callbacks",
+    "lightning.pytorch.loggers",
+)
 
 
 def explain(message: str, known_keys: Sequence[str], args: Sequence[str], base: Path) -> str:
@@ -31,8 +38,15 @@ def explain(message: str, known_keys: Sequence[str], args: Sequence[str], base: 
         reason += ": reslab, torch.optim, and lightning's callbacks, loggers, strategies, profilers and plugins"
     elif (key := _unknown_key(message)) is not None:
         reason, near = "no such key", _nearest(key, [*known_keys, *_class_keys(key, message)])
-    elif (name := _first(r"Expected a dot import path string: (\S+)", message) or _first(r"has no attribute '(\w+)'", message)) is not None:
-        reason, key, near = f"no class {name!r}", _key(message), difflib.get_close_matches(name, _class_names(), 3, 0.5)
+    elif (
+        name := _first(r"Expected a dot import path string: (\S+)", message)
+        or _first(r"has no attribute '(\w+)'", message)
+    ) is not None:
+        reason, key, near = (
+            f"no class {name!r}",
+            _key(message),
+            difflib.get_close_matches(name, _class_names(), 3, 0.5),
+        )
     else:
         reason, key, near = *_wrong_value(message), _nearest_choices(message)
     lines = [f"{key}: {reason}" if key else reason]

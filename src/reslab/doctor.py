@@ -55,7 +55,11 @@ def _tflops(size: int = 2048) -> float:
 def _wandb() -> str:
     netrc = Path.home() / ".netrc"
     known = bool(os.environ.get("WANDB_API_KEY")) or (netrc.exists() and "wandb" in netrc.read_text())
-    return "a login is there: runs with configs/logger/wandb.yaml go online" if known else "no login: such runs are kept offline"
+    return (
+        "a login is there: runs with configs/logger/wandb.yaml go online"
+        if known
+        else "no login: such runs are kept offline"
+    )
 
 
 def _writing() -> str:

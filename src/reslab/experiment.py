@@ -1,8 +1,11 @@
 """One run from start to end: claim the folder, train, test once, close the manifest, draw the report."""
 
+import errno
 import os
 import secrets
+import shutil
 import socket
+import subprocess
 import time
 import traceback
 from collections.abc import Callable
@@ -10,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import yaml
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from safetensors.torch import save
 
 from reslab.config import Experiment
@@ -32,8 +37,9 @@ from reslab.training.progress import ProgressReport
 EXIT = {"complete": 0, "failed": 1, "diverged": 1, "preempted": 75}
 # These say where and how a run is carried out, not which run it is.
 NOT_IDENTITY = (
-    "run.dir", "run.group", "run.job_type", "run.tags", "trainer.logger", "data.root", "data.download", "data.num_workers",
-)  # fmt: skip
+    *("run.dir", "run.group", "run.job_type", "run.tags", "run.elastic", "trainer.logger", "trainer.devices"),
+    *("trainer.num_nodes", "data.root", "data.download", "data.num_workers"),
+)
 
 
 def fit(argv: list[str]) -> int:
@@ -70,18 +76,18 @@ class Run:
             return EXIT["complete"]
         try:
             self._train_and_test(data, model, settings)
-        except Preempted as stop:
+        except (Preempted, SIGTERMException) as stop:
             return self._close("preempted", str(stop))
         except Diverged as error:
             return self._close("diverged", str(error))
-        except UserError as error:
+        except (UserError, MisconfigurationException) as error:
             self._close("failed", str(error))
-            raise
-        except KeyboardInterrupt:
-            return self._close("failed", "interrupted")
+            raise UserError(str(error)) from error
         except Exception as error:
-            traceback.print_exc()
-            return self._close("failed", f"{type(error).__name__}: {error}")
+            cause = known_failure(error)
+            if cause is None:
+                traceback.print_exc()
+            return self._close("failed", cause or f"{type(error).__name__}: {error}")
         return EXIT["complete"]
 
     # The manifest
@@ -104,7 +110,9 @@ class Run:
                 write_text(self.folder.config, text)
         started = {"started": manifests.now(), "host": socket.gethostname(), "pid": os.getpid()}
         self.manifest["attempts"].append(started)
-        self._write(status="running", environment=manifests.environment())
+        if self.writes:
+            self.folder.clear_leftovers()
+        self._write(status="running")
         return True
 
     def _new_manifest(self, config: str) -> dict[str, Any]:
@@ -134,7 +142,8 @@ class Run:
         keys = sorted(k for k in {*old, *new} if old.get(k) != new.get(k) and not k.startswith(NOT_IDENTITY))
         if keys:
             rows = "\n".join(f"  {k}: {old.get(k)} there, {new.get(k)} here" for k in keys)
-            raise UserError(f"{self.folder.path} holds a run with another config; give another --run.dir, or the same config:\n{rows}")
+            remedy = "give another --run.dir, or the same config"
+            raise UserError(f"{self.folder.path} holds a run with another config; {remedy}:\n{rows}")
 
     def _write(self, **changes: Any) -> None:
         self.manifest.update(changes)
@@ -145,9 +154,14 @@ class Run:
         attempt = self.manifest["attempts"][-1]
         attempt.update(ended=manifests.now(), how=status if status == "complete" else f"{status}: {how}")
         self.manifest["wall_seconds"] += round(time.monotonic() - self._began, 1)
-        self._write(status=status)
         if status != "complete" and self.writes:
             print(f"{status}: {how}", flush=True)
+        try:
+            self._write(status=status)
+        except OSError as error:  # a full disk takes the manifest's last word, but not the exit status
+            print(f"the manifest could not be closed: {error}", flush=True)
+        if status == "preempted" and self.writes:
+            requeue()
         return EXIT[status]
 
     # The work
@@ -170,15 +184,18 @@ class Run:
             self.options.checkpoint_every_steps,
             self.options.checkpoint_every_minutes,
         )
+        preemption = Preemption(saver)
+        preemption.listen()
         self.trackers = [logger for logger in settings["logger"] if isinstance(logger, WandB)]
         # In this order: what is saved at a step's end knows what was logged in it.
-        settings["callbacks"] += [progress, saver, Preemption(saver)]
+        settings["callbacks"] += [progress, saver, preemption]
         settings["logger"].append(MetricsCSV(self.folder.metrics))
         settings["plugins"].append(TrustedIO())
         settings["default_root_dir"] = str(self.folder.path)
+        trainer = Trainer(**settings)
+        self._note_environment(trainer, resumed=checkpoint is not None)
         if self.writes:
             self._attach_wandb()
-        trainer = Trainer(**settings)
         data.prepare_data()
         self._write(data={**data.fingerprint(), "class_names": data.class_names})
         trainer.fit(model, datamodule=data, ckpt_path=str(checkpoint) if checkpoint else None, weights_only=True)
@@ -189,6 +206,18 @@ class Run:
             pictures = self._draw(data)
             for tracker in self.trackers:
                 tracker.conclude(self.manifest["results"], pictures)
+
+    def _note_environment(self, trainer: Trainer, resumed: bool) -> None:
+        """Reads back what is in force, and refuses to go on with another number of processes unless told to."""
+        before = self.manifest.get("environment", {}).get("world_size", trainer.world_size)
+        if resumed and before != trainer.world_size:
+            if not self.options.elastic:
+                raise UserError(
+                    f"this run was trained by {before} processes, not {trainer.world_size}: the order of the images "
+                    "would stay the same, the bits might not. Use as many again, or allow it: --run.elastic true"
+                )
+            self.manifest["elastic"] = f"resumed by {trainer.world_size} processes after {before}: bits may differ"
+        self._write(environment={**manifests.environment(), "world_size": trainer.world_size})
 
     def _attach_wandb(self) -> None:
         config = yaml.safe_load(self.folder.config.read_text())
@@ -235,9 +264,34 @@ class Run:
             print(f"the run is complete, but its figures or report could not be drawn: see above. {self.folder.path}")
             return []
         results = self.manifest["results"]
-        print(f"test/acc {results['test/acc']:.4f}  test/loss {results['test/loss']:.4f}  ({self.options.rule} weights)")
+        print(
+            f"test/acc {results['test/acc']:.4f}  test/loss {results['test/loss']:.4f}  ({self.options.rule} weights)"
+        )
         print(f"run     {self.folder.path}\nreport  {report}")
         return [*figures, report]
+
+
+def known_failure(error: Exception) -> str | None:
+    """The cause of a failure that has nothing to do with the code, and what to do; None where it is not known."""
+    text = str(error)
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        remedy = "--trainer.accumulate_grad_batches N takes each step in N parts, with the same result"
+        return f"out of memory ({text.partition('.')[0] or 'of the host'}): {remedy}"
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    if full or "PytorchStreamWriter failed" in text or "unexpected pos" in text:
+        return f"the disk is full ({text}): the last checkpoint is intact, make room and run the same command again"
+    if "DataLoader worker" in text:
+        remedy = "run the same command again to go on, with fewer --data.num_workers if memory was short"
+        return f"a loader process died ({text}): {remedy}"
+    return None
+
+
+def requeue() -> None:
+    """Under Slurm, puts the job back into the queue: it will go on from its checkpoint."""
+    if "SLURM_JOB_ID" in os.environ and shutil.which("scontrol"):
+        job = os.environ.get("SLURM_ARRAY_JOB_ID", os.environ["SLURM_JOB_ID"])
+        task = os.environ.get("SLURM_ARRAY_TASK_ID")
+        subprocess.run(["scontrol", "requeue", f"{job}_{task}" if task else job], check=False)
 
 
 def _test_images(data: ImageData) -> Callable[[int], np.ndarray]:
@@ -254,4 +308,3 @@ def _flat(config: Any, prefix: str = "") -> dict[str, Any]:
     for key, value in config.items():
         flat.update(_flat(value, f"{prefix}.{key}" if prefix else str(key)))
     return flat
-

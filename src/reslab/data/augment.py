@@ -113,9 +113,7 @@ def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -
 
 
 @lru_cache(maxsize=32)
-def _affine(
-    mean: tuple[float, ...], std: tuple[float, ...], width: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
+def _affine(mean: tuple[float, ...], std: tuple[float, ...], width: int, device: torch.device) -> tuple[Tensor, Tensor]:
     # A whole image row each, (W*C,): broadcasting over 3 channels alone defeats the CPU's vector units.
     centre, deviation = torch.tensor([mean, std], dtype=torch.float64).repeat(1, width)
     scale, shift = 1 / (255 * deviation), -centre / deviation

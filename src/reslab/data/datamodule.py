@@ -164,9 +164,7 @@ class ImageData(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Batch]:
         if self.trainer and self.trainer.overfit_batches:  # type: ignore[attr-defined]
-            raise UserError(
-                "overfit_batches would replace the order of the data: use --trainer.limit_train_batches"
-            )
+            raise UserError("overfit_batches would replace the order of the data: use --trainer.limit_train_batches")
         # Lightning does not know that a position needs no state: its warning would be wrong here.
         warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before the epoch")
         parts = (self._accumulate, self._world, self._rank)
@@ -201,9 +199,7 @@ class ImageData(LightningDataModule):
         size = self._eval_size
         slices = [range(start, min(start + size, len(names))) for start in range(0, len(names), size)]
         source = self.dataset
-        batches = FolderBatches(
-            Path(folder), names, self.channels, source.image_size, source.resize, skip_unreadable
-        )
+        batches = FolderBatches(Path(folder), names, self.channels, source.image_size, source.resize, skip_unreadable)
         return self._loader(batches, slices)
 
     @property
@@ -214,9 +210,7 @@ class ImageData(LightningDataModule):
         sampler = EvalOrder(indices, self._eval_size, self._world, self._rank)
         if isinstance(data, Arrays):
             return self._loader(ArrayBatches(data), sampler)
-        return self._loader(
-            FileBatches(data, self.channels, self.dataset.image_size, self.dataset.resize), sampler
-        )
+        return self._loader(FileBatches(data, self.channels, self.dataset.image_size, self.dataset.resize), sampler)
 
     def _loader(self, batches: Any, sampler: Iterable[Any]) -> DataLoader[Any]:
         workers = self.num_workers
@@ -241,9 +235,7 @@ class ImageData(LightningDataModule):
         else:
             images = normalize(batch.images, mean, std)
         if self.trainer:
-            images = self.trainer.precision_plugin.convert_input(
-                images
-            )  # networks in half or double precision
+            images = self.trainer.precision_plugin.convert_input(images)  # networks in half or double precision
         return batch._replace(images=images)
 
     def fingerprint(self) -> dict[str, str]:

@@ -175,9 +175,7 @@ class CIFAR10(ImageSource):
         try:
             data = self._torchvision(str(root), train=split == "train")
         except RuntimeError as error:
-            bad = [
-                str(path) for path, md5 in self._files(root).items() if not check_integrity(str(path), md5)
-            ]
+            bad = [str(path) for path, md5 in self._files(root).items() if not check_integrity(str(path), md5)]
             raise DataError(
                 f"damaged (wrong MD5): {', '.join(bad) or error}. "
                 f"Remove {root / self._torchvision.base_folder} and let --data.download true fetch it again"
@@ -392,9 +390,7 @@ def _scan(top: Path, folders: list[str]) -> Files:
     for label, folder in enumerate(folders):
         found = image_names(top / folder)
         if not found:
-            raise DataError(
-                f"{top / folder} holds no image ({', '.join(IMG_EXTENSIONS)}): add some or remove it"
-            )
+            raise DataError(f"{top / folder} holds no image ({', '.join(IMG_EXTENSIONS)}): add some or remove it")
         names += [f"{folder}/{name}" for name, _ in found]
         sizes += [size for _, size in found]
         labels += [label] * len(found)
@@ -402,7 +398,6 @@ def _scan(top: Path, folders: list[str]) -> Files:
     empty = np.flatnonzero(files.sizes == 0)
     if len(empty):
         raise DataError(
-            f"{len(empty)} image files are empty (0 bytes), the first is {files.path(empty[0])}: "
-            "restore or remove them"
+            f"{len(empty)} image files are empty (0 bytes), the first is {files.path(empty[0])}: restore or remove them"
         )
     return files

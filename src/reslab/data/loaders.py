@@ -150,9 +150,7 @@ def _no_draws(epoch: int, indices: Ints) -> npt.NDArray[np.int32]:
 class ArrayBatches(Dataset[Batch]):
     """Batches of in-memory arrays."""
 
-    def __init__(
-        self, arrays: Arrays, draws: Callable[[int, Ints], npt.NDArray[np.int32]] = _no_draws
-    ) -> None:
+    def __init__(self, arrays: Arrays, draws: Callable[[int, Ints], npt.NDArray[np.int32]] = _no_draws) -> None:
         self.arrays, self.draws = arrays, draws
 
     def __getitem__(self, key: Key) -> Batch:

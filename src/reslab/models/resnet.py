@@ -20,9 +20,7 @@ from reslab.models import ModelError
 Block = Literal["basic", "bottleneck"]
 Stem = Literal["imagenet", "cifar", "cifar_stride2"]
 Shortcut = Literal["identity", "A", "C", "none"]
-Norm = Literal[
-    "batch", "group", "none", "BatchNorm2d", "SyncBatchNorm", "GroupNorm", "InstanceNorm2d", "Identity"
-]
+Norm = Literal["batch", "group", "none", "BatchNorm2d", "SyncBatchNorm", "GroupNorm", "InstanceNorm2d", "Identity"]
 
 relu = partial(F.relu, inplace=True)
 

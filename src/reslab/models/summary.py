@@ -48,10 +48,7 @@ class Summary:
     def __str__(self) -> str:
         rows = [
             ("layer", "kind", "output", "parameters", "FLOPs"),
-            *(
-                (r.name, r.kind, "×".join(map(str, r.output)), f"{r.parameters:,}", f"{r.flops:,}")
-                for r in self.rows
-            ),
+            *((r.name, r.kind, "×".join(map(str, r.output)), f"{r.parameters:,}", f"{r.flops:,}") for r in self.rows),
             ("total", "", "", f"{self.parameters:,}", f"{self.flops:,}"),
         ]
         a, b, c, d, e = (max(map(len, column)) for column in zip(*rows, strict=True))

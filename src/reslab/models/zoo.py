@@ -26,9 +26,7 @@ _STAGES = {  # blocks a stage: He et al. 2015, table 1
 }
 
 
-def _variant(
-    depth: str, *, stem: str = "imagenet", groups: int = 1, width_per_group: int = 64
-) -> dict[str, Any]:
+def _variant(depth: str, *, stem: str = "imagenet", groups: int = 1, width_per_group: int = 64) -> dict[str, Any]:
     block, layers = _STAGES[depth]
     return {
         "block": block,
@@ -123,9 +121,7 @@ def load_weights(net: "ResNet", weights: str | Path) -> list[str]:
         state = {key: value for key, value in state.items() if not key.startswith("fc.")}
         state |= {key: value for key, value in own.items() if key.startswith("fc.")}
         fate = "new" if net.num_classes else "left out"
-        messages.append(
-            f"the head is {fate}: {classes} classes in {weights}, {net.num_classes} in this network"
-        )
+        messages.append(f"the head is {fate}: {classes} classes in {weights}, {net.num_classes} in this network")
     theirs, ours = state.get("conv1.weight", own["conv1.weight"]).shape, own["conv1.weight"].shape
     if theirs != ours and (theirs[:1], theirs[2:]) == (ours[:1], ours[2:]):
         state["conv1.weight"] = own["conv1.weight"]

@@ -75,12 +75,7 @@ def read_metrics(run_dir: Path) -> pd.DataFrame:
     if not path.exists() or path.stat().st_size == 0:
         return pd.DataFrame({"step": []})
     # A run that is being written may end in half a line: what is no number counts as not logged.
-    return (
-        pd.read_csv(path)
-        .apply(pd.to_numeric, errors="coerce")
-        .astype(float)
-        .replace([np.inf, -np.inf], np.nan)
-    )
+    return pd.read_csv(path).apply(pd.to_numeric, errors="coerce").astype(float).replace([np.inf, -np.inf], np.nan)
 
 
 def read_predictions(run_dir: Path) -> Predictions | None:
@@ -172,9 +167,7 @@ def draw_lr(steps: Sequence[float], lrs: Sequence[float], path: Path) -> None:
         _save(learning_rate(np.asarray(steps, float), np.asarray(lrs, float)), path)
 
 
-def draw_grid(
-    images: np.ndarray, path: Path, titles: Sequence[str] = (), row_titles: Sequence[str] = ()
-) -> None:
+def draw_grid(images: np.ndarray, path: Path, titles: Sequence[str] = (), row_titles: Sequence[str] = ()) -> None:
     """Draw uint8 images (R, C, H, W, Ch), Ch 1 or 3, as a PNG with a title a column and a name a row."""
     rows, columns, height, width, _ = images.shape
     cell = max(0.75, WIDTH / columns)  # inches
@@ -261,9 +254,7 @@ def _end_labels(ax: Axes, labels: list[tuple[float, str, str]]) -> None:
     """Name each curve, (last value, text, colour), at its height right of the axes."""
     heights = ax.transAxes.inverted().transform(ax.transData.transform([(0, y) for y, _, _ in labels]))[:, 1]
     for height, (_, text, color) in zip(_spread(heights, 0.1), labels, strict=True):
-        ax.text(
-            1.03, height, text, transform=ax.transAxes, va="center", color=color, weight="bold", fontsize=9
-        )
+        ax.text(1.03, height, text, transform=ax.transAxes, va="center", color=color, weight="bold", fontsize=9)
 
 
 def _spread(heights: np.ndarray, gap: float) -> np.ndarray:
@@ -350,9 +341,7 @@ def _pairs(counts: np.ndarray, names: Sequence[str], top: int = 20) -> Figure | 
     return figure
 
 
-def mistakes(
-    predictions: Predictions, class_names: Sequence[str], images: Images, top: int = 20
-) -> Figure | None:
+def mistakes(predictions: Predictions, class_names: Sequence[str], images: Images, top: int = 20) -> Figure | None:
     """The `top` most confident mistakes with predicted and true class; None where every image is right."""
     wrong = np.flatnonzero(predictions.label != predictions.prediction)
     if not len(wrong):
@@ -415,9 +404,7 @@ def reliability(predictions: Predictions) -> Figure:
     figure = Figure(figsize=(WIDTH, 5.4), layout="constrained")
     top, bottom = figure.subplots(2, sharex=True, height_ratios=(3, 1))
     top.bar(centres[full], bins.accuracy[full], width * 0.92, color=VAL, alpha=0.35)
-    intervals = np.array(
-        [wilson(round(a * n), n) for a, n in zip(bins.accuracy[full], bins.count[full], strict=True)]
-    )
+    intervals = np.array([wilson(round(a * n), n) for a, n in zip(bins.accuracy[full], bins.count[full], strict=True)])
     spread = np.abs(intervals.T - bins.accuracy[full])
     points = bins.confidence[full], bins.accuracy[full]
     top.errorbar(*points, spread, fmt="o", color=VAL, ms=4, lw=1.2, clip_on=False)

@@ -39,9 +39,7 @@ class RunFolder:
         """The folder of a run that was started; raises UserError where there is none."""
         folder = cls(path)
         if not folder.manifest.exists():
-            raise UserError(
-                f"{path} is no run folder: it has no manifest.json (runs are made by `reslab fit`)"
-            )
+            raise UserError(f"{path} is no run folder: it has no manifest.json (runs are made by `reslab fit`)")
         return folder
 
     def probe(self) -> None:
@@ -51,14 +49,16 @@ class RunFolder:
             write_text(self.path / "probe", "probe")
             (self.path / "probe").unlink()
         except OSError as error:
-            raise UserError(
-                f"cannot write in the run folder {self.path}: {error.strerror or error}"
-            ) from error
+            raise UserError(f"cannot write in the run folder {self.path}: {error.strerror or error}") from error
         free = shutil.disk_usage(self.path).free
         if free < MIN_FREE_BYTES:
-            raise UserError(
-                f"only {free / 2**20:.0f} MiB are free for the run folder {self.path}: make room, or give another --run.dir"
-            )
+            room = f"only {free / 2**20:.0f} MiB are free for the run folder {self.path}"
+            raise UserError(f"{room}: make room, or give another --run.dir")
+
+    def clear_leftovers(self) -> None:
+        """Removes what a killed run left half written."""
+        for part in [*self.path.glob(".*.part"), *self.path.glob("*/.*.part")]:
+            part.unlink()
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:

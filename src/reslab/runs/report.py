@@ -115,9 +115,7 @@ def _leaf(node: Any) -> str | None:
     return f"{node['class_path'].rpartition('.')[2]}({arguments})"
 
 
-def headline(
-    manifest: Mapping[str, Any], metrics: pd.DataFrame, predictions: Predictions | None
-) -> dict[str, Any]:
+def headline(manifest: Mapping[str, Any], metrics: pd.DataFrame, predictions: Predictions | None) -> dict[str, Any]:
     """The one number of the run with its uncertainty: the test accuracy, else the latest there is."""
     accuracy = (manifest.get("results") or {}).get("test/acc")
     if accuracy is not None:
@@ -136,9 +134,7 @@ def headline(
     return {"label": "accuracy", "value": "none yet", "notes": ["nothing has been logged"]}
 
 
-def tiles(
-    manifest: Mapping[str, Any], metrics: pd.DataFrame, predictions: Predictions | None
-) -> dict[str, str]:
+def tiles(manifest: Mapping[str, Any], metrics: pd.DataFrame, predictions: Predictions | None) -> dict[str, str]:
     """The other numbers worth a look, by name, those that there are."""
     results = manifest.get("results") or {}
     found = {}
@@ -217,7 +213,5 @@ def commands(run_dir: Path, manifest: Mapping[str, Any]) -> list[tuple[str, str]
         lines.append((f"git apply {shlex.quote(str(run_dir / git['diff']))}", "its uncommitted changes"))
     if config.exists():
         lines.append((f"reslab fit --config {shlex.quote(str(config))}", "the same run again"))
-        lines.append(
-            (f"reslab reproduce {run}", "the same, in a new folder, and the weights compared bit by bit")
-        )
+        lines.append((f"reslab reproduce {run}", "the same, in a new folder, and the weights compared bit by bit"))
     return [*lines, (f"reslab verify {run}", "the folder's files against their hashes")]

@@ -153,9 +153,7 @@ class WandB(Logger):
             yield
         except Exception as error:
             remedy = f". {self._how_to_upload()}" if self._run else ""
-            print(
-                f"W&B is given up for this run: {type(error).__name__}: {_brief(error)}{remedy}", flush=True
-            )
+            print(f"W&B is given up for this run: {type(error).__name__}: {_brief(error)}{remedy}", flush=True)
             self._run = None
 
     def _how_to_upload(self) -> str:

@@ -77,7 +77,9 @@ class TrustedIO(CheckpointIO):
                 sums["previous.ckpt"] = sums.get("last.ckpt", set())
         _write_sums(path.parent, {**sums, path.name: {new}})
 
-    def load_checkpoint(self, path: Any, map_location: Any | None = None, weights_only: bool | None = None) -> dict[str, Any]:
+    def load_checkpoint(
+        self, path: Any, map_location: Any | None = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
         return read_checkpoint(Path(path), map_location or "cpu")
 
     def remove_checkpoint(self, path: Any) -> None:
@@ -101,7 +103,9 @@ def resume_point(folder: Path) -> tuple[Path | None, list[str]]:
         path.replace(aside)
         messages.append(f"{path} is damaged (its SHA-256 is not the one on record): set aside as {aside.name}")
     if messages:
-        raise UserError("\n".join([*messages, f"no whole checkpoint is left in {folder}: start the run anew in another folder"]))
+        raise UserError(
+            "\n".join([*messages, f"no whole checkpoint is left in {folder}: start the run anew in another folder"])
+        )
     return None, messages
 
 
@@ -145,7 +149,9 @@ class Checkpoints(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._written_at, self._written_step = time.monotonic(), trainer.global_step
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         if at_step_end(trainer, batch_idx) and self._due(trainer):
             self.write(trainer)
 

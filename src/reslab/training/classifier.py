@@ -198,7 +198,8 @@ class Classifier(LightningModule):
 
     def _check_finite(self, loss: float, step: int) -> None:
         if not math.isfinite(loss):
-            raise Diverged(f"the training loss is {loss} at step {step}: lower the learning rate, warm up longer, or clip gradients")
+            remedy = "lower the learning rate, warm up longer, or clip gradients"
+            raise Diverged(f"the training loss is {loss} at step {step}: {remedy}")
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self._unsent:  # for monitors and progress bars; loggers have it already

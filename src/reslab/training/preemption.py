@@ -46,7 +46,9 @@ class Preemption(Callback):
             signal.raise_signal(signal.SIGINT)  # asked twice: stop at once
         self._received = number
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         if at_step_end(trainer, batch_idx) and (number := self._asked(trainer, trainer.global_step)):
             self._stop(trainer, number)
 

@@ -24,6 +24,7 @@ class ProgressReport(Callback):
         self._bar: Progress | None = None
         self._mark = (0.0, 0)  # when the current stretch of training began, and images seen by then
         self._logged = (0.0, 0)
+        self._validated_in = -1  # the epoch of the last validation
 
     def state_dict(self) -> dict[str, Any]:
         return {"images": self.images, "seconds": self.seconds}
@@ -46,7 +47,9 @@ class ProgressReport(Callback):
             )
             self._bar.start()
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         self.images += len(batch[1]) * trainer.world_size
         step = trainer.global_step
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]
@@ -61,12 +64,14 @@ class ProgressReport(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._resume_clock()
+        self._validated_in = trainer.current_epoch
         self._refresh(pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero and self._bar is None:
             done, total = trainer.current_epoch + 1, trainer.max_epochs
-            print(f"epoch {done}/{total}  {self._values(pl_module)}  left {self._time_left(trainer)}", flush=True)
+            values = self._values(pl_module, validated=self._validated_in == trainer.current_epoch)
+            print(f"epoch {done}/{total}  {values}  left {self._time_left(trainer)}", flush=True)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._stop_clock()
@@ -104,9 +109,10 @@ class ProgressReport(Callback):
         if self._bar is not None:
             self._bar.update(self._task, values=self._values(pl_module))
 
-    def _values(self, pl_module: LightningModule) -> str:
+    def _values(self, pl_module: LightningModule, validated: bool = True) -> str:
         latest: dict[str, float] = getattr(pl_module, "latest", {})  # host values: no sync
-        shown = [f"{name} {latest[name]:.4f}" for name in SHOWN if name in latest]
+        names = [name for name in SHOWN if name in latest and (validated or name.startswith("train/"))]
+        shown = [f"{name} {latest[name]:.4f}" for name in names]
         speed = self.images_per_second()
         return "  ".join([*shown, f"{speed:,.0f} images/s"] if speed else shown)
 
