@@ -1,6 +1,7 @@
 """The typed configuration of a run: LightningCLI's, with an allowlist and messages that name the mistake."""
 
 import hashlib
+import os
 import re
 from argparse import ArgumentError
 from dataclasses import dataclass, field
@@ -8,9 +9,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from jsonargparse import set_parsing_settings
+from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch import seed_everything
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities import rank_zero_only
 
 from reslab.config_errors import explain, located
 from reslab.data import ImageData
@@ -105,6 +107,9 @@ class Experiment(LightningCLI):
             self.config = parser.parse_args(args)
         except ArgumentError as error:
             raise UserError(explain(str(error), self._keys(), args, BASE)) from error
+        for group in ("trainer", "model", "data", "run"):
+            if not isinstance(self.config[group], Namespace):
+                raise UserError(located(f"{group}: keys and values, not {self.config[group]!r}", [group], args, BASE))
 
     def _keys(self) -> list[str]:
         config = getattr(self, "config", None) or self.parser.get_defaults(skip_validation=True)
@@ -123,12 +128,20 @@ class Experiment(LightningCLI):
         return self.parser.dump(config, skip_none=False, skip_validation=True)
 
     def run_dir(self) -> Path:
-        """The run's folder: as given, else runs/<name>/<time>-seed<seed>-<hash of the config>."""
+        """The run's folder: as given, else runs/<name>/<id>.
+
+        A Slurm job has its number in the id, so that it finds its folder again when it is requeued.
+        """
         if self.config.run.dir:
             return Path(self.config.run.dir)
+        if rank_zero_only.rank and "RESLAB_RUN_DIR" in os.environ:  # started by rank 0, which chose
+            return Path(os.environ["RESLAB_RUN_DIR"])
+        job = "_".join(os.environ[k] for k in ("SLURM_JOB_ID", "SLURM_ARRAY_TASK_ID") if k in os.environ)
+        started = f"slurm{job}" if job else datetime.now().strftime("%Y%m%d-%H%M%S")
         digest = hashlib.sha256(self.dump().encode()).hexdigest()[:6]
-        started = datetime.now().strftime("%Y%m%d-%H%M%S")
-        return Path("runs", self.config.run.name, f"{started}-seed{int(self.config.seed_everything)}-{digest}")
+        folder = Path("runs", self.config.run.name, f"{started}-seed{int(self.config.seed_everything)}-{digest}")
+        os.environ["RESLAB_RUN_DIR"] = str(folder)
+        return folder
 
     def build(self) -> tuple[ImageData, Classifier, dict[str, Any]]:
         """The data, the model, and the trainer's settings: callbacks, loggers and plugins as lists, to add to."""

@@ -66,6 +66,9 @@ def key_in(message: str, known_keys: Sequence[str]) -> str | None:
 
 def located(message: str, known_keys: Sequence[str], args: Sequence[str], base: Path) -> str:
     """A constructor's message with the key it speaks of, and the file and line where that stands."""
+    # jsonargparse wraps it where the type is a union: the constructor's own words are in the list of errors.
+    own = [line for line in re.findall(r"^\s*- (.+)$", message, re.MULTILINE) if not line.startswith("Expected a")]
+    message = own[0] if own else message
     key = key_in(message, known_keys)
     places = list(_places(key, args, base)) if key else []
     return "\n".join([f"{key}: {message}" if key else message, *(f"  stands in: {p}" for p in places[-1:])])

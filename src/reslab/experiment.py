@@ -170,12 +170,12 @@ class Run:
         checkpoint, messages = resume_point(self.folder.checkpoints)
         for message in messages:
             print(message)
-        if checkpoint:
-            step = read_checkpoint(checkpoint)["global_step"]
-            print(f"resuming at step {step} from {checkpoint}")
+        step = read_checkpoint(checkpoint)["global_step"] if checkpoint else 0
+        if checkpoint and self.writes:
+            print(f"resuming at step {step} from {checkpoint}", flush=True)
             self.manifest["attempts"][-1]["from_step"] = step
         if self.writes:
-            cut(self.folder.metrics, step if checkpoint else 0)
+            cut(self.folder.metrics, step)
         progress = ProgressReport()
         saver = Checkpoints(
             self.folder.checkpoints,

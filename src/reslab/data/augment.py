@@ -12,12 +12,14 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 import torch
+from scipy.special import betaincinv
 from torch import Tensor
 
 from reslab.data import order
 from reslab.errors import UserError
 
 DRAWS = 5  # columns of the parameters: dy, dx, flip, cy, cx
+UNIT = 1 << 24  # a share of 1 as an integer: float32 holds such a share and its complement exactly
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,11 @@ class Augment:
             epoch, which half begins is random (airbench, Jordan 2024).
         cutout: Side in pixels of a square set to the mean, at a random centre, cut at the border
             (DeVries & Taylor 2017); 0 for none.
+        mixup: Alpha of mixup (Zhang et al. 2018): every image, and its label, is blended with another of its
+            batch, all with one share from Beta(alpha, alpha); 0 for none. With cutmix too, each batch takes one
+            of the two at random.
+        cutmix: Alpha of CutMix (Yun et al. 2019): a rectangle of another image of the batch is pasted in, its
+            share of the area, and of the label, 1 - Beta(alpha, alpha); 0 for none.
         scale: For data sets of files: share of the image's area that the random crop takes (Inception crop).
         ratio: For data sets of files: width over height of that crop.
     """
@@ -40,12 +47,16 @@ class Augment:
     padding_mode: Literal["zeros", "reflect"] = "zeros"
     flip: Literal["none", "random", "alternating"] = "none"
     cutout: int = 0
+    mixup: float = 0.0
+    cutmix: float = 0.0
     scale: tuple[float, float] = (0.08, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
 
     def __post_init__(self) -> None:
         if self.crop_padding < 0 or self.cutout < 0:
             raise UserError("augment: crop_padding and cutout are numbers of pixels, 0 or more")
+        if not (0 <= self.mixup < np.inf and 0 <= self.cutmix < np.inf):
+            raise UserError("augment: mixup and cutmix are alphas of Beta distributions, 0 (off) or more")
         if not (0 < self.scale[0] <= self.scale[1] <= 1 and 0 < self.ratio[0] <= self.ratio[1]):
             raise UserError("augment: scale and ratio are [low, high], above 0, the scale at most 1")
 
@@ -63,6 +74,21 @@ class Augment:
         if self.flip == "alternating":
             draws[:, 2] = (order.uniforms(seed, 0, indices, DRAWS)[:, 2] < 0.5) ^ (epoch % 2 == 1)
         return draws
+
+    def draw_mix(self, seed: int, epoch: int, indices: npt.NDArray[np.int64], size: int) -> npt.NDArray[np.int32]:
+        """How the images of one batch are mixed: int32 (5,), see `mix`; (0,) if they are not.
+
+        A function of the batch's first index: micro-batches and ranks, which share no image, draw their own.
+        """
+        if not (self.mixup or self.cutmix):
+            return np.empty(0, np.int32)
+        which, u, *centre = order.uniforms(seed, epoch, indices[:1], 4, order.MIX)[0].astype(np.float64)
+        cut = which < 0.5 if self.mixup else True
+        alpha = self.cutmix if self.cutmix and cut else self.mixup
+        share = betaincinv(alpha, alpha, u)  # the inverse of Beta's distribution function
+        if alpha == 0:
+            pass
+        return np.array([])
 
     def apply(self, images: Tensor, draws: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
         """uint8 (N, H, W, C), draws (N, 5) -> augmented, normalised float32 (N, C, H, W), channels_last."""

@@ -17,7 +17,7 @@ Ints = npt.NDArray[np.int64]
 
 _MASK = 0xFFFFFFFF
 # The last counter word: which use the draws are for, so that no two uses share a draw.
-ORDER, AUGMENT, RESIZED_CROP, SPLIT, STEP = range(5)
+ORDER, AUGMENT, RESIZED_CROP, SPLIT, STEP, MIX = range(6)
 
 
 def philox(counter: tuple[Any, Any, Any, Any], key: int) -> tuple[Any, Any, Any, Any]:

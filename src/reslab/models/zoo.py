@@ -56,6 +56,8 @@ VARIANTS: dict[str, dict[str, Any]] = (
     {name: _variant(name) for name in _STAGES}
     | {f"{name}_cifar": _variant(name, stem="cifar") for name in _STAGES}
     | {f"resnet{depth}": _cifar_variant(depth) for depth in (20, 32, 44, 56, 110)}
+    # For a CPU: no block at full resolution, and wider than the paper's where images are small.
+    | {"resnet8_fast": {**_cifar_variant(8), "layers": (0, 1, 1, 1), "width": 32, "shortcut": "identity"}}
     | {
         "wide_resnet50_2": _variant("resnet50", width_per_group=128),
         "wide_resnet101_2": _variant("resnet101", width_per_group=128),
