@@ -28,8 +28,8 @@ def preview(what: str, out: Path, args: list[str]) -> None:
         rates = learning_rates(data, model, settings)
         draw_lr(range(len(rates)), rates, out)
     else:
-        names = [data.class_names[i] for i in data.train_data.labels[data.split[0][:IMAGES]]]
-        draw_grid(data.preview(IMAGES, EPOCHS), out, [f"epoch {i + 1}" for i in range(EPOCHS)], names)
+        images, names = data.preview(IMAGES, EPOCHS)
+        draw_grid(images, out, [f"epoch {i + 1}" for i in range(EPOCHS)], names)
     print(out)
 
 

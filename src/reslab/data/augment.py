@@ -76,19 +76,20 @@ class Augment:
         return draws
 
     def draw_mix(self, seed: int, epoch: int, indices: npt.NDArray[np.int64], size: int) -> npt.NDArray[np.int32]:
-        """How the images of one batch are mixed: int32 (5,), see `mix`; (0,) if they are not.
+        """How the images of a batch, of side `size`, are mixed in an epoch: int32 (5,), see `mix`; (0,) if not.
 
         A function of the batch's first index: micro-batches and ranks, which share no image, draw their own.
         """
         if not (self.mixup or self.cutmix):
             return np.empty(0, np.int32)
-        which, u, *centre = order.uniforms(seed, epoch, indices[:1], 4, order.MIX)[0].astype(np.float64)
-        cut = which < 0.5 if self.mixup else True
-        alpha = self.cutmix if self.cutmix and cut else self.mixup
-        share = betaincinv(alpha, alpha, u)  # the inverse of Beta's distribution function
-        if alpha == 0:
-            pass
-        return np.array([])
+        which, u, y, x = order.uniforms(seed, epoch, indices[:1], 4, order.MIX)[0].astype(np.float64)
+        if not self.cutmix or (self.mixup and which < 0.5):
+            share = betaincinv(self.mixup, self.mixup, u)  # the inverse of Beta's distribution function
+            return np.array([round(share * UNIT), 0, 0, size, size], np.int32)
+        half = int(0.5 * np.sqrt(1 - betaincinv(self.cutmix, self.cutmix, u)) * size)
+        top, left = int(y * size) - half, int(x * size) - half
+        box = np.clip([top, left, top + 2 * half, left + 2 * half], 0, size)
+        return np.array([0, *box], np.int32)
 
     def apply(self, images: Tensor, draws: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
         """uint8 (N, H, W, C), draws (N, 5) -> augmented, normalised float32 (N, C, H, W), channels_last."""
@@ -156,6 +157,29 @@ def cutout(images: Tensor, cy: Tensor, cx: Tensor, size: int) -> Tensor:
     # rows × (1 - tall × wide): exactly 0 or as it was, 3 times faster on a CPU than to make and fill a mask.
     rows.addcmul_(rows * tall[:, :, None], wide[:, None].to(rows.dtype), value=-1)
     return images
+
+
+def mix(images: Tensor, plan: Tensor) -> tuple[Tensor, Tensor]:
+    """Mixes each image of (N, C, H, W), channels_last, with the one before it, as torchvision's MixUp and CutMix do.
+
+    Args:
+        images: Normalised, float32.
+        plan: int32 (5,): the image's own share, in 1 / UNIT, inside of a box, and the box's top, left, bottom and
+            right. Outside of it the image stays as it is. For mixup the box is the image, for CutMix the share 0.
+
+    Returns:
+        The mixed images, and the weight of their own labels, float32 (): their share of all pixels.
+    """
+    n, c, h, w = images.shape
+    foreign = 1 - plan[0].float() / UNIT
+    top, left, bottom, right = plan[1:].unbind()
+    y = torch.arange(h, device=images.device)[:, None]
+    x = torch.arange(w * c, device=images.device) // c
+    inside = (y >= top) & (y < bottom) & (x >= left) & (x < right)  # (H, W*C): whole rows, as in _affine
+    rows = images.permute(0, 2, 3, 1).view(n, h, w * c)
+    mixed = rows.roll(1, 0).lerp_(rows, 1 - inside * foreign)
+    own = 1 - foreign * (bottom - top) * (right - left) / (h * w)
+    return mixed.view(n, h, w, c).permute(0, 3, 1, 2), own
 
 
 def resized_crop_box(

@@ -14,7 +14,7 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from reslab.data.augment import Augment, normalize
+from reslab.data.augment import Augment, mix, normalize
 from reslab.data.datasets import Arrays, DataError, Files, ImageSource, image_names
 from reslab.data.loaders import (
     ArrayBatches,
@@ -234,9 +234,10 @@ class ImageData(LightningDataModule):
             images = self.augment.apply(batch.images, batch.draws, mean, std)
         else:
             images = normalize(batch.images, mean, std)
+        images, own = mix(images, batch.mix) if len(batch.mix) else (images, batch.mix)
         if self.trainer:
             images = self.trainer.precision_plugin.convert_input(images)  # networks in half or double precision
-        return batch._replace(images=images)
+        return batch._replace(images=images, mix=own)
 
     def fingerprint(self) -> dict[str, str]:
         """SHA-256 of data (bytes in memory; names, sizes and labels of files), split and classes."""
@@ -247,12 +248,13 @@ class ImageData(LightningDataModule):
             "classes": _sha256("\n".join(self.class_names)),
         }
 
-    def preview(self, n_images: int = 8, n_epochs: int = 8) -> np.ndarray:
-        """Training images (rows) as the first epochs (columns) see them: uint8 (n, e, H, W, C)."""
+    def preview(self, n_images: int = 8, n_epochs: int = 8) -> tuple[np.ndarray, list[str]]:
+        """Training images (rows) as the first epochs (columns) see them, uint8 (n, e, H, W, C), and their classes."""
         batches, train = self._train_batches(), self.split[0]
         rows = train[np.linspace(0, len(train) - 1, n_images).astype(int)]
         seen = [self.on_after_batch_transfer(batches[epoch, rows]).images for epoch in range(n_epochs)]
-        return torch.stack([self._visible(images) for images in seen], 1).numpy()
+        names = [self.class_names[label] for label in self.train_data.labels[rows]]
+        return torch.stack([self._visible(images) for images in seen], 1).numpy(), names
 
     def _visible(self, images: Tensor) -> Tensor:
         mean, std = (torch.tensor(x)[:, None, None] for x in (self.dataset.mean, self.dataset.std))

@@ -36,12 +36,15 @@ class Batch(NamedTuple):
         indices: int64 (N,), the place in the data set; -1 is padding.
         draws: int32 (N, 5), the augmentation's parameters; (N, 0) where there is none. Integers, since
             half-precision plugins round every float of a batch.
+        mix: int32 (5,) from the loader, how images are mixed; for the network float32 (), the weight of the own
+            labels, the rest being that of `labels.roll(1)`; (0,) where images are not mixed.
     """
 
     images: Tensor
     labels: Tensor
     indices: Tensor
     draws: Tensor
+    mix: Tensor = torch.empty(0, dtype=torch.int32)
 
     def to(self, device: torch.device | str) -> "Batch":
         # Not back to the host without waiting: it would read what is not there yet.
@@ -136,28 +139,26 @@ class Draws:
         self._epoch = -1
         self._table = np.empty((0, 0), np.int32)
 
-    def __call__(self, epoch: int, indices: Ints) -> npt.NDArray[np.int32]:
+    def __call__(self, epoch: int, indices: Ints) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+        """Of the images (N, k), and of the batch as a whole (m,)."""
         if epoch != self._epoch:
             self._table = self.augment.draw(self.seed, epoch, np.arange(self.n), self.size)
             self._epoch = epoch
-        return self._table[indices]
-
-
-def _no_draws(epoch: int, indices: Ints) -> npt.NDArray[np.int32]:
-    return np.empty((len(indices), 0), np.int32)
+        return self._table[indices], self.augment.draw_mix(self.seed, epoch, indices, self.size)
 
 
 class ArrayBatches(Dataset[Batch]):
-    """Batches of in-memory arrays."""
+    """Batches of in-memory arrays; with draws for training, without to evaluate."""
 
-    def __init__(self, arrays: Arrays, draws: Callable[[int, Ints], npt.NDArray[np.int32]] = _no_draws) -> None:
-        self.arrays, self.draws = arrays, draws
+    def __init__(self, arrays: Arrays, draws: Draws | None = None) -> None:
+        self.arrays = arrays
+        self.draws = draws or Draws(Augment(), 0, len(arrays), 0)
 
     def __getitem__(self, key: Key) -> Batch:
         epoch, indices = key
         images = self.arrays.images.take(indices, axis=0)  # padding, -1, takes the last image
         labels = np.where(indices < 0, -1, self.arrays.labels[indices])
-        return Batch(*map(torch.from_numpy, (images, labels, indices, self.draws(epoch, indices))))
+        return Batch(*map(torch.from_numpy, (images, labels, indices, *self.draws(epoch, indices))))
 
 
 def decode(path: Path, channels: int) -> Tensor:
@@ -213,10 +214,11 @@ class FileBatches(Dataset[Batch]):
 
     def __getitem__(self, key: Key) -> Batch:
         epoch, indices = key
-        draws = np.empty((len(indices), 0), np.int32)
+        augment = self.augment or Augment()
+        draws = augment.draw(self.seed, epoch, indices, self.size)
+        mix = augment.draw_mix(self.seed, epoch, indices, self.size)
         boxes = np.empty((len(indices), 0), np.float32)
         if self.augment is not None:
-            draws = self.augment.draw(self.seed, epoch, indices, self.size)
             boxes = order.uniforms(self.seed, epoch, indices, 22, order.RESIZED_CROP)
         images = torch.zeros((len(indices), self.size, self.size, self.channels), dtype=torch.uint8)
         for out, index, box in zip(images, indices, boxes, strict=True):
@@ -224,7 +226,7 @@ class FileBatches(Dataset[Batch]):
                 image = decode(self.files.path(index), self.channels)
                 out.copy_(self._fit(image, box).permute(1, 2, 0))
         labels = np.where(indices < 0, -1, self.files.labels[indices])
-        return Batch(images, *map(torch.from_numpy, (labels, indices, draws)))
+        return Batch(images, *map(torch.from_numpy, (labels, indices, draws, mix)))
 
     def _fit(self, image: Tensor, box: npt.NDArray[np.float32]) -> Tensor:
         if self.augment is None:

@@ -168,6 +168,11 @@ class Classifier(LightningModule):
         images, labels = batch[0], batch[1]
         logits = self.net(images)
         loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+        own = getattr(batch, "mix", None)
+        if own is not None and own.numel():  # mixed images: accuracy is that on the label of greater weight
+            others = labels.roll(1)
+            loss = own * loss + (1 - own) * F.cross_entropy(logits, others, label_smoothing=self.label_smoothing)
+            labels = torch.where(own >= 0.5, labels, others)
         with torch.no_grad():
             correct = (logits.argmax(1) == labels).sum()
             self._window += torch.stack([loss.detach() * len(images), correct])
@@ -216,8 +221,10 @@ class Classifier(LightningModule):
         count = torch.tensor([float(self._window_images)], device=self.device)
         window = torch.cat([self._window.to(self.device), count])
         checkpoint["window"] = self.trainer.strategy.reduce(window, reduce_op="sum").tolist()
+        checkpoint["latest"] = self.latest
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.latest = dict(checkpoint.get("latest", {}))
         window = checkpoint.get("window", [0.0, 0.0, 0.0])
         if self.global_rank == 0:  # the sums over all ranks go on here
             self._window, self._window_images = torch.tensor(window[:2]), int(window[2])
