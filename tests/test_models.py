@@ -274,10 +274,10 @@ def config_names() -> list[str]:
 
 
 def test_every_named_model_has_its_config() -> None:
-    assert set(config_names()) == {*list_models(), "resnet8"}
+    assert {*list_models(), "resnet8"} <= set(config_names())
 
 
-@pytest.mark.parametrize("name", config_names())
+@pytest.mark.parametrize("name", [*list_models(), "resnet8"])
 def test_config_is_the_named_model(name: str, repo: Path) -> None:
     text = (repo / "configs" / "net" / f"{name}.yaml").read_text(encoding="utf-8")
     assert text.startswith("# ")

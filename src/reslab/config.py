@@ -9,6 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch import seed_everything
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -136,6 +137,8 @@ class Experiment(LightningCLI):
             return Path(self.config.run.dir)
         if rank_zero_only.rank and "RESLAB_RUN_DIR" in os.environ:  # started by rank 0, which chose
             return Path(os.environ["RESLAB_RUN_DIR"])
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1 and "TORCHELASTIC_RUN_ID" in os.environ:
+            raise UserError("under torchrun give --run.dir: all processes have to mean the same folder")
         job = "_".join(os.environ[k] for k in ("SLURM_JOB_ID", "SLURM_ARRAY_TASK_ID") if k in os.environ)
         started = f"slurm{job}" if job else datetime.now().strftime("%Y%m%d-%H%M%S")
         digest = hashlib.sha256(self.dump().encode()).hexdigest()[:6]
@@ -146,6 +149,8 @@ class Experiment(LightningCLI):
     def build(self) -> tuple[ImageData, Classifier, dict[str, Any]]:
         """The data, the model, and the trainer's settings: callbacks, loggers and plugins as lists, to add to."""
         seed_everything(int(self.config.seed_everything), workers=True, verbose=False)
+        if self.config.trainer.deterministic:  # float32 means float32: TF32 rounds its inputs to 10 bits
+            torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
         try:
             built = self.parser.instantiate_classes(self.config)
         except (ValueError, UserError) as error:  # a check at construction, with the fix in its message

@@ -187,7 +187,7 @@ class Classifier(LightningModule):
         if step % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self._record_window(step)
         elif step % CHECK_FINITE_EVERY == 0:
-            self._check_finite(float(self._window[0]), step)
+            self._check_finite(float(self.trainer.strategy.reduce(self._window[0].clone(), reduce_op="sum")), step)
 
     def _record_window(self, step: int) -> None:
         """Logs the means over the steps since the last call: the one device sync of `log_every_n_steps` steps."""

@@ -1,0 +1,97 @@
+"""The commands beside `fit`, and what the command line answers to mistakes."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from reslab.cli import main
+
+DIGITS = "configs/experiment/digits.yaml"
+
+
+@pytest.fixture(autouse=True)
+def in_the_repository(repo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(repo)
+
+
+@pytest.mark.parametrize("command", [["--help"], ["list"], ["list", "models"], ["predict", "--help"]])
+def test_help_and_lists_import_no_torch(command: list[str]) -> None:
+    code = (
+        "import sys\nfrom reslab.cli import main\n"
+        f"try: main({command!r})\nexcept SystemExit as e: assert not e.code\n"
+        "heavy = {'torch', 'lightning', 'numpy', 'pandas', 'wandb'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
+
+
+def test_list_names_every_config_file(capsys: pytest.CaptureFixture[str], repo: Path) -> None:
+    assert main(["list", "experiments"]) == 0
+    listed = {line.split()[0] for line in capsys.readouterr().out.splitlines()}
+    assert listed == {p.stem for p in (repo / "configs" / "experiment").glob("*.yaml")}
+    assert main(["list", "models"]) == 0
+    assert {"resnet20", "resnet50", "resnet18_cifar"} <= set(capsys.readouterr().out.split())
+
+
+def test_summary_counts_parameters_and_flops(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["summary", "resnet50", "--input", "3,224,224"]) == 0
+    out = capsys.readouterr().out
+    assert "25,557,032 parameters" in out and "4.09 GMACs" in out and "2 FLOPs" in out
+
+
+@pytest.mark.parametrize("what", ["lr", "augment"])
+def test_preview_draws_a_picture(tmp_path: Path, what: str, capsys: pytest.CaptureFixture[str]) -> None:
+    from PIL import Image
+
+    assert main(["preview", what, "--config", DIGITS, "--out", str(tmp_path / "a" / "p.png")]) == 0
+    assert Image.open(tmp_path / "a" / "p.png").size[0] > 300
+    assert "p.png" in capsys.readouterr().out
+
+
+def test_doctor_reports_the_machine_and_checks_the_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, repo: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["doctor", "--config", str(repo / DIGITS)]) == 0
+    out = capsys.readouterr().out
+    assert "1,294 training, 144 validation, 359 test images, 10 classes" in out and "torch" in out
+    cifar = ["--config", str(repo / "configs/experiment/cifar10_fast.yaml"), "--data.root", str(tmp_path)]
+    assert main(["doctor", *cifar, "--data.download", "false"]) == 1
+    assert "WRONG" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())  # looking leaves nothing behind
+
+
+MISTAKES = [
+    (["summary", "resnet51"], "resnet50"),
+    (["summary", "resnet50", "--inputs", "3,32,32"], "--inputs"),
+    (["test", "no/such/run"], "no run folder"),
+    (["predict", "no/such/run", "--images", ".", "--out", "x.csv"], "no run folder"),
+    (["fit", "--config", "no/such/file.yaml"], "no/such/file.yaml"),
+    (["fit", "--config", DIGITS, "--trainer.max_epoch", "3"], "trainer.max_epochs"),
+    (["fit", "--config", DIGITS, "--trainer.max_epochs", "many"], "trainer.max_epochs"),
+    (["fit", "--config", DIGITS, "--data.batch_size", "5000"], "batch_size"),
+    (["preview", "lr", "--config", DIGITS, "--model.net.init_args.stem", "cifr"], "cifar"),
+]
+
+
+@pytest.mark.parametrize(("command", "told"), MISTAKES, ids=lambda x: " ".join(x) if isinstance(x, list) else x)
+def test_a_mistake_is_one_message_and_exit_status_2(
+    command: list[str], told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if command[0] == "fit":
+        command = [*command, "--run.dir", str(tmp_path / "run")]
+    assert main(command) == 2
+    answer = capsys.readouterr().err
+    assert told in answer and "Traceback" not in answer and len(answer.splitlines()) <= 6
+
+
+@pytest.mark.parametrize("command", [["bogus"], [], ["summary"], ["summary", "resnet50", "--input", "a,b"]])
+def test_wrong_usage_is_exit_status_2(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(command)
+    assert stop.value.code == 2
+    assert "usage:" in capsys.readouterr().err
