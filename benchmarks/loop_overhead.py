@@ -67,9 +67,9 @@ class TakeTurns(Callback):
             return
         device = trainer.strategy.root_device
         synchronize(device)
-        if self.bare is None:  # the first block of both is the warm-up
+        if self.bare is None:
             self.bare = BareLoop(trainer.datamodule, device)  # type: ignore[attr-defined]
-        else:
+        elif batch_idx:  # an epoch's last block is cut short: it does not count
             ours = time.perf_counter() - self.start
             bare = self.bare.run(self.steps)
             self.ratios.append(ours / bare)

@@ -33,6 +33,16 @@ def nesterov_sgd(params: Any) -> Optimizer:
     return SGD(params, lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
 
 
+def reseed(seed: int, device: torch.device) -> None:
+    """Sets torch's generators: no random state is carried from step to step, so none has to be saved to resume.
+
+    torch.manual_seed would do, but where CUDA is not in use it keeps a stack trace a call for later: 3 ms a step.
+    """
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.default_generators[device.index or 0].manual_seed(seed)
+
+
 class EvaluationLoss(MeanMetric):
     """The mean cross-entropy over images, unsmoothed, padding left out; summed in float64."""
 
@@ -163,8 +173,7 @@ class Classifier(LightningModule):
         self._window = self._window.to(self.device)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        # No random state is carried from step to step, so none has to be saved to resume exactly.
-        torch.manual_seed(step_seed(self.seed, self.trainer.fit_loop.epoch_loop.total_batch_idx, self.global_rank))
+        reseed(step_seed(self.seed, self.trainer.fit_loop.epoch_loop.total_batch_idx, self.global_rank), self.device)
         images, labels = batch[0], batch[1]
         logits = self.net(images)
         loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
