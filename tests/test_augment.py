@@ -5,11 +5,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import beta, ks_2samp, kstest
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tvf
 
 from reslab.data import Augment
-from reslab.data.augment import crop, cutout, flip, normalize, resized_crop_box
+from reslab.data.augment import UNIT, crop, cutout, flip, mix, normalize, resized_crop_box
 from reslab.data.order import uniforms
 from reslab.errors import UserError
 
@@ -102,6 +103,84 @@ def test_alternating_flips_show_every_image_both_ways_in_two_epochs():
     assert 400 < flips[0].sum() < 600
 
 
+def mixed_by(transform, images, labels, **parameters):
+    """Images and soft labels of torchvision's MixUp or CutMix, given its parameters."""
+    transform.make_params = lambda inputs: parameters
+    return transform(images, labels)
+
+
+def assert_mixed(plan, images, theirs, atol):
+    labels = torch.eye(len(images))
+    ours, own = mix(images, torch.tensor(plan, dtype=torch.int32))
+    torch.testing.assert_close(ours, theirs[0], rtol=0, atol=atol)
+    torch.testing.assert_close(own * labels + (1 - own) * labels.roll(1, 0), theirs[1], rtol=0, atol=1e-6)
+    assert ours.is_contiguous(memory_format=torch.channels_last)
+
+
+@settings(max_examples=60, deadline=None)
+@given(sizes, sizes, st.sampled_from([1, 3]), st.integers(0, UNIT))
+def test_mixup_is_torchvisions(height, width, channels, share):
+    images = normalize(photos(3, height, width, channels), MEAN[:channels], STD[:channels])
+    theirs = mixed_by(v2.MixUp(num_classes=3), images, torch.arange(3), lam=share / UNIT)
+    assert_mixed([share, 0, 0, height, width], images, theirs, atol=2e-6)
+
+
+@settings(max_examples=60, deadline=None)
+@given(sizes, sizes, st.sampled_from([1, 3]), st.data())
+def test_cutmix_is_torchvisions(height, width, channels, data):
+    images = normalize(photos(3, height, width, channels), MEAN[:channels], STD[:channels])
+    top, bottom = sorted(data.draw(st.integers(0, height)) for _ in range(2))
+    left, right = sorted(data.draw(st.integers(0, width)) for _ in range(2))
+    own = 1 - (bottom - top) * (right - left) / (height * width)
+    box = (left, top, right, bottom)
+    theirs = mixed_by(v2.CutMix(num_classes=3), images, torch.arange(3), box=box, lam_adjusted=own)
+    assert_mixed([0, top, left, bottom, right], images, theirs, atol=0)
+
+
+def plans(augment, n=2000, size=32):
+    return np.array([augment.draw_mix(0, i // 50, np.array([i, 0]), size) for i in range(n)])
+
+
+@pytest.mark.parametrize("alpha", [0.2, 1.0, 8.0])
+def test_mixups_shares_have_the_beta_distribution(alpha):
+    share, *box = plans(Augment(mixup=alpha)).T
+    assert kstest(share / UNIT, beta(alpha, alpha).cdf).pvalue > 0.01
+    assert np.unique(box, axis=1).T.tolist() == [[0, 0, 32, 32]]
+
+
+@pytest.mark.parametrize("alpha", [0.2, 1.0])
+def test_cutmixs_boxes_have_the_distribution_of_torchvisions(alpha):
+    torch.manual_seed(0)
+    transform, images = v2.CutMix(alpha=alpha, num_classes=2), torch.empty(1, 3, 32, 32)
+    theirs = [transform.make_params([images])["box"] for _ in range(2000)]
+    share, *box = plans(Augment(cutmix=alpha)).T
+    assert not share.any()
+    for ours, column in zip(box, np.array(theirs)[:, [1, 0, 3, 2]].T, strict=True):
+        assert ks_2samp(ours, column).pvalue > 0.01
+
+
+def test_with_mixup_and_cutmix_each_batch_takes_one_of_them():
+    whole = (plans(Augment(mixup=1.0, cutmix=1.0))[:, 0] > 0).mean()
+    assert 0.45 < whole < 0.55
+
+
+def test_a_mix_is_that_of_the_batchs_first_index_and_moves_no_other_draw():
+    augment = Augment(flip="random", mixup=1.0)
+    drawn = augment.draw_mix(0, 5, np.array([7, 3, 4]), 32)
+    np.testing.assert_array_equal(drawn, augment.draw_mix(0, 5, np.array([7]), 32))
+    others = [(0, 5, 3), (0, 6, 7), (1, 5, 7)]
+    assert all(augment.draw_mix(s, e, np.array([i]), 32)[0] != drawn[0] for s, e, i in others)
+    assert Augment().draw_mix(0, 5, np.array([7]), 32).shape == (0,)
+    draws = [a.draw(0, 5, np.arange(100), 32) for a in (augment, Augment(flip="random"))]
+    np.testing.assert_array_equal(*draws)
+
+
+def test_the_mix_is_the_same_on_every_machine_and_version():
+    # Frozen: a change here changes every run with mixed images.
+    assert Augment(mixup=0.2).draw_mix(0, 0, np.array([0]), 32).tolist() == [16772412, 0, 0, 32, 32]
+    assert Augment(cutmix=1.0).draw_mix(0, 0, np.array([4]), 32).tolist() == [0, 4, 5, 32, 32]
+
+
 def test_resized_crops_have_the_distribution_of_torchvisions():
     scale, ratio, height, width, n = (0.08, 1.0), (3 / 4, 4 / 3), 60, 90, 4000
     torch.manual_seed(0)
@@ -132,7 +211,17 @@ def test_an_image_that_no_crop_fits_is_cut_in_the_middle_as_torchvision_does(hei
     assert box == tuple(theirs[k] for k in ("top", "left", "height", "width"))
 
 
-@pytest.mark.parametrize("wrong", [{"crop_padding": -1}, {"cutout": -2}, {"scale": (0.5, 2.0)}, {"ratio": (2.0, 1.0)}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"crop_padding": -1},
+        {"cutout": -2},
+        {"mixup": -0.1},
+        {"cutmix": float("nan")},
+        {"scale": (0.5, 2.0)},
+        {"ratio": (2.0, 1.0)},
+    ],
+)
 def test_impossible_settings_are_refused(wrong):
     with pytest.raises(UserError, match="augment: "):
         Augment(**wrong)

@@ -8,16 +8,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule, Trainer
 from PIL import Image
 
+from reslab import Classifier, create_model
 from reslab.data import CIFAR10, Augment, DataError, Digits, ImageData, ImageFolder, ImageSource
 from reslab.data.datasets import Arrays
 from reslab.data.loaders import Batch, EvalOrder, TrainOrder
 from reslab.data.order import permutation
 from reslab.errors import UserError
 
-AUGMENT = Augment(crop_padding=1, flip="random", cutout=2)
+AUGMENT = Augment(crop_padding=1, flip="random", cutout=2, mixup=1.0, cutmix=1.0)
+UNMIXED = Augment(crop_padding=1, flip="random", cutout=2)
 
 
 def digits(**settings: Any) -> ImageData:
@@ -151,12 +154,64 @@ def test_the_validation_schedule_changes_no_batch(settings):
 
 def test_accumulated_micro_batches_make_the_same_global_batch():
     whole, halves = (
-        train(digits(), limit_train_batches=4),
-        train(digits(), accumulate_grad_batches=2, limit_train_batches=8),
+        train(digits(augment=UNMIXED), limit_train_batches=4),
+        train(digits(augment=UNMIXED), accumulate_grad_batches=2, limit_train_batches=8),
     )
     for step, batch in enumerate(whole.seen):
         parts = halves.seen[2 * step : 2 * step + 2]
         assert torch.equal(torch.cat([part.images for part in parts]), batch.images)
+
+
+def test_every_micro_batch_and_rank_mixes_its_own_images_in_its_own_way():
+    model = train(digits(), accumulate_grad_batches=2, limit_train_batches=8)
+    plain = train(digits(augment=UNMIXED), accumulate_grad_batches=2, limit_train_batches=8)
+    assert len({float(batch.mix) for batch in model.seen}) > 12
+    for mixed, batch in zip(model.seen, plain.seen, strict=True):
+        assert len(batch.mix) == 0
+        torch.testing.assert_close(mixed.images.mean(0), batch.images.mean(0))  # the same pixels, in other images
+    keys = [next(iter(TrainOrder(np.arange(100), 0, 20, world=2, rank=rank))) for rank in range(2)]
+    a, b = (digits().train_dataloader().dataset[key].mix for key in keys)
+    assert not torch.equal(a, b)
+
+
+class Losses(Callback):
+    """Beside each step's loss and accuracy, those of torch's cross-entropy with soft labels."""
+
+    def __init__(self) -> None:
+        self.ours: list[float] = []
+        self.theirs: list[float] = []
+
+    def on_train_batch_start(self, trainer: Trainer, model: Any, batch: Batch, batch_idx: int) -> None:
+        hard = F.one_hot(batch.labels, 10).float()
+        soft = batch.mix * hard + (1 - batch.mix) * hard.roll(1, 0) if batch.mix.numel() else hard
+        with torch.no_grad():
+            logits = model.net(batch.images)
+        loss = F.cross_entropy(logits, soft, label_smoothing=model.label_smoothing)
+        self.theirs += [float(loss), float((logits.argmax(1) == soft.argmax(1)).float().mean())]
+
+    def on_train_batch_end(self, trainer: Trainer, model: Any, *args: Any) -> None:
+        self.ours += [model.latest["train/loss"], model.latest["train/acc"]]
+
+
+@pytest.mark.parametrize("augment", [AUGMENT, UNMIXED])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_the_loss_is_the_cross_entropy_with_the_mixed_labels(augment, smoothing):
+    net, losses = create_model("resnet8", in_channels=1, num_classes=10), Losses()
+    trainer = Trainer(
+        max_epochs=1,
+        limit_train_batches=6,
+        log_every_n_steps=1,
+        limit_val_batches=0,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[losses],
+    )
+    trainer.fit(Classifier(net, label_smoothing=smoothing), digits(augment=augment))
+    assert losses.ours == pytest.approx(losses.theirs, rel=1e-5)
+    assert len(losses.ours) == 12
 
 
 def test_validation_and_test_see_each_image_once_without_augmentation():
@@ -243,14 +298,16 @@ def test_what_the_network_needs_is_known_without_loading(tmp_path, monkeypatch):
 
 
 def test_preview_shows_images_by_epochs():
-    rows = digits().preview(n_images=5, n_epochs=4)
+    rows, _ = digits().preview(n_images=5, n_epochs=4)
     assert rows.shape == (5, 4, 8, 8, 1)
     assert rows.dtype == np.uint8
     assert not np.array_equal(rows[:, 0], rows[:, 1])
     plain = digits(augment=Augment())
-    unchanged = plain.preview(5, 2)
+    unchanged, names = plain.preview(5, 2)
     np.testing.assert_array_equal(unchanged[:, 0], unchanged[:, 1])
-    assert {bytes(image) for image in unchanged[:, 0]} <= {bytes(image) for image in plain.train_data.images}
+    data = plain.train_data
+    known = {bytes(image): plain.class_names[label] for image, label in zip(data.images, data.labels, strict=True)}
+    assert [known[bytes(image)] for image in unchanged[:, 0]] == names
 
 
 class Colours(ImageSource):
@@ -321,7 +378,7 @@ def test_files_give_the_same_batches_with_any_number_of_workers(tmp_path):
                 noise = rng.integers(0, 256, (20 + i, 30, 3), dtype=np.uint8)
                 Image.fromarray(noise).save(tmp_path / split / name / f"{i}.png")
     source = ImageFolder(str(tmp_path), image_size=16)
-    settings: dict[str, Any] = {"batch_size": 4, "val_split": 2, "augment": Augment(flip="random", cutout=4)}
+    settings: dict[str, Any] = {"batch_size": 4, "val_split": 2, "augment": Augment(flip="random", cutout=4, mixup=1.0)}
     some, none = (epochs(ImageData(source, num_workers=n, **settings), 2) for n in (2, 0))
     assert_same(some, none)
     val = list(ImageData(source, num_workers=0, **settings).val_dataloader())
@@ -332,7 +389,7 @@ def test_files_give_the_same_batches_with_any_number_of_workers(tmp_path):
 def test_the_device_gives_the_same_images_without_a_sync():
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-    data = digits(augment=Augment(crop_padding=1, padding_mode="reflect", flip="random", cutout=2))
+    data = digits(augment=Augment(crop_padding=1, padding_mode="reflect", flip="random", cutout=2, mixup=1.0))
     batch = next(iter(data.train_dataloader()))
     on_cpu = data.on_after_batch_transfer(batch)
     on_gpu = batch.to("cuda")

@@ -60,7 +60,7 @@ def uniforms(
 
 
 def step_seed(seed: int, global_step: int, rank: int) -> int:
-    """The seed for `torch.manual_seed` at one training step of one process: dropout, mixup and their like."""
+    """The seed for `torch.manual_seed` at one training step of one process: dropout, stochastic depth."""
     high, low, _, _ = philox((global_step & _MASK, global_step >> 32, rank, STEP), seed)
     return (high << 32 | low) >> 1  # 63 bits: torch takes a signed integer
 
