@@ -36,6 +36,11 @@ ALLOWED = [
 set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=ALLOWED)
 
 
+def rank() -> int:
+    """The number of this process among those of its run."""
+    return int(getattr(rank_zero_only, "rank", 0))  # Lightning sets it when it is imported
+
+
 @dataclass
 class RunOptions:
     """How a run is kept.
@@ -135,7 +140,7 @@ class Experiment(LightningCLI):
         """
         if self.config.run.dir:
             return Path(self.config.run.dir)
-        if rank_zero_only.rank and "RESLAB_RUN_DIR" in os.environ:  # started by rank 0, which chose
+        if rank() and "RESLAB_RUN_DIR" in os.environ:  # started by rank 0, which chose
             return Path(os.environ["RESLAB_RUN_DIR"])
         if int(os.environ.get("WORLD_SIZE", 1)) > 1 and "TORCHELASTIC_RUN_ID" in os.environ:
             raise UserError("under torchrun give --run.dir: all processes have to mean the same folder")

@@ -32,6 +32,7 @@ def explain(message: str, known_keys: Sequence[str], args: Sequence[str], base: 
     """
     if broken := _syntax_error(args, base):
         return broken
+    key: str | None
     if "import path denylist" in message:
         name = _first(r"Importing '([^']+)'", message)
         reason, key, near = f"{name!r} is not on the list of what a config may name", _key(message), []

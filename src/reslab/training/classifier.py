@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 from torchmetrics import MeanMetric, Metric, MetricCollection
@@ -150,7 +151,7 @@ class Classifier(LightningModule):
 
     # Training
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         optimizer = self.make_optimizer(parameter_groups(self.net, self.decay_norm_and_bias))
         for group in optimizer.param_groups:
             group["lr"] *= self._lr_scale()
@@ -255,7 +256,8 @@ class Classifier(LightningModule):
     def on_test_epoch_end(self) -> None:
         self._close(self.test_metrics)
         if self._test_outputs:
-            self.predictions = _by_index(self.all_gather(torch.cat(self._test_outputs)))
+            everywhere = self.all_gather(torch.cat(self._test_outputs))
+            self.predictions = _by_index(torch.as_tensor(everywhere))
             self._test_outputs = []
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:

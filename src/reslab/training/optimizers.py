@@ -21,7 +21,7 @@ def parameter_groups(net: nn.Module, decay_norm_and_bias: bool) -> list[dict[str
         return [{"params": trained}]
     decayed = [p for p in trained if p.ndim > 1]
     spared = [p for p in trained if p.ndim <= 1]
-    groups = [{"params": decayed}, {"params": spared, "weight_decay": 0.0}]
+    groups: list[dict[str, Any]] = [{"params": decayed}, {"params": spared, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
 
 
