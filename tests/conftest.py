@@ -3,6 +3,8 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -35,3 +37,18 @@ def shared_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with FileLock(target / "unpack.lock"):  # pytest-xdist: one worker unpacks, the others find it done
         subprocess.run([sys.executable, str(unpack), str(target)], check=True, capture_output=True)
     return target
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """The folder of the short run with the options given, as nothing ever happened to it; made once a session."""
+    from runner import fit
+
+    @cache
+    def run(*options: str) -> Path:
+        folder = tmp_path_factory.mktemp("undisturbed")
+        ended = fit(folder, *options)
+        assert ended.status == 0, ended.output
+        return folder
+
+    return run

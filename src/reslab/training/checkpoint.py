@@ -2,6 +2,8 @@
 
 import contextlib
 import hashlib
+import io
+import pickle
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +18,7 @@ from reslab.errors import UserError
 from reslab.files import replacing, sha256_file, write_text
 
 SUMS = "SHA256SUMS"  # beside the checkpoints, in the format of `sha256sum -c`
+AGREE_EVERY = 8  # steps between two agreements of several processes
 
 
 def weights_sha256(state_dict: Mapping[str, Tensor]) -> str:
@@ -54,7 +57,14 @@ def read_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
     """A checkpoint's contents; raises UserError if the file is not whole. Never executes code from it."""
     if not is_whole(path):
         raise UserError(f"{path} is damaged: its SHA-256 is not the one in {SUMS}")
-    return torch.load(path, map_location=map_location, weights_only=True)
+    try:
+        return torch.load(path, map_location=map_location, weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).split("WeightsUnpickler error: ")[-1].strip().split("\n")[0]
+        raise UserError(
+            f"{path} holds more than tensors and plain values, and nothing in it was run ({reason}): "
+            "no run wrote it; remove it to go on from the one before"
+        ) from None
 
 
 class TrustedIO(CheckpointIO):
@@ -66,10 +76,12 @@ class TrustedIO(CheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
+        contents = io.BytesIO()  # torch's own writer hides why a write failed, such as a full disk
+        torch.save(checkpoint, contents)
+        new = hashlib.sha256(contents.getbuffer()).hexdigest()
         with replacing(path) as part:
-            torch.save(checkpoint, part)
+            part.write_bytes(contents.getbuffer())
             sums = read_sums(path.parent)
-            new = sha256_file(part)
             # On record before it is in place: a whole file is never taken for a damaged one.
             _write_sums(path.parent, {**sums, path.name: sums.get(path.name, set()) | {new}})
             if path.name == "last.ckpt" and path.exists():
@@ -92,7 +104,7 @@ def resume_point(folder: Path) -> tuple[Path | None, list[str]]:
     A damaged file is renamed to `<name>.damaged`, never deleted. Returns None where no checkpoint was ever
     written. Raises UserError where there were some and none is whole.
     """
-    messages = []
+    messages: list[str] = []
     for name in ("last.ckpt", "previous.ckpt"):
         path = folder / name
         if not path.exists():
@@ -112,6 +124,41 @@ def resume_point(folder: Path) -> tuple[Path | None, list[str]]:
 def at_step_end(trainer: Trainer, batch_idx: int) -> bool:
     """Whether this batch completed an optimizer step; within an accumulation there are gradients nobody saves."""
     return (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch
+
+
+def agreed(trainer: Trainer, value: int, count: int) -> int:
+    """The greatest `value` of all processes, who ask each other every few counts; 0 in between."""
+    if trainer.world_size == 1:
+        return value
+    if count % AGREE_EVERY:
+        return 0
+    return int(trainer.strategy.reduce(torch.tensor(value, device=trainer.strategy.root_device), reduce_op="max"))
+
+
+def validation_is_due(trainer: Trainer) -> bool:
+    """Whether a validation follows the batch just done, or is under way."""
+    loop = trainer.fit_loop
+    return trainer.validating or loop.epoch_loop._should_check_val_fx(loop._data_fetcher)  # type: ignore[arg-type]
+
+
+def resume_after_step(trainer: Trainer, loops: dict[str, Any]) -> None:
+    """Sets the loops' counters in a checkpoint so that a run resumed from it does next what this one does next.
+
+    Left as they are, Lightning 2.6 takes a validation that was to follow for done, goes on in the middle of one
+    that was interrupted, and miscounts from an epoch's last step on, so that a second resume loses its place.
+    """
+    epoch, batch = loops["epoch_progress"], loops["epoch_loop.batch_progress"]
+    if validation_is_due(trainer):
+        begun = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
+        loops["epoch_loop.val_loop.batch_progress"].update(total=begun, current={**begun}, is_last_batch=False)
+        for count in (batch["total"], batch["current"]):
+            count["completed"] = count["processed"]
+    elif trainer.is_last_batch:
+        batch["total"]["completed"] = batch["total"]["processed"]
+        batch.update(current=dict.fromkeys(batch["current"], 0), is_last_batch=False)
+        for count in (epoch["total"], epoch["current"]):
+            count["processed"] = count["completed"] = count["ready"]
+        loops["epoch_loop.state_dict"]["_batches_that_stepped"] += 1
 
 
 class Checkpoints(Callback):
@@ -137,8 +184,8 @@ class Checkpoints(Callback):
         self.every_steps, self.every_minutes = every_steps, every_minutes
         self.best: float | None = None
         self.best_metrics: dict[str, float] = {}  # of the validation that best.ckpt is from
+        self._ended = False
         self._written_at = time.monotonic()
-        self._written_step = -1
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best, "best_metrics": self.best_metrics}
@@ -146,8 +193,16 @@ class Checkpoints(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best, self.best_metrics = state_dict["best"], state_dict["best_metrics"]
 
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint["ended"] = self._ended
+        if not self._ended:
+            resume_after_step(trainer, checkpoint["loops"]["fit_loop"])
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        trainer.should_stop = checkpoint["ended"]  # an early stop, too, is for good
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._written_at, self._written_step = time.monotonic(), trainer.global_step
+        self._written_at = time.monotonic()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -156,17 +211,21 @@ class Checkpoints(Callback):
             self.write(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._ended = True
         self.write(trainer)
 
     def _due(self, trainer: Trainer) -> bool:
-        by_step = self.every_steps is not None and trainer.global_step % self.every_steps == 0
-        by_time = time.monotonic() - self._written_at >= 60 * self.every_minutes
-        return by_step or by_time
+        if self.every_steps is not None and trainer.global_step % self.every_steps == 0:
+            return True
+        late = time.monotonic() - self._written_at >= 60 * self.every_minutes
+        return bool(agreed(trainer, late, trainer.global_step))
 
     def write(self, trainer: Trainer) -> None:
         """Writes last.ckpt as of now; the one before it is kept."""
+        if trainer.global_step == trainer.max_steps and not self._ended and validation_is_due(trainer):
+            return  # resumed at max_steps, Lightning would leave out the last validation
         trainer.save_checkpoint(self.folder / "last.ckpt")
-        self._written_at, self._written_step = time.monotonic(), trainer.global_step
+        self._written_at = time.monotonic()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn != "fit" or trainer.sanity_checking or self.monitor not in trainer.callback_metrics:

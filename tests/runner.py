@@ -1,0 +1,204 @@
+"""Runs that can be hurt at a chosen moment, forked from a server that has imported torch already.
+
+As a script it is `reslab` with a fault planted: `python tests/runner.py FAULT fit --config …`, where FAULT is
+"target act call rank", or "-" for none.
+"""
+
+import contextlib
+import csv
+import functools
+import importlib
+import json
+import multiprocessing
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import astuple, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+REPO = Path(__file__).resolve().parents[1]
+DIGITS = ["--config", str(REPO / "configs/experiment/digits.yaml"), "--trainer.accelerator=cpu"]
+# 20 steps an epoch (1,294 images // 64), 3 batches of validation, 6 of the test
+SHORT = ["--trainer.max_epochs=3", "--trainer.log_every_n_steps=5", "--run.checkpoint_every_steps=3"]
+PATIENCE = 240  # seconds: a run that takes longer hangs
+
+TRAINING = "reslab.training.classifier:Classifier.training_step"
+VALIDATION = "reslab.training.classifier:Classifier.validation_step"
+TEST = "reslab.training.classifier:Classifier.test_step"
+EPOCH_END = "reslab.training.progress:ProgressReport.on_train_epoch_end"
+SUMS = "reslab.training.checkpoint:_write_sums"  # called twice a checkpoint: before it is put in place, and after
+RENAME = "pathlib:Path.replace"  # of any file that is replaced as a whole
+
+_server = multiprocessing.get_context("forkserver")
+_server.set_forkserver_preload(["reslab.experiment", "reslab.runs.figures", "reslab.runs.report"])
+
+
+def die(*args: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_soon(*args: Any) -> None:
+    """Within the time of some steps, wherever the program is then."""
+    threading.Timer(random.uniform(0, 0.3), die).start()
+
+
+def terminate(*args: Any) -> None:
+    signal.raise_signal(signal.SIGTERM)
+
+
+def kill_worker(*args: Any) -> None:
+    multiprocessing.active_children()[0].kill()
+
+
+def halve_and_die(checkpoints: Path, *args: Any) -> None:
+    """As SUMS is called for the first time in a write: what a kill in the middle of it leaves behind."""
+    [part] = checkpoints.glob(".*.part")
+    part.write_bytes(part.read_bytes()[: part.stat().st_size // 2])
+    die()
+
+
+def fill_disk(*args: Any) -> None:
+    with Path(os.environ["FILLER"]).open("wb", buffering=0) as file:
+        for size in (2**20, 1):
+            try:
+                while file.write(bytes(size)):
+                    pass
+            except OSError:
+                continue
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Something done in one process of a run, just before it calls a function for the n-th time.
+
+    Args:
+        target: The function, as module:name or module:Class.name.
+        act: The name of a function of this module; it takes the same arguments.
+        call: Which call, from 1.
+        rank: Of the process, where there are several.
+    """
+
+    target: str
+    act: str = "die"
+    call: int = 1
+    rank: int = 0
+
+    def plant(self) -> None:
+        if int(os.environ.get("LOCAL_RANK", "0")) != self.rank:
+            return
+        module, _, path = self.target.partition(":")
+        *outer, name = path.split(".")
+        owner = functools.reduce(getattr, outer, importlib.import_module(module))
+        original, act, calls = getattr(owner, name), globals()[self.act], 0
+
+        @functools.wraps(original)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == self.call:
+                act(*args)
+            return original(*args, **kwargs)
+
+        setattr(owner, name, wrapper)
+
+
+class Ended(NamedTuple):
+    """How a process ended: its exit status (minus the signal, if one killed it), and all that it printed."""
+
+    status: int
+    output: str
+
+
+def reslab(*argv: str | Path, fault: Fault | None = None, largest_file: int | None = None, **environ: str) -> Ended:
+    """Runs a command line to its end.
+
+    Args:
+        argv: The command's words.
+        fault: What is done to it.
+        largest_file: Bytes; to write more into a file fails, as on a full disk.
+        environ: Added to the environment.
+    """
+    with tempfile.NamedTemporaryFile("r") as log:
+        words = [*map(str, argv)]
+        process = _server.Process(target=_forked, args=(words, log.name, fault, largest_file, environ))
+        process.start()
+        process.join(PATIENCE)
+        if process.exitcode is None:
+            process.kill()
+            raise TimeoutError(f"reslab {' '.join(words)} hangs:\n{log.read()}")
+        return Ended(process.exitcode, log.read())
+
+
+def _forked(argv: list[str], log: str, fault: Fault | None, largest_file: int | None, environ: dict[str, str]) -> None:
+    import torch.utils.data
+
+    descriptor = os.open(log, os.O_WRONLY | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.environ.update(environ)
+    torch.utils.data._utils.worker.MP_STATUS_CHECK_INTERVAL = 0.2  # seconds until orphaned workers end, too; else 5
+    if largest_file:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
+    _main(argv, fault)
+
+
+def _main(argv: list[str], fault: Fault | None) -> None:
+    from reslab.cli import main
+
+    if fault:
+        fault.plant()
+    sys.exit(main(argv))
+
+
+def spawn(*argv: str | Path, fault: Fault | None = None) -> Ended:
+    """As `reslab`, for runs of several processes: Lightning starts the others with the same command line."""
+    words = " ".join(map(str, astuple(fault))) if fault else "-"
+    command = [sys.executable, __file__, words, *map(str, argv)]
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        try:
+            status = process.wait(PATIENCE)
+        finally:
+            time.sleep(1)  # for the others to end by themselves
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+        log.seek(0)
+        return Ended(status, log.read())
+
+
+def fit(folder: Path, *options: str | Path, **how: Any) -> Ended:
+    """The short demonstration run in `folder`; `how` is `reslab`'s."""
+    return reslab("fit", *DIGITS, *SHORT, "--run.dir", folder, *options, **how)
+
+
+def manifest(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "manifest.json").read_text())
+
+
+def metrics(folder: Path) -> list[dict[str, str]]:
+    """The rows of metrics.csv, without what the clock says."""
+    with (folder / "metrics.csv").open() as file:
+        return [{k: v for k, v in row.items() if k != "images_per_second"} for row in csv.DictReader(file)]
+
+
+def traces(folder: Path) -> dict[str, Any]:
+    """All of a finished run that must not depend on what happened to it."""
+    from reslab.training.checkpoint import read_checkpoint, weights_sha256
+
+    said = manifest(folder)
+    best = read_checkpoint(folder / "checkpoints/best.ckpt")["state_dict"]
+    kept = {name: said[name] for name in ("status", "weights_sha256", "results")}
+    return {**kept, "metrics": metrics(folder), "best": weights_sha256(best)}
+
+
+if __name__ == "__main__":
+    word, *rest = sys.argv[1:]
+    target, act, call, rank = word.split() if word != "-" else ("", "", "0", "0")
+    _main(rest, Fault(target, act, int(call), int(rank)) if target else None)

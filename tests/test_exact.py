@@ -1,0 +1,112 @@
+"""A run is its config and seed: how it is carried out, watched, interrupted and resumed leaves no trace in its bits."""
+
+import random
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from runner import EPOCH_END, RENAME, SUMS, TEST, TRAINING, VALIDATION, Fault, fit, manifest, metrics, traces
+
+Undisturbed = Callable[..., Path]
+
+
+def killed_and_resumed(folder: Path, *options: str, faults: list[Fault]) -> Path:
+    """The run in `folder`, killed by each of the faults in turn, then left to end."""
+    for fault in faults:
+        ended = fit(folder, *options, fault=fault)
+        assert ended.status == -signal.SIGKILL, f"{fault}: {ended}"
+    ended = fit(folder, *options)
+    assert ended.status == 0, ended.output
+    assert [attempt["how"] for attempt in manifest(folder)["attempts"]] == ["killed"] * len(faults) + ["complete"]
+    return folder
+
+
+@pytest.mark.parametrize("option", ["--data.num_workers=1", "--data.num_workers=2"])
+def test_the_number_of_workers_changes_nothing(undisturbed: Undisturbed, tmp_path: Path, option: str) -> None:
+    assert fit(tmp_path, option).status == 0
+    assert traces(tmp_path) == traces(undisturbed())
+
+
+@pytest.mark.parametrize(
+    ("option", "steps"),
+    [("--trainer.check_val_every_n_epoch=3", [60]), ("--trainer.val_check_interval=7", [7, 14, 27, 34, 47, 54])],
+)
+def test_validation_changes_no_weight(undisturbed: Undisturbed, tmp_path: Path, option: str, steps: list[int]) -> None:
+    assert fit(tmp_path, option).status == 0
+    assert [int(row["step"]) for row in metrics(tmp_path) if row["val/acc"]] == steps
+    assert manifest(tmp_path)["weights_sha256"] == manifest(undisturbed())["weights_sha256"]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_killed_anywhere_and_resumed(undisturbed: Undisturbed, tmp_path: Path, workers: int) -> None:
+    draw = random.Random(workers).randint
+    faults = [
+        Fault(TRAINING, call=draw(5, 18)),
+        Fault(SUMS, "halve_and_die", call=3),  # within the write of a checkpoint
+        Fault(VALIDATION, call=draw(1, 3)),
+        Fault(RENAME, call=draw(4, 20)),  # on the edge of a write: of a checkpoint, or of the manifest
+        Fault(EPOCH_END),
+        Fault(TEST, call=draw(1, 6)),
+    ]
+    killed_and_resumed(tmp_path, f"--data.num_workers={workers}", faults=faults)
+    assert traces(tmp_path) == traces(undisturbed())
+
+
+SITUATIONS = {
+    # Checkpoints that lie on the last step of an epoch, with validation after it and without, and then once more.
+    "epoch's end": (["--trainer.check_val_every_n_epoch=2", "--run.checkpoint_every_steps=20"], [22, 5, 13]),
+    "validation within epochs": (["--trainer.val_check_interval=6"], [8, 11, 20]),
+    "no validation": (["--data.val_split=0.2", "--trainer.limit_val_batches=0"], [20, 20]),
+    "length in steps": (["--trainer.max_epochs=-1", "--trainer.max_steps=50"], [21, 4, 20]),
+    "accumulation": (["--trainer.accumulate_grad_batches=2"], [7, 30, 29]),
+    "average and depth": (
+        ["--model.ema_decay=0.9", "--model.net.init_args.drop_path=0.2", "--model.net.init_args.shortcut=identity"],
+        [9, 14],
+    ),
+    "mixup": (["--data.augment.mixup=0.4", "--data.augment.cutmix=1", "--data.augment.cutout=2"], [9, 14]),
+    "half precision": (["--trainer.precision=bf16-mixed"], [9, 14]),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("options", "calls"), SITUATIONS.values(), ids=SITUATIONS)
+def test_in_every_situation(undisturbed: Undisturbed, tmp_path: Path, options: list[str], calls: list[int]) -> None:
+    whole = undisturbed(*options)
+    killed_and_resumed(tmp_path, *options, faults=[Fault(TRAINING, call=call) for call in calls])
+    assert metrics(tmp_path) == metrics(whole)
+    assert manifest(tmp_path)["weights_sha256"] == manifest(whole)["weights_sha256"]
+    assert manifest(tmp_path)["results"] == manifest(whole)["results"]
+
+
+# The step that each signal comes in, and the step that the run goes on from.
+MOMENTS = {
+    "a step": (Fault(TRAINING, "terminate", 11), 11),
+    "the last step of an epoch": (Fault(TRAINING, "terminate", 20), 20),
+    "validation": (Fault(VALIDATION, "terminate", 5), 40),
+    "the last batch of validation": (Fault(VALIDATION, "terminate", 3), 20),
+    "the test": (Fault(TEST, "terminate", 2), 60),
+}
+
+
+@pytest.mark.parametrize(("fault", "step"), MOMENTS.values(), ids=MOMENTS)
+def test_a_signal_stops_the_run_with_everything_saved(
+    undisturbed: Undisturbed, tmp_path: Path, fault: Fault, step: int
+) -> None:
+    ended = fit(tmp_path, "--run.checkpoint_every_steps=1000", fault=fault)
+    assert ended.status == 75 and "SIGTERM" in ended.output, ended.output
+    assert "Traceback" not in ended.output and manifest(tmp_path)["status"] == "preempted"
+    ended = fit(tmp_path, "--run.checkpoint_every_steps=1000")
+    assert ended.status == 0, ended.output
+    assert manifest(tmp_path)["attempts"][1]["from_step"] == step
+    assert traces(tmp_path) == traces(undisturbed())
+
+
+def test_an_early_stop_is_for_good(tmp_path: Path) -> None:
+    stop = ["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val/loss"]
+    options = [*stop, "--trainer.callbacks.mode=max", "--trainer.callbacks.patience=1"]
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    assert fit(whole, *options).status == 0 and metrics(whole)[-1]["step"] == "40"  # not 60: the loss falls
+    killed_and_resumed(resumed, *options, faults=[Fault(VALIDATION, call=5), Fault(TEST)])
+    assert traces(resumed) == traces(whole)
