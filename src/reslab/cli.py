@@ -78,6 +78,13 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--images", required=True, metavar="DIR", help="image files, in any folders below DIR")
     command.add_argument("--out", required=True, metavar="FILE.csv", help="a row an image: prediction, probability")
     command.add_argument("--all", action="store_true", help="a column for the probability of every class, too")
+    command = add("verify", _verify, "check a run against its hashes: RUN [--data.root DIR]", takes_config=True)
+    command.add_argument("folder", metavar="RUN", help="a run folder")
+    command = add(
+        "reproduce", _reproduce, "run a finished run again, and compare: RUN [--KEY VALUE …]", takes_config=True
+    )
+    command.add_argument("folder", metavar="RUN", help="a run folder")
+    command.add_argument("--out", metavar="DIR", help="the new run's folder, default RUN-reproduced")
     command = add("list", _list, "list models, data sets, experiments or ablation studies")
     command.add_argument("what", nargs="?", choices=[*LISTS, "models"], help="one of them; all by default")
     command = add("summary", _summary, "a model's layers: shapes, parameters, FLOPs")
@@ -141,6 +148,18 @@ def _predict(args: argparse.Namespace, rest: list[str]) -> None:
     from reslab.inference import predict
 
     predict(args.folder, Path(args.images), Path(args.out), args.all, rest)
+
+
+def _verify(args: argparse.Namespace, rest: list[str]) -> int:
+    from reslab.runs.verify import verify
+
+    return verify(args.folder, rest)
+
+
+def _reproduce(args: argparse.Namespace, rest: list[str]) -> int:
+    from reslab.runs.verify import reproduce
+
+    return reproduce(args.folder, args.out, rest)
 
 
 def _doctor(args: argparse.Namespace, rest: list[str]) -> int:

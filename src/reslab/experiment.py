@@ -116,11 +116,7 @@ class Run:
         return True
 
     def _new_manifest(self, config: str) -> dict[str, Any]:
-        git = manifests.git_state(Path(__file__).parent)
-        if git and git["diff"]:
-            if self.writes:
-                write_text(self.folder.path / "uncommitted.diff", git["diff"])
-            git["diff"] = "uncommitted.diff"
+        diff = self.folder.path / "uncommitted.diff" if self.writes else None
         return {
             "status": "running",
             "id": secrets.token_hex(4),
@@ -129,7 +125,7 @@ class Run:
             "command": manifests.command(["fit", *self.argv]),
             "config_sha256": manifests.config_sha256(config),
             "rule": self.options.rule,
-            "git": git,
+            "git": manifests.git_state(Path(__file__).parent, keep=diff),
             "attempts": [],
             "results": {},
             "weights_sha256": None,

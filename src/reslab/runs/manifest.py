@@ -5,16 +5,19 @@ import json
 import os
 import platform
 import re
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from reslab.errors import UserError
-from reslab.files import write_text
+from reslab.files import replacing, write_text
+from reslab.runs.masking import keeps_secrets, mask, mask_command
 
 PACKAGES = (
     "reslab",
@@ -27,7 +30,7 @@ PACKAGES = (
     "safetensors",
     "wandb",
 )
-SECRET = re.compile(r"(?i)\b([\w.]*(?:key|token|secret|password)[\w.]*)([= ])(\S+)")
+LARGEST_NEW_FILE = 2**20  # bytes: a new file beyond that is no code
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -39,8 +42,8 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def write(path: Path, manifest: dict[str, Any]) -> None:
-    """Writes the manifest atomically."""
-    write_text(path, json.dumps(manifest, indent=2, default=str, allow_nan=False) + "\n")
+    """Writes the manifest atomically, and no secret of the environment with it."""
+    write_text(path, mask(json.dumps(manifest, indent=2, default=str, allow_nan=False)) + "\n")
 
 
 def now() -> str:
@@ -49,8 +52,8 @@ def now() -> str:
 
 
 def command(argv: list[str]) -> str:
-    """The command line as it was given, anything that looks like a secret left out."""
-    return SECRET.sub(r"\1\2***", " ".join(["reslab", *argv]))
+    """The command line as it was given, what looks like a secret replaced by ***."""
+    return mask_command(["reslab", *argv])
 
 
 def config_sha256(text: str) -> str:
@@ -58,19 +61,69 @@ def config_sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def git_state(folder: Path) -> dict[str, Any] | None:
-    """The commit that the code is at and its uncommitted changes (`diff`, to be kept in a file); None outside git."""
+def git_state(folder: Path, keep: Path | None = None) -> dict[str, Any] | None:
+    """The commit that the code is at, and what has been changed since; None outside git.
 
-    def git(*args: str) -> str:
-        return subprocess.run(["git", "-C", str(folder), *args], capture_output=True, text=True, check=True).stdout
+    `git apply` makes the changes again in a clean clone. They include new files, but for those that git ignores,
+    those in run folders, and those that are named in `left_out`: too large, or keepers of secrets.
 
+    Args:
+        folder: Any in the repository.
+        keep: The file that the changes are written to, if there are any.
+    """
     try:
-        folder = Path(git("rev-parse", "--show-toplevel").strip())
-        sha, diff = git("rev-parse", "HEAD").strip(), git("diff", "HEAD", "--binary")
-        untracked = git("ls-files", "--others", "--exclude-standard").splitlines()
+        root = Path(os.fsdecode(_git(folder, "rev-parse", "--show-toplevel")).rstrip("\n"))
+        sha = _git(root, "rev-parse", "HEAD").decode().strip()
+        new, left_out = _new_files(root)
+        diff = _diff(root, new)
     except (OSError, subprocess.CalledProcessError):
         return None
-    return {"sha": sha, "dirty": bool(diff or untracked), "untracked": untracked[:100], "diff": diff or None}
+    if keep and diff:
+        with replacing(keep) as part:
+            part.write_bytes(diff)
+    return {
+        "sha": sha,
+        "dirty": bool(diff or left_out),
+        "untracked": new[:100],
+        "left_out": left_out[:100],
+        "diff": keep.name if keep and diff else None,
+        "diff_sha256": hashlib.sha256(diff).hexdigest() if diff else None,
+    }
+
+
+def _git(folder: Path, *args: str, stdin: bytes = b"", variables: dict[str, str] | None = None) -> bytes:
+    command = ["git", "-C", str(folder), *args]
+    environment = {**os.environ, **(variables or {})}
+    return subprocess.run(command, input=stdin, capture_output=True, check=True, env=environment).stdout
+
+
+def _new_files(root: Path) -> tuple[list[str], list[str]]:
+    """The files that git neither knows nor ignores: those to keep, those to leave out."""
+    listed = os.fsdecode(_git(root, "ls-files", "--others", "--exclude-standard", "-z")).split("\0")
+    names = [name for name in listed if name and not any((root / d / ".lock").exists() for d in Path(name).parents)]
+    # A name that ends in / is another repository in this one.
+    large = {n for n in names if n.endswith("/") or (root / n).lstat().st_size > LARGEST_NEW_FILE}
+    left_out = [name for name in names if name in large or keeps_secrets(name)]
+    return [name for name in names if name not in left_out], left_out
+
+
+def _diff(root: Path, new: list[str]) -> bytes:
+    """What `git diff HEAD` would say if the new files were known to git; whatever the user's settings for diffs are."""
+    index, objects = (os.fsdecode(_git(root, "rev-parse", "--git-path", x)).rstrip("\n") for x in ("index", "objects"))
+    with tempfile.TemporaryDirectory() as scratch:  # the repository's own index and objects stay as they are
+        variables = {
+            "GIT_INDEX_FILE": str(shutil.copy2(root / index, Path(scratch, "index"))),
+            "GIT_OBJECT_DIRECTORY": scratch,
+            "GIT_ALTERNATE_OBJECT_DIRECTORIES": str(root / objects),
+            "GIT_LITERAL_PATHSPECS": "1",
+        }
+        if new:
+            names = os.fsencode("\0".join(new))
+            from_stdin = ("--pathspec-from-file=-", "--pathspec-file-nul")
+            _git(root, "add", "--intent-to-add", *from_stdin, stdin=names, variables=variables)
+        plain = ("--no-ext-diff", "--no-textconv", "--no-color", "--src-prefix=a/", "--dst-prefix=b/", "-U3")
+        diff = _git(root, "diff", "HEAD", "--binary", "--full-index", *plain, variables=variables)
+    return mask(diff.decode(errors="surrogateescape")).encode(errors="surrogateescape")
 
 
 def environment() -> dict[str, Any]:

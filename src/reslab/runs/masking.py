@@ -1,0 +1,49 @@
+"""Keys and tokens stay out of what a run writes."""
+
+import json
+import os
+import re
+import shlex
+from collections.abc import Iterator, Sequence
+
+MASK = "***"
+_NAME = r"[\w.-]*(?:key|token|secret|password|credential)[\w-]*"
+_FLAG = re.compile(rf"(?i)--?{_NAME}")  # its value is the next word …
+_WORD = re.compile(rf"(?is)\A((?:--?)?{_NAME}\+?=).*")  # … or the rest of this one …
+_INSIDE = re.compile(rf"(?i)({_NAME}[\"']?\s*[:=]\s*)(?:\"[^\"]*\"|'[^']*'|[^\s,&}}\]]+)")  # … or within YAML or a URL
+_LOGIN = re.compile(r"(://[^/\s:@]*:)[^/\s@]+(?=@)")
+_VARIABLE = re.compile(r"(?i)(?:key|token|secret|password)$")
+_FILE = re.compile(
+    r"(?ix) (?:^|/) (?: \.env(?:\.[^/]*)? | [._]netrc | id_(?:rsa|ecdsa|ed25519) | [^/]*\.(?:pem|key)"
+    r" | [^/]*(?<![a-z])(?:secrets?|credentials?|passwords?|api[_-]?key|tokens?)(?:\.(?:txt|json|ya?ml|toml|ini))?) $"
+)
+_SHORTEST = 8  # characters: a shorter value is no key, and stands in ordinary words
+
+
+def mask(text: str) -> str:
+    """The text without the values of this process's secret environment variables, such as WANDB_API_KEY."""
+    values = [value for name, value in os.environ.items() if _VARIABLE.search(name) and len(value) >= _SHORTEST]
+    for value in sorted(values, key=len, reverse=True):
+        text = text.replace(value, MASK).replace(json.dumps(value)[1:-1], MASK)
+    return text
+
+
+def mask_command(words: Sequence[str]) -> str:
+    """A command line, quoted for a shell, without what looks like a secret by its name or is one in the environment."""
+    return shlex.join(mask(word) for word in _without_secrets(words))
+
+
+def _without_secrets(words: Sequence[str]) -> Iterator[str]:
+    hide = False
+    for word in words:
+        if hide and not word.startswith("--"):
+            yield MASK
+        else:
+            masked = _WORD.sub(rf"\1{MASK}", word)
+            yield _LOGIN.sub(rf"\1{MASK}", _INSIDE.sub(rf"\1{MASK}", masked))
+        hide = _FLAG.fullmatch(word) is not None
+
+
+def keeps_secrets(name: str) -> bool:
+    """Whether a file of this name is one that keys and passwords are kept in: .env, .netrc, *.pem, api_key.txt …"""
+    return _FILE.search(name) is not None
