@@ -15,12 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from lightning.pytorch import Trainer
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from safetensors.torch import save
 
-from reslab.config import Experiment
+from reslab.config import Experiment, rank
 from reslab.data import ImageData
 from reslab.errors import UserError
 from reslab.files import replacing, write_text
@@ -47,7 +46,7 @@ def fit(argv: list[str]) -> int:
     experiment = Experiment(argv)
     built = experiment.build()  # first: a value that is refused at construction leaves no folder behind
     folder = RunFolder(experiment.run_dir())
-    if rank_zero_only.rank != 0:
+    if rank() != 0:
         return Run(experiment, folder, argv).execute(*built)
     folder.probe()
     with folder.lock():
@@ -68,7 +67,7 @@ class Run:
         self.options = experiment.config.run
         self.manifest: dict[str, Any] = {}
         self._began = time.monotonic()
-        self.writes = rank_zero_only.rank == 0  # one process keeps the folder
+        self.writes = rank() == 0  # one process keeps the folder
 
     def execute(self, data: ImageData, model: Classifier, settings: dict[str, Any]) -> int:
         """Trains and tests; whatever happens, the manifest says how it ended."""
@@ -163,45 +162,50 @@ class Run:
     # The work
 
     def _train_and_test(self, data: ImageData, model: Classifier, settings: dict[str, Any]) -> None:
-        checkpoint, messages = resume_point(self.folder.checkpoints)
-        for message in messages:
-            print(message)
-        step = read_checkpoint(checkpoint)["global_step"] if checkpoint else 0
-        if checkpoint and self.writes:
-            print(f"resuming at step {step} from {checkpoint}", flush=True)
-            self.manifest["attempts"][-1]["from_step"] = step
-        if self.writes:
-            cut(self.folder.metrics, step)
-        progress = ProgressReport()
-        saver = Checkpoints(
-            self.folder.checkpoints,
-            self.options.monitor,
-            self.options.mode,
-            self.options.checkpoint_every_steps,
-            self.options.checkpoint_every_minutes,
-        )
-        preemption = Preemption(saver)
-        preemption.listen()
-        self.trackers = [logger for logger in settings["logger"] if isinstance(logger, WandB)]
-        # In this order: what is saved at a step's end knows what was logged in it.
-        settings["callbacks"] += [progress, saver, preemption]
-        settings["logger"].append(MetricsCSV(self.folder.metrics))
-        settings["plugins"].append(TrustedIO())
-        settings["default_root_dir"] = str(self.folder.path)
-        trainer = Trainer(**settings)
-        self._note_environment(trainer, resumed=checkpoint is not None)
-        if self.writes:
-            self._attach_wandb()
-        data.prepare_data()
-        self._write(data={**data.fingerprint(), "class_names": data.class_names})
-        trainer.fit(model, datamodule=data, ckpt_path=str(checkpoint) if checkpoint else None, weights_only=True)
-        self.manifest["samples_per_second"] = progress.images_per_second()
-        self._test(trainer, model, data, saver)
+        checkpoint = self._resume_point()
+        options = self.options
+        every = options.checkpoint_every_steps, options.checkpoint_every_minutes
+        progress, saver = ProgressReport(), Checkpoints(self.folder.checkpoints, options.monitor, options.mode, *every)
+        with Preemption(saver) as preemption:
+            # In this order: what is saved at a step's end knows what was logged in it.
+            trainer = self._trainer(settings, [progress, saver, preemption])
+            self._note_environment(trainer, resumed=checkpoint is not None)
+            if self.writes:
+                data.prepare_data()
+                self._write(data={**data.fingerprint(), "class_names": data.class_names})
+            trainer.fit(model, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+            self.manifest["samples_per_second"] = progress.images_per_second()
+            self._test(trainer, model, data, saver)
         if self.writes:
             self._close("complete", "")
             pictures = self._draw(data)
             for tracker in self.trackers:
                 tracker.conclude(self.manifest["results"], pictures)
+
+    def _resume_point(self) -> Path | None:
+        checkpoint, messages = resume_point(self.folder.checkpoints)
+        step = read_checkpoint(checkpoint)["global_step"] if checkpoint else 0
+        if checkpoint:
+            messages.append(f"resuming at step {step} from {checkpoint}")
+            self.manifest["attempts"][-1]["from_step"] = step
+        if self.writes:
+            print(*messages, sep="\n", end="\n" if messages else "", flush=True)
+            cut(self.folder.metrics, step)
+        return checkpoint
+
+    def _trainer(self, settings: dict[str, Any], callbacks: list[Callback]) -> Trainer:
+        self.trackers = [logger for logger in settings["logger"] if isinstance(logger, WandB)]
+        if self.writes:
+            self._attach_wandb()
+        return Trainer(
+            **{
+                **settings,
+                "callbacks": [*settings["callbacks"], *callbacks],
+                "logger": [*settings["logger"], MetricsCSV(self.folder.metrics)],
+                "plugins": [*settings["plugins"], TrustedIO()],
+                "default_root_dir": str(self.folder.path),
+            }
+        )
 
     def _note_environment(self, trainer: Trainer, resumed: bool) -> None:
         """Reads back what is in force, and refuses to go on with another number of processes unless told to."""
@@ -242,7 +246,8 @@ class Run:
         with replacing(self.folder.weights) as part:
             part.write_bytes(save(weights))
         with replacing(self.folder.predictions) as part, part.open("wb") as file:
-            np.savez_compressed(file, **{name: column.numpy() for name, column in model.predictions.items()})
+            columns: dict[str, Any] = {name: column.numpy() for name, column in model.predictions.items()}
+            np.savez_compressed(file, **columns)
         kind = "EMA" if model.ema is not None else "trained weights"
         which = "the last epoch" if self.options.rule == "final" else f"the epoch with the best {self.options.monitor}"
         self._write(results=results, weights_sha256=weights_sha256(weights), tested_weights=f"{kind}, {which}")
@@ -271,7 +276,7 @@ def known_failure(error: Exception) -> str | None:
     """The cause of a failure that has nothing to do with the code, and what to do; None where it is not known."""
     text = str(error)
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        remedy = "--trainer.accumulate_grad_batches N takes each step in N parts, with the same result"
+        remedy = "--trainer.accumulate_grad_batches N takes each step in N parts"
         return f"out of memory ({text.partition('.')[0] or 'of the host'}): {remedy}"
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     if full or "PytorchStreamWriter failed" in text or "unexpected pos" in text:
