@@ -137,13 +137,14 @@ def reslab(*argv: str | Path, fault: Fault | None = None, largest_file: int | No
 
 
 def _forked(argv: list[str], log: str, fault: Fault | None, largest_file: int | None, environ: dict[str, str]) -> None:
-    import torch.utils.data
+    from torch.utils.data import _utils as workers
 
     descriptor = os.open(log, os.O_WRONLY | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.environ.update(environ)
-    torch.utils.data._utils.worker.MP_STATUS_CHECK_INTERVAL = 0.2  # seconds until orphaned workers end, too; else 5
+    for module in (workers, workers.worker):  # seconds until a dead worker is noticed, or workers their parent's end
+        module.MP_STATUS_CHECK_INTERVAL = 0.2
     if largest_file:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
     _main(argv, fault)
