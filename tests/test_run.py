@@ -95,6 +95,12 @@ def test_a_finished_run_is_left_alone(repo: Path, run: Path) -> None:
     assert (run / "manifest.json").read_bytes() == before
 
 
+def test_a_finished_run_without_its_report_gets_it(repo: Path, run: Path) -> None:
+    (run / "report.html").unlink()
+    assert fit(repo, "--run.dir", run).returncode == 0
+    assert (run / "report.html").exists()
+
+
 def test_another_config_in_the_same_folder_is_refused(repo: Path, run: Path) -> None:
     before = (run / "manifest.json").read_bytes()
     done = fit(repo, "--run.dir", run, "--seed_everything", "7")

@@ -132,6 +132,21 @@ def test_the_learning_rate_follows_the_global_batch() -> None:
     assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.1 * 64 / 256)
 
 
+def test_a_length_in_steps_gives_the_schedule_its_warm_up_too() -> None:
+    trainer = quiet_trainer(max_steps=10, limit_val_batches=0)
+    model = Classifier(small_net(), schedule=Cosine(warmup_epochs=0.25, final=0.5))
+    rates: list[float] = []
+
+    class Rates(Callback):
+        def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
+            rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    trainer.callbacks.append(Rates())
+    trainer.fit(model, datamodule=ImageData(Digits(), batch_size=64))  # 20 steps an epoch: 5 of warm-up
+    assert rates[:5] == pytest.approx([0.02, 0.04, 0.06, 0.08, 0.1])
+    assert rates[5:] == sorted(rates[5:], reverse=True) and rates[-1] > 0.05
+
+
 def test_accumulation_takes_as_many_steps_over_the_same_images() -> None:
     steps = []
     for accumulate in (1, 4):

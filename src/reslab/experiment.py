@@ -72,6 +72,8 @@ class Run:
     def execute(self, data: ImageData, model: Classifier, settings: dict[str, Any]) -> int:
         """Trains and tests; whatever happens, the manifest says how it ended."""
         if not self._open():
+            if self.writes and not self.folder.report.exists():  # killed after the last word of the manifest
+                self._draw(data)
             return EXIT["complete"]
         try:
             self._train_and_test(data, model, settings)

@@ -155,6 +155,7 @@ class Classifier(LightningModule):
         optimizer = self.make_optimizer(parameter_groups(self.net, self.decay_norm_and_bias))
         for group in optimizer.param_groups:
             group["lr"] *= self._lr_scale()
+        self.trainer.fit_loop.setup_data()  # or the number of batches is not known yet where max_steps is given
         total_steps = self.trainer.estimated_stepping_batches
         if math.isinf(total_steps):
             raise UserError("the schedule needs an end: set trainer.max_epochs or trainer.max_steps")
