@@ -35,7 +35,7 @@ def read_sums(folder: Path) -> dict[str, set[str]]:
     """The digests on record for each file of a checkpoints folder; several while a write is under way."""
     sums: dict[str, set[str]] = {}
     with contextlib.suppress(FileNotFoundError):
-        for line in (folder / SUMS).read_text().splitlines():
+        for line in (folder / SUMS).read_text(errors="replace").splitlines():
             digest, _, name = line.partition("  ")
             sums.setdefault(name, set()).add(digest)
     return sums
@@ -82,12 +82,14 @@ class TrustedIO(CheckpointIO):
         with replacing(path) as part:
             part.write_bytes(contents.getbuffer())
             sums = read_sums(path.parent)
-            # On record before it is in place: a whole file is never taken for a damaged one.
-            _write_sums(path.parent, {**sums, path.name: sums.get(path.name, set()) | {new}})
-            if path.name == "last.ckpt" and path.exists():
+            before = sums.get(path.name, set())
+            replaced = {"previous.ckpt": before} if path.name == "last.ckpt" and path.exists() else {}
+            # On record under either name before it is moved: a kill in between leaves no whole file without digest.
+            both = {name: digests | sums.get(name, set()) for name, digests in replaced.items()}
+            _write_sums(path.parent, {**sums, **both, path.name: before | {new}})
+            if replaced:
                 path.replace(path.with_name("previous.ckpt"))
-                sums["previous.ckpt"] = sums.get("last.ckpt", set())
-        _write_sums(path.parent, {**sums, path.name: {new}})
+        _write_sums(path.parent, {**sums, **replaced, path.name: {new}})
 
     def load_checkpoint(
         self, path: Any, map_location: Any | None = None, weights_only: bool | None = None

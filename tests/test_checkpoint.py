@@ -1,0 +1,61 @@
+"""Checkpoint files: whichever rename a kill comes before, what is there is known to be whole."""
+
+from pathlib import Path
+
+import pytest
+
+from reslab.errors import UserError
+from reslab.training.checkpoint import SUMS, TrustedIO, is_whole, read_checkpoint, resume_point
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("moment", range(1, 6))
+def test_a_kill_before_any_rename_leaves_a_checkpoint_to_resume_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: int
+) -> None:
+    writer, last = TrustedIO(), tmp_path / "last.ckpt"
+    for step in (1, 2):
+        writer.save_checkpoint({"global_step": step}, last)
+    renames, original = 0, Path.replace
+
+    def replace(self: Path, target: Path) -> Path:
+        nonlocal renames
+        renames += 1
+        if renames == moment:
+            raise Killed
+        return original(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", replace)
+        try:  # a save renames four times: the sums, last to previous, the new one, the sums again
+            writer.save_checkpoint({"global_step": 3}, last)
+        except Killed:
+            assert moment <= 4
+        else:
+            assert moment == 5
+    for step in (4, 5):  # and the saves after it lose nothing either
+        assert all(is_whole(path) for path in tmp_path.glob("*.ckpt"))
+        found, messages = resume_point(tmp_path)
+        assert found and not messages and read_checkpoint(found)["global_step"] in (2, 3, 4)
+        writer.save_checkpoint({"global_step": step}, last)
+    assert [read_checkpoint(tmp_path / f"{name}.ckpt")["global_step"] for name in ("last", "previous")] == [5, 4]
+
+
+def test_the_sums_are_those_of_sha256sum(tmp_path: Path) -> None:
+    import subprocess
+
+    for step in (1, 2, 3):
+        TrustedIO().save_checkpoint({"global_step": step}, tmp_path / "last.ckpt")
+    TrustedIO().save_checkpoint({"global_step": 2}, tmp_path / "best.ckpt")
+    subprocess.run(["sha256sum", "--check", "--strict", SUMS], cwd=tmp_path, check=True)
+    assert len((tmp_path / SUMS).read_text().splitlines()) == 3
+
+
+def test_a_damaged_record_is_no_crash(tmp_path: Path) -> None:
+    TrustedIO().save_checkpoint({"global_step": 1}, tmp_path / "last.ckpt")
+    (tmp_path / SUMS).write_bytes(b"\xff\xfe no sums")
+    with pytest.raises(UserError, match="no whole checkpoint"):
+        resume_point(tmp_path)
