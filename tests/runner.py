@@ -143,6 +143,7 @@ def _forked(argv: list[str], log: str, fault: Fault | None, largest_file: int | 
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.environ.update(environ)
+    multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)  # loaders as ever
     for module in (workers, workers.worker):  # seconds until a dead worker is noticed, or workers their parent's end
         module.MP_STATUS_CHECK_INTERVAL = 0.2
     if largest_file:
