@@ -72,10 +72,11 @@ def main() -> int:
                     kinds.append(kind)
             ends.append(run(killed, options))
             failures = [end.output for end in ends if end.status]
-            identical = not failures and traces(whole) == traces(killed)
+            left, right = ({}, {"all": "no end"}) if failures else (traces(whole), traces(killed))
+            different = [name for name in right if left.get(name) != right[name]]
         hit.update(kinds)
-        same += identical
-        print(f"{name}: killed {', '.join(kinds)}: {'identical' if identical else 'DIFFERENT'}", *failures, flush=True)
+        same += not different
+        print(f"{name}: killed {', '.join(kinds)}; different: {different or 'nothing'}", *failures, flush=True)
     kinds_hit = ", ".join(f"{count} {kind}" for kind, count in sorted(hit.items()))
     print(
         f"kill_anywhere: {hit.total()} random SIGKILLs ({kinds_hit}); weights, metrics and best checkpoint identical "
