@@ -230,15 +230,17 @@ class Classifier(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         count = torch.tensor([float(self._window_images)], device=self.device)
-        window = torch.cat([self._window.to(self.device), count])
-        checkpoint["window"] = self.trainer.strategy.reduce(window, reduce_op="sum").tolist()
+        windows = self.all_gather(torch.cat([self._window.to(self.device), count]))
+        checkpoint["windows"] = torch.as_tensor(windows).reshape(-1, 3).tolist()  # a row a rank
         checkpoint["latest"] = self.latest
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.latest = dict(checkpoint.get("latest", {}))
-        window = checkpoint.get("window", [0.0, 0.0, 0.0])
-        if self.global_rank == 0:  # the sums over all ranks go on here
-            self._window, self._window_images = torch.tensor(window[:2]), int(window[2])
+        windows = torch.tensor(checkpoint.get("windows", [[0.0, 0.0, 0.0]]))
+        if len(windows) != self.trainer.world_size:  # rank 0 goes on from the sums of all
+            windows = torch.cat([windows.sum(0, keepdim=True), torch.zeros(self.trainer.world_size - 1, 3)])
+        mine = windows[self.global_rank]
+        self._window, self._window_images = mine[:2].clone(), int(mine[2])
 
     # Evaluation
 
