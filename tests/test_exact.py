@@ -71,7 +71,7 @@ def test_killed_anywhere_and_resumed(undisturbed: Undisturbed, tmp_path: Path, w
 
 SITUATIONS = {
     # Checkpoints that lie on the last step of an epoch, with validation after it and without, and then once more.
-    "epoch's end": (["--trainer.check_val_every_n_epoch=2", "--run.checkpoint_every_steps=20"], [22, 5, 13]),
+    "epoch's end": (["--trainer.check_val_every_n_epoch=2", "--run.checkpoint_every_steps=10"], [22, 15, 12]),
     "validation within epochs": (["--trainer.val_check_interval=6"], [8, 11, 20]),
     "no validation": (["--data.val_split=0.2", "--trainer.limit_val_batches=0"], [20, 20]),
     "length in steps": (["--trainer.max_epochs=-1", "--trainer.max_steps=50"], [21, 4, 20]),
