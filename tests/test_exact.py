@@ -8,10 +8,8 @@ from pathlib import Path
 import pytest
 
 from runner import (
-    DIGITS,
     EPOCH_END,
     RENAME,
-    SHORT,
     SUMS,
     TEST,
     TRAINING,
@@ -20,7 +18,6 @@ from runner import (
     fit,
     manifest,
     metrics,
-    spawn,
     traces,
 )
 
@@ -116,17 +113,6 @@ def test_a_signal_stops_the_run_with_everything_saved(
     assert ended.status == 0, ended.output
     assert manifest(tmp_path)["attempts"][1]["from_step"] == step
     assert traces(tmp_path) == traces(undisturbed())
-
-
-@pytest.mark.slow
-def test_a_signal_to_one_of_two_processes_stops_both(tmp_path: Path) -> None:
-    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    two = ["fit", *DIGITS, *SHORT, "--trainer.devices=2", "--trainer.strategy=ddp", "--run.dir"]
-    assert spawn(*two, whole).status == 0
-    ended = spawn(*two, stopped, fault=Fault(TRAINING, "terminate", 10, rank=1))
-    assert ended.status == 75 and "SIGTERM at step 16" in ended.output, ended.output  # they agree every 8 steps
-    assert spawn(*two, stopped).status == 0
-    assert traces(stopped) == traces(whole)
 
 
 def test_an_early_stop_is_for_good(tmp_path: Path) -> None:
