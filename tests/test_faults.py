@@ -174,7 +174,6 @@ def test_a_dead_run_leaves_neither_a_lock_nor_litter(undisturbed: Undisturbed, u
 # The processes
 
 
-@pytest.mark.xfail(reason="a worker that dies as it hands over a batch shows as a ConnectionError, not named yet")
 def test_a_killed_loader_process_is_named(undisturbed: Undisturbed, tmp_path: Path) -> None:
     ended = fit(tmp_path, "--data.num_workers=2", fault=Fault(TRAINING, "kill_worker", 12))
     assert ended.status == 1 and "a loader process died" in ended.output and "Traceback" not in ended.output
@@ -183,7 +182,6 @@ def test_a_killed_loader_process_is_named(undisturbed: Undisturbed, tmp_path: Pa
     assert traces(tmp_path) == traces(undisturbed())
 
 
-@pytest.mark.xfail(reason="Classifier.on_save_checkpoint does not look at the loss yet")
 def test_a_diverged_run_keeps_its_last_good_checkpoint(tmp_path: Path) -> None:
     ended = fit(tmp_path, "--trainer.log_every_n_steps=100", fault=Fault(TRAINING, "spoil", 14))
     assert ended.status == 1 and "lower the learning rate" in ended.output and "Traceback" not in ended.output
@@ -228,7 +226,6 @@ def test_a_missing_class_is_named_before_the_first_step(pictures: Path) -> None:
     assert not (pictures.parent / "run/metrics.csv").exists()
 
 
-@pytest.mark.xfail(reason="the link from the data overrules the value without a word yet")
 def test_a_wrong_number_of_classes_is_refused(tmp_path: Path) -> None:
     ended = fit(tmp_path, "--model.net.init_args.num_classes=7")
     assert ended.status == 2 and "num_classes" in ended.output and "Traceback" not in ended.output

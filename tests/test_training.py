@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from reslab import Classifier, ImageData, create_model
 from reslab.data import Batch, Digits
+from reslab.errors import UserError
 from reslab.training import Constant, Cosine, MultiStep, OneCycle, Schedule
 from reslab.training.classifier import Diverged, evaluation_metrics
 from reslab.training.ema import EMA
@@ -224,3 +225,9 @@ def test_predict_step_gives_probabilities() -> None:
 def test_values_out_of_range_are_refused_by_name(knob: str, value: float) -> None:
     with pytest.raises(ValueError, match=knob):
         Classifier(small_net(), **{knob: value})
+
+
+def test_a_network_of_another_number_of_classes_is_refused() -> None:
+    net = create_model("resnet8", in_channels=1, num_classes=7)
+    with pytest.raises(UserError, match="num_classes=7, the data have 10"):
+        quiet_trainer(max_epochs=1).fit(Classifier(net), datamodule=ImageData(Digits()))

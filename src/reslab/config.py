@@ -15,7 +15,7 @@ from lightning.pytorch import seed_everything
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 
-from reslab.config_errors import explain, located
+from reslab.config_errors import explain, located, places
 from reslab.data import ImageData
 from reslab.errors import UserError
 from reslab.training import Classifier
@@ -160,10 +160,20 @@ class Experiment(LightningCLI):
             built = self.parser.instantiate_classes(self.config)
         except (ValueError, UserError) as error:  # a check at construction, with the fix in its message
             raise UserError(located(str(error), self._keys(), self._args, BASE)) from error
+        self._check_links(built.data)
         settings = dict(built.trainer)
         for name in ("callbacks", "logger", "plugins"):
             settings[name] = _as_list(settings[name])
         return built.data, built.model, settings
+
+    def _check_links(self, data: ImageData) -> None:
+        """Refuses a class or channel count typed into the config that is not the data's."""
+        typed = self.config.model.net.get("init_args", Namespace())
+        for name, value in (("num_classes", data.num_classes), ("in_channels", data.channels)):
+            key = f"model.net.init_args.{name}"
+            if typed.get(name) != value and any(places(key, self._args, BASE)):  # else it is the class's default
+                wrong = f"{name} is {typed[name]} here, {value} in the data: leave it out, it follows the data"
+                raise UserError(located(wrong, [key], self._args, BASE))
 
 
 def _as_list(value: Any) -> list[Any]:

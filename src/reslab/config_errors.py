@@ -51,8 +51,8 @@ def explain(message: str, known_keys: Sequence[str], args: Sequence[str], base: 
     else:
         reason, key, near = *_wrong_value(message), _nearest_choices(message)
     lines = [f"{key}: {reason}" if key else reason]
-    if key and (places := list(_places(key, args, base))):
-        lines.append(f"  stands in: {places[-1]}")
+    if key and (found := list(places(key, args, base))):
+        lines.append(f"  stands in: {found[-1]}")
     if near:
         lines.append(f"  nearest: {', '.join(near)}")
     return "\n".join(lines)
@@ -71,8 +71,8 @@ def located(message: str, known_keys: Sequence[str], args: Sequence[str], base: 
     own = [line for line in re.findall(r"^\s*- (.+)$", message, re.MULTILINE) if not line.startswith("Expected a")]
     message = own[0] if own else message
     key = key_in(message, known_keys)
-    places = list(_places(key, args, base)) if key else []
-    return "\n".join([f"{key}: {message}" if key else message, *(f"  stands in: {p}" for p in places[-1:])])
+    found = list(places(key, args, base)) if key else []
+    return "\n".join([f"{key}: {message}" if key else message, *(f"  stands in: {p}" for p in found[-1:])])
 
 
 def _first(pattern: str, text: str) -> str | None:
@@ -158,7 +158,7 @@ def _syntax_error(args: Sequence[str], base: Path) -> str | None:
     return None
 
 
-def _places(key: str, args: Sequence[str], base: Path) -> Iterator[str]:
+def places(key: str, args: Sequence[str], base: Path) -> Iterator[str]:
     """Where the key is given, in the order in which it is read: files (with their lines), then the command line."""
     wanted = [part for part in key.split(".") if part != "init_args"]
     for path in _files(args, base):

@@ -283,9 +283,10 @@ def known_failure(error: Exception) -> str | None:
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     if full or "PytorchStreamWriter failed" in text or "unexpected pos" in text:
         return f"the disk is full ({text}): the last checkpoint is intact, make room and run the same command again"
-    if "DataLoader worker" in text:
+    # One that dies as it hands over a batch shows as a broken connection.
+    if "DataLoader worker" in text or isinstance(error, ConnectionError | EOFError):
         remedy = "run the same command again to go on, with fewer --data.num_workers if memory was short"
-        return f"a loader process died ({text}): {remedy}"
+        return f"a loader process died ({text or type(error).__name__}): {remedy}"
     return None
 
 

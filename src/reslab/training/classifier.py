@@ -129,6 +129,11 @@ class Classifier(LightningModule):
         self.latest: dict[str, float] = {}  # the newest logged values, on the host
         self._unsent = False  # of them, those of training, to callback_metrics
 
+    def setup(self, stage: str) -> None:
+        expected = getattr(self.trainer.datamodule, "num_classes", None)  # type: ignore[attr-defined]
+        if expected not in (None, self.net.num_classes):
+            raise UserError(f"the network has num_classes={self.net.num_classes}, the data have {expected} classes")
+
     def configure_model(self) -> None:
         if self.weights and self.trainer.state.fn == "fit" and not self.trainer.ckpt_path:
             for message in load_weights(self.net, self.weights):
@@ -230,8 +235,12 @@ class Classifier(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         count = torch.tensor([float(self._window_images)], device=self.device)
-        windows = self.all_gather(torch.cat([self._window.to(self.device), count]))
-        checkpoint["windows"] = torch.as_tensor(windows).reshape(-1, 3).tolist()  # a row a rank
+        gathered = self.all_gather(torch.cat([self._window.to(self.device), count]))
+        windows = torch.as_tensor(gathered).reshape(-1, 3)  # a row a rank
+        self._check_finite(
+            float(windows[:, 0].sum()), self.trainer.global_step
+        )  # no good checkpoint gives way to a bad
+        checkpoint["windows"] = windows.tolist()
         checkpoint["latest"] = self.latest
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
