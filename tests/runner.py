@@ -53,6 +53,11 @@ def terminate(*args: Any) -> None:
     signal.raise_signal(signal.SIGTERM)
 
 
+def interrupt_twice(*args: Any) -> None:
+    signal.raise_signal(signal.SIGINT)
+    signal.raise_signal(signal.SIGINT)
+
+
 def kill_worker(*args: Any) -> None:
     multiprocessing.active_children()[0].kill()
 

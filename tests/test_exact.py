@@ -1,5 +1,6 @@
 """A run is its config and seed: how it is carried out, watched, interrupted and resumed leaves no trace in its bits."""
 
+import os
 import random
 import signal
 from collections.abc import Callable
@@ -113,6 +114,26 @@ def test_a_signal_stops_the_run_with_everything_saved(
     assert ended.status == 0, ended.output
     assert manifest(tmp_path)["attempts"][1]["from_step"] == step
     assert traces(tmp_path) == traces(undisturbed())
+
+
+def test_a_second_interrupt_stops_at_once(undisturbed: Undisturbed, tmp_path: Path) -> None:
+    ended = fit(tmp_path, fault=Fault(TRAINING, "interrupt_twice", 11))
+    assert ended.status == -signal.SIGINT and manifest(tmp_path)["status"] == "running"
+    assert fit(tmp_path).status == 0  # from step 9, as after any kill
+    assert traces(tmp_path) == traces(undisturbed())
+
+
+def test_under_slurm_a_preempted_job_is_requeued(tmp_path: Path) -> None:
+    scontrol = tmp_path / "bin" / "scontrol"
+    scontrol.parent.mkdir()
+    scontrol.write_text(f'#!/bin/sh\necho "$@" >> "{tmp_path}/asked"\n')
+    scontrol.chmod(0o755)
+    slurm = {"SLURM_JOB_ID": "12", "PATH": f"{scontrol.parent}:{os.environ['PATH']}"}
+    ended = fit(tmp_path / "run", fault=Fault(TRAINING, "terminate", 11), **slurm)
+    assert ended.status == 75, ended.output
+    assert (tmp_path / "asked").read_text() == "requeue 12\n"
+    assert fit(tmp_path / "run", **slurm).status == 0  # and done is done
+    assert (tmp_path / "asked").read_text() == "requeue 12\n"
 
 
 def test_an_early_stop_is_for_good(tmp_path: Path) -> None:

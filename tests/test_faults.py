@@ -1,5 +1,6 @@
 """What goes wrong outside of a run is named, costs nothing that was there, and does not change the result."""
 
+import errno
 import fcntl
 import json
 import os
@@ -15,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
+from reslab.experiment import known_failure
 from reslab.files import sha256_file
 from reslab.training.checkpoint import is_whole
 from runner import TRAINING, Fault, fit, manifest, metrics, reslab, traces
@@ -188,6 +190,21 @@ def test_a_diverged_run_keeps_its_last_good_checkpoint(tmp_path: Path) -> None:
     assert manifest(tmp_path)["status"] == "diverged"
     last = torch.load(tmp_path / "checkpoints/last.ckpt")
     assert last["global_step"] == 12 and all(tensor.isfinite().all() for tensor in last["state_dict"].values())
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."), "accumulate_grad_batches"),
+        (MemoryError(), "out of memory (of the host)"),
+        (OSError(errno.ENOSPC, "No space left on device"), "the last checkpoint is intact"),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), "a loader process died"),
+    ],
+    ids=lambda x: type(x).__name__ if isinstance(x, Exception) else "",
+)
+def test_a_failure_is_told_with_its_remedy(error: Exception, told: str) -> None:
+    assert told in str(known_failure(error))
+    assert known_failure(RuntimeError("a bug")) is None  # shown with its traceback
 
 
 # The data
