@@ -45,6 +45,8 @@ def fit(argv: list[str]) -> int:
     """`reslab fit`: starts a run, or continues the unfinished one in --run.dir; returns the exit status."""
     experiment = Experiment(argv)
     built = experiment.build()  # first: a value that is refused at construction leaves no folder behind
+    if experiment.config.run.rule == "best" and not built[0].val_split:
+        raise UserError("run.rule best goes by validation: give data.val_split a share or a number of images")
     folder = RunFolder(experiment.run_dir())
     if rank() != 0:
         return Run(experiment, folder, argv).execute(*built)

@@ -237,9 +237,8 @@ class Classifier(LightningModule):
         count = torch.tensor([float(self._window_images)], device=self.device)
         gathered = self.all_gather(torch.cat([self._window.to(self.device), count]))
         windows = torch.as_tensor(gathered).reshape(-1, 3)  # a row a rank
-        self._check_finite(
-            float(windows[:, 0].sum()), self.trainer.global_step
-        )  # no good checkpoint gives way to a bad
+        # No good checkpoint gives way to one of a run that has diverged.
+        self._check_finite(float(windows[:, 0].sum()), self.trainer.global_step)
         checkpoint["windows"] = windows.tolist()
         checkpoint["latest"] = self.latest
 

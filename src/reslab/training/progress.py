@@ -69,9 +69,11 @@ class ProgressReport(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero and self._bar is None:
-            done, total = trainer.current_epoch + 1, trainer.max_epochs
+            done = f"{trainer.current_epoch + 1}"
+            if trainer.max_epochs and trainer.max_epochs > 0:  # else the length is given in steps
+                done += f"/{trainer.max_epochs}"
             values = self._values(pl_module, validated=self._validated_in == trainer.current_epoch)
-            print(f"epoch {done}/{total}  {values}  left {self._time_left(trainer)}", flush=True)
+            print(f"epoch {done}  {values}  left {self._time_left(trainer)}", flush=True)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._stop_clock()
