@@ -27,6 +27,7 @@ from reslab.runs import manifest as manifests
 from reslab.runs.folder import RunFolder
 from reslab.runs.metrics import MetricsCSV, cut
 from reslab.runs.tracking import WandB
+from reslab.runs.verify import differences
 from reslab.training import Classifier
 from reslab.training.checkpoint import Checkpoints, TrustedIO, read_checkpoint, resume_point, weights_sha256
 from reslab.training.classifier import Diverged
@@ -137,10 +138,9 @@ class Run:
         }
 
     def _refuse_other_config(self, text: str) -> None:
-        old, new = _flat(yaml.safe_load(self.folder.config.read_text())), _flat(yaml.safe_load(text))
-        keys = sorted(k for k in {*old, *new} if old.get(k) != new.get(k) and not k.startswith(NOT_IDENTITY))
-        if keys:
-            rows = "\n".join(f"  {k}: {old.get(k)} there, {new.get(k)} here" for k in keys)
+        found = differences(yaml.safe_load(self.folder.config.read_text()), yaml.safe_load(text))
+        if other := [row for row in found if not row[0].startswith(NOT_IDENTITY)]:
+            rows = "\n".join(f"  {key}: {there} there, {here} here" for key, there, here in other)
             remedy = "give another --run.dir, or the same config"
             raise UserError(f"{self.folder.path} holds a run with another config; {remedy}:\n{rows}")
 
@@ -304,13 +304,3 @@ def _test_images(data: ImageData) -> Callable[[int], np.ndarray]:
     """The test images by index, uint8 (H, W, C), as the network saw them before normalisation."""
     batches = data.test_dataloader().dataset
     return lambda index: batches[0, np.array([index])].images[0].numpy()
-
-
-def _flat(config: Any, prefix: str = "") -> dict[str, Any]:
-    """A nested config as dotted keys."""
-    if not isinstance(config, dict) or not config:
-        return {prefix: config}
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        flat.update(_flat(value, f"{prefix}.{key}" if prefix else str(key)))
-    return flat

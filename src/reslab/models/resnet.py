@@ -7,6 +7,7 @@ resolution and doubles the channels.
 
 import itertools
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Literal, NamedTuple, get_args
@@ -89,14 +90,15 @@ class Parts(NamedTuple):
         return nn.Identity() if fits else SubsampleAndPad(c_out - c_in, stride)
 
 
-class ResidualBlock(nn.Module):
+class ResidualBlock(nn.Module, ABC):
     """relu(F(x) + S(x)) (He et al. 2015, eq. 1 and 2), or relu(F(x)) in a plain net."""
 
     downsample: nn.Module | None  # S, by torchvision's name
     drop_path: nn.Module  # drops F(x) of some images in training
 
+    @abstractmethod
     def branch(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
+        """F: (N, C, H, W) -> (N, C_out, H/s, W/s)."""
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.branch(x)

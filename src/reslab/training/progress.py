@@ -8,6 +8,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from reslab.training.checkpoint import at_step_end
+
 SHOWN = ("train/loss", "train/acc", "val/loss", "val/acc")
 
 
@@ -22,8 +24,8 @@ class ProgressReport(Callback):
         self.images, self.seconds = 0, 0.0
         self._console = Console(file=sys.stdout)
         self._bar: Progress | None = None
-        self._mark = (0.0, 0)  # when the current stretch of training began, and images seen by then
-        self._logged = (0.0, 0)
+        self._mark = 0.0  # when the current stretch of training began
+        self._logged = (0.0, 0)  # seconds and images by the last logged step
         self._validated_in = -1  # the epoch of the last validation
 
     def state_dict(self) -> dict[str, Any]:
@@ -53,7 +55,7 @@ class ProgressReport(Callback):
         self.images += len(batch[1]) * trainer.world_size
         step = trainer.global_step
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if step % every == 0 and (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+        if step % every == 0 and at_step_end(trainer, batch_idx):
             self._log_speed(trainer, step)
             self._refresh(pl_module)
         if self._bar is not None:
@@ -87,12 +89,12 @@ class ProgressReport(Callback):
         return self.images / self.seconds if self.seconds > 0 else None
 
     def _resume_clock(self) -> None:
-        self._mark = (time.monotonic(), self.images)
+        self._mark = time.monotonic()
 
     def _stop_clock(self) -> None:
         now = time.monotonic()
-        self.seconds += now - self._mark[0]
-        self._mark = (now, self.images)
+        self.seconds += now - self._mark
+        self._mark = now
 
     def _log_speed(self, trainer: Trainer, step: int) -> None:
         self._stop_clock()
