@@ -86,6 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("folder", metavar="RUN", help="a run folder")
     command.add_argument("--out", metavar="DIR", help="the new run's folder, default RUN-reproduced")
+    _add_ablate(add("ablate", None, "plan, run or report a study: arms × seeds in, a verdict out"))
     command = add("list", _list, "list models, data sets, experiments or ablation studies")
     command.add_argument("what", nargs="?", choices=[*LISTS, "models"], help="one of them; all by default")
     command = add("summary", _summary, "a model's layers: shapes, parameters, FLOPs")
@@ -102,6 +103,25 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("what", choices=["lr", "augment"])
     command.add_argument("--out", metavar="FILE.png", help="default preview-WHAT.png")
     return parser
+
+
+def _add_ablate(parser: argparse.ArgumentParser) -> None:
+    commands = parser.add_subparsers(dest="step", required=True, metavar="STEP")
+
+    def add(name: str, run, help: str) -> argparse.ArgumentParser:  # type: ignore[no-untyped-def]
+        step = commands.add_parser(name, help=help, description=help, allow_abbrev=False)
+        step.set_defaults(run=run, takes_config=True)
+        step.add_argument("study", metavar="STUDY", help="a study file, or its name in configs/ablation")
+        step.add_argument("--out", metavar="DIR", help="the study's folder, default runs/ablations/<name>")
+        return step
+
+    step = add("plan", _ablate_plan, "the cells, what each arm changes, the cost: STUDY [--KEY VALUE …]")
+    step.add_argument("--check", action="store_true", help="check every value against its type, too (loads torch)")
+    step = add("run", _ablate_run, "run all cells, or go on with them, then report: STUDY [--KEY VALUE …]")
+    step.add_argument("--jobs", type=int, metavar="N", help="cells at a time; default: what the GPUs hold, else 1")
+    step.add_argument("--jobs-per-gpu", type=int, default=1, metavar="K", help="cells that share a GPU, default 1")
+    step.add_argument("--retries", type=int, default=1, metavar="N", help="how often a failed cell is tried again")
+    add("report", _ablate_report, "statistics, tables and figures of what is there: STUDY [--KEY VALUE …]")
 
 
 def _shape(text: str) -> tuple[int, ...]:
@@ -161,6 +181,41 @@ def _reproduce(args: argparse.Namespace, rest: list[str]) -> int:
     from reslab.runs.verify import reproduce
 
     return reproduce(args.folder, args.out, rest)
+
+
+def _study(args: argparse.Namespace, rest: list[str]):  # type: ignore[no-untyped-def]
+    from reslab.ablation.study import read_study
+
+    study = read_study(args.study, rest)
+    return study, Path(args.out) if args.out else study.out
+
+
+def _ablate_plan(args: argparse.Namespace, rest: list[str]) -> None:
+    from reslab.ablation.plan import describe
+
+    study, out = _study(args, rest)
+    if args.check:
+        from reslab.ablation.launch import typed_configs
+
+        typed_configs(study)
+    print(describe(study, out))
+
+
+def _ablate_run(args: argparse.Namespace, rest: list[str]) -> int:
+    from reslab.ablation.launch import PREEMPTED, Room, run_local
+
+    study, out = _study(args, rest)
+    status = run_local(study, out, Room(args.jobs, args.jobs_per_gpu), args.retries)
+    if status != PREEMPTED:
+        _ablate_report(args, rest)
+    return status
+
+
+def _ablate_report(args: argparse.Namespace, rest: list[str]) -> None:
+    from reslab.ablation.report import write_report
+
+    study, out = _study(args, rest)
+    print(f"report  {write_report(study, out)}")
 
 
 def _doctor(args: argparse.Namespace, rest: list[str]) -> int:

@@ -14,8 +14,10 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import yaml
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.plugins.environments import ClusterEnvironment, SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from safetensors.torch import save
 
@@ -35,11 +37,6 @@ from reslab.training.preemption import Preempted, Preemption
 from reslab.training.progress import ProgressReport
 
 EXIT = {"complete": 0, "failed": 1, "diverged": 1, "preempted": 75}
-# These say where and how a run is carried out, not which run it is.
-NOT_IDENTITY = (
-    *("run.dir", "run.group", "run.job_type", "run.tags", "run.elastic", "trainer.logger", "trainer.devices"),
-    *("trainer.num_nodes", "data.root", "data.download", "data.num_workers"),
-)
 
 
 def fit(argv: list[str]) -> int:
@@ -139,7 +136,7 @@ class Run:
 
     def _refuse_other_config(self, text: str) -> None:
         found = differences(yaml.safe_load(self.folder.config.read_text()), yaml.safe_load(text))
-        if other := [row for row in found if not row[0].startswith(NOT_IDENTITY)]:
+        if other := [row for row in found if not row[0].startswith(manifests.NOT_IDENTITY)]:
             rows = "\n".join(f"  {key}: {there} there, {here} here" for key, there, here in other)
             remedy = "give another --run.dir, or the same config"
             raise UserError(f"{self.folder.path} holds a run with another config; {remedy}:\n{rows}")
@@ -159,8 +156,11 @@ class Run:
             self._write(status=status)
         except OSError as error:  # a full disk takes the manifest's last word, but not the exit status
             print(f"the manifest could not be closed: {error}", flush=True)
-        if status == "preempted" and self.writes:
-            requeue()
+        if status == "preempted":
+            if self.writes:
+                requeue()
+            if dist.is_available() and dist.is_initialized():  # Slurm and torchrun kill all when the first one ends
+                dist.barrier()
         return EXIT[status]
 
     # The work
@@ -206,7 +206,7 @@ class Run:
                 **settings,
                 "callbacks": [*settings["callbacks"], *callbacks],
                 "logger": [*settings["logger"], MetricsCSV(self.folder.metrics)],
-                "plugins": [*settings["plugins"], TrustedIO()],
+                "plugins": [*settings["plugins"], *_slurm(settings["plugins"]), TrustedIO()],
                 "default_root_dir": str(self.folder.path),
             }
         )
@@ -298,6 +298,12 @@ def requeue() -> None:
         job = os.environ.get("SLURM_ARRAY_JOB_ID", os.environ["SLURM_JOB_ID"])
         task = os.environ.get("SLURM_ARRAY_TASK_ID")
         subprocess.run(["scontrol", "requeue", f"{job}_{task}" if task else job], check=False)
+
+
+def _slurm(given: list[Any]) -> list[ClusterEnvironment]:
+    """Under Slurm, Lightning's plugin for it without its answer to signals: it saves in the handler, and deadlocks."""
+    chosen = any(isinstance(plugin, ClusterEnvironment) for plugin in given) or TorchElasticEnvironment.detect()
+    return [] if chosen or not SLURMEnvironment.detect() else [SLURMEnvironment(auto_requeue=False)]
 
 
 def _test_images(data: ImageData) -> Callable[[int], np.ndarray]:

@@ -23,7 +23,7 @@ from reslab.runs.figures import (
     wilson,
 )
 from reslab.runs.folder import RunFolder
-from reslab.runs.manifest import read
+from reslab.runs.manifest import duration, read
 
 STATES = {
     "running": "This run has not ended: the page shows it as far as it had come when the page was written.",
@@ -158,14 +158,6 @@ def tiles(manifest: Mapping[str, Any], metrics: pd.DataFrame, predictions: Predi
     if manifest.get("samples_per_second") is not None:
         found["training images/s"] = f"{manifest['samples_per_second']:,.0f}"
     return found
-
-
-def duration(seconds: float) -> str:
-    """Seconds as a person says them: 41.2 s, 12 min 34 s, 3 h 05 min."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
 
 
 def embed(folder: Path, captions: Mapping[str, str] = CAPTIONS) -> list[dict[str, str]]:
