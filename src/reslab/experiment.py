@@ -17,7 +17,6 @@ import torch
 import torch.distributed as dist
 import yaml
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.plugins.environments import ClusterEnvironment, SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from safetensors.torch import save
 
@@ -206,7 +205,7 @@ class Run:
                 **settings,
                 "callbacks": [*settings["callbacks"], *callbacks],
                 "logger": [*settings["logger"], MetricsCSV(self.folder.metrics)],
-                "plugins": [*settings["plugins"], *_slurm(settings["plugins"]), TrustedIO()],
+                "plugins": [*settings["plugins"], TrustedIO()],
                 "default_root_dir": str(self.folder.path),
             }
         )
@@ -293,17 +292,15 @@ def known_failure(error: Exception) -> str | None:
 
 
 def requeue() -> None:
-    """Under Slurm, puts the job back into the queue: it will go on from its checkpoint."""
-    if "SLURM_JOB_ID" in os.environ and shutil.which("scontrol"):
-        job = os.environ.get("SLURM_ARRAY_JOB_ID", os.environ["SLURM_JOB_ID"])
-        task = os.environ.get("SLURM_ARRAY_TASK_ID")
-        subprocess.run(["scontrol", "requeue", f"{job}_{task}" if task else job], check=False)
-
-
-def _slurm(given: list[Any]) -> list[ClusterEnvironment]:
-    """Under Slurm, Lightning's plugin for it without its answer to signals: it saves in the handler, and deadlocks."""
-    chosen = any(isinstance(plugin, ClusterEnvironment) for plugin in given) or TorchElasticEnvironment.detect()
-    return [] if chosen or not SLURMEnvironment.detect() else [SLURMEnvironment(auto_requeue=False)]
+    """Under Slurm, puts the job back into the queue: it will go on from its checkpoint. Not one that was cancelled."""
+    if "SLURM_JOB_ID" not in os.environ or not shutil.which("scontrol"):
+        return
+    job = os.environ.get("SLURM_ARRAY_JOB_ID", os.environ["SLURM_JOB_ID"])
+    if task := os.environ.get("SLURM_ARRAY_TASK_ID"):
+        job = f"{job}_{task}"
+    shown = subprocess.run(["scontrol", "show", "job", job], capture_output=True, text=True, check=False).stdout
+    if "JobState=COMPLETING" not in shown:  # scancel asks with SIGTERM, too, and would be asked again and again
+        subprocess.run(["scontrol", "requeue", job], check=False)
 
 
 def _test_images(data: ImageData) -> Callable[[int], np.ndarray]:
