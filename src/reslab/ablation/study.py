@@ -172,7 +172,7 @@ def _base(path: Path, text: Config, overrides: Sequence[str], varied: set[str]) 
     for key, value in options(overrides):
         if key == "config":
             config = merge(config, read_config(Path(value)))
-        elif clash := [v for v in varied if v == key or v.startswith(f"{key}.") or key.startswith(f"{v}.")]:
+        elif clash := [v for v in varied if v == key or key.startswith(f"{v}.")]:
             raise UserError(f"--{key} is for all arms, but they differ in {clash[0]} ({path})")
         else:
             config = merge(config, nested(key, loaded(yaml.load(value, Loader), Path())))
