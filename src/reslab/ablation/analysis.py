@@ -39,7 +39,7 @@ def analyse(study: Study, out: Path, states: Sequence[State]) -> Report:
     states = sorted(states, key=lambda state: order.index(state.cell.arm))
     values = of_metric(study, results(study, states))
     done = [state for state in states if state.status == "complete"]
-    report = {
+    report: Report = {
         "study": study.name,
         "question": study.question,
         "plan": _plan(study, out, states),
@@ -100,8 +100,8 @@ def of_metric(study: Study, table: pd.DataFrame) -> pd.DataFrame:
 
 def command(study: Study, out: Path) -> str:
     """The command line that fills what is missing."""
-    words = ["reslab", "ablate", "run", _shown(study.path)]
-    return shlex.join(words if out == study.out else [*words, "--out", _shown(out)])
+    where = [] if out == study.out else ["--out", _shown(out)]
+    return shlex.join(["reslab", "ablate", "run", _shown(study.path), *where, *study.overrides])
 
 
 def _shown(path: Path) -> str:
@@ -153,10 +153,12 @@ def _renamed(comparison: Comparison) -> Report:
 
 def _by_seed(states: Sequence[State], values: pd.DataFrame) -> dict[str, dict[int, float]]:
     """The metric by arm and seed: NaN where a cell diverged, nothing where it has no result."""
-    found = {arm: row.dropna().to_dict() for arm, row in values.iterrows()}
-    for state in states:
-        if state.status == "diverged":
-            found[state.cell.arm][state.cell.seed] = math.nan
+    known = values.to_dict("index")
+    found: dict[str, dict[int, float]] = {arm: {} for arm in values.index.tolist()}
+    for cell, status in ((state.cell, state.status) for state in states):
+        value = known[cell.arm][cell.seed]
+        if status == "diverged" or not math.isnan(value):
+            found[cell.arm][cell.seed] = value
     return found
 
 
@@ -237,9 +239,9 @@ def _warnings(report: Report, study: Study, out: Path, values: pd.DataFrame) -> 
         yield f"Not all cells saw the same data as the baseline's, which takes the verdict from {named(faults)}."
     if lacking := cells["planned"] - cells.get("complete", 0):
         yield f"{lacking} of {count(cells['planned'], 'cell')} have no result: they are listed below, with the reason."
-    empty = values.isna().stack()
-    gone = {(state["arm"], state["seed"]) for state in report["missing"]}
-    if silent := [f"{arm}/seed-{seed}" for (arm, seed), none in empty.items() if none and (arm, seed) not in gone]:
+    gone = [state["cell"] for state in report["missing"]]
+    empty = [f"{arm}/seed-{seed}" for arm, row in values.iterrows() for seed in row.index[row.isna()]]
+    if silent := [cell for cell in empty if cell not in gone]:
         yield f"Finished without a value of {study.metric}: {named(silent)}."
     if others := strays(study, out):
         yield f"Beside the plan's cells there are others, which count nowhere: {named(others)}."
@@ -296,9 +298,8 @@ def _correct(study: Study, states: Sequence[State], arm: str) -> Correct | str:
 
 
 def _bootstrap(baseline: Correct | str, arm: Correct | str) -> Report:
-    for one in (baseline, arm):
-        if isinstance(one, str):
-            return {"reason": one}
+    if isinstance(baseline, str) or isinstance(arm, str):
+        return {"reason": baseline if isinstance(baseline, str) else arm}
     if not np.array_equal(baseline[0], arm[0]):
         return {"reason": "it was not tested on the same images as the baseline"}
     delta, low, high = paired_bootstrap(arm[1], baseline[1], RESAMPLES, np.random.default_rng(0))

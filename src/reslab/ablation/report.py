@@ -116,7 +116,7 @@ def _texts(report: Report, table: pd.DataFrame) -> dict[str, Any]:
     """What the templates take: the report's numbers as they are to be read."""
     unit = Unit.of(report)
     others = [(name, arm) for name, arm in report["arms"].items() if name != report["baseline"]]
-    values = table[report["metric"]] if report["metric"] in table else pd.Series(np.nan, table.index)
+    cells = table.reindex(columns=["arm", "seed", "status", report["metric"]])
     return {
         "report": report,
         "unit": unit,
@@ -130,9 +130,5 @@ def _texts(report: Report, table: pd.DataFrame) -> dict[str, Any]:
         "hardware": [(wording.hardware(group["is"]), group["cells"]) for group in report["hardware"]],
         "code": [(wording.code(group["is"]), group["cells"]) for group in report["code"]],
         "caption": wording.caption(report),
-        "cells": list(zip(table["arm"], table["seed"], table["status"], map(_known, values), strict=True)),
+        "cells": list(cells.itertuples(index=False, name=None)),
     }
-
-
-def _known(value: float) -> float | None:
-    return None if np.isnan(value) else value

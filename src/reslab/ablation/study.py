@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -65,6 +65,7 @@ class Study:
         arms: By name, in the file's order, the baseline among them.
         factors: The labels of the levels by the factor's key; empty where the file lists arms.
         minutes: What the file says that a cell costs.
+        overrides: The options that it was read with.
     """
 
     path: Path
@@ -72,13 +73,14 @@ class Study:
     question: str
     baseline: str
     metric: str
-    mode: str
+    mode: Literal["max", "min"]
     margin: float | None
     rule: str
     seeds: list[int]
     arms: dict[str, Arm]
     factors: dict[str, list[str]]
     minutes: float | None
+    overrides: tuple[str, ...] = ()
 
     @property
     def out(self) -> Path:
@@ -143,6 +145,7 @@ def read_study(name: str | Path, overrides: Sequence[str] = ()) -> Study:
         arms=_compared(path, arms, baseline),
         factors=_factors(text),
         minutes=text.get("minutes"),
+        overrides=tuple(overrides),
     )
     _check_values(study)
     return study
