@@ -267,7 +267,8 @@ def test_what_is_significant_alone_may_not_be_among_many():
     assert compare(BASE, {"arm": shifted})["arm"].verdict == "better"
     among = compare(BASE, {"arm": shifted, **others})["arm"]
     assert among.verdict == "inconclusive"
-    assert among.reason.startswith("significant alone, but not among 10 arms; ")
+    more = seeds_needed(among.sd, among.delta, alpha=0.05 / 10) - 5
+    assert among.reason.startswith(f"significant alone, but not among 10 arms; {more} more seed")
 
 
 def test_a_significant_difference_within_the_margin_is_equivalent():
@@ -297,8 +298,9 @@ def test_the_same_results_in_every_seed_are_equivalent():
 
 @pytest.mark.parametrize("dtype", [np.float64, np.float32])
 def test_the_same_difference_in_every_seed_is_no_certainty(dtype):
-    base = BASE.astype(dtype)
-    found = compare(base, {"arm": base + dtype(0.001)}, margin=0.002)["arm"]  # its spread is rounding
+    right = np.array([700, 911, 455, 822, 317])  # of 997 images; one more in every seed. The spread is rounding
+    base, arm = (right / 997).astype(dtype), ((right + 1) / 997).astype(dtype)
+    found = compare(base, {"arm": arm}, margin=0.002)["arm"]
     assert found.verdict == "inconclusive"
     assert (found.p, found.p_holm, found.p_equivalence, found.delta_ci_low) == (None, None, None, None)
     assert "every seed differs by the same 0.001" in found.reason
@@ -347,6 +349,7 @@ def test_a_missing_cell_takes_the_verdict_from_its_arm_alone():
     assert "wide/seed-3" in wide.reason
     assert "`reslab ablate run`" in wide.reason
     assert (found["plain"].verdict, found["cosine"].verdict) == ("worse", "equivalent")
+    assert found["plain"].p_holm == pytest.approx(3 * found["plain"].p)  # three arms are compared, whenever they come
 
 
 def test_a_missing_cell_of_the_baseline_takes_every_verdict():
@@ -469,6 +472,12 @@ def test_a_grid_with_holes_has_no_effects(hole, named):
     assert (found.main, found.interactions) == ([], [])
     assert found.reason.startswith("effects are averages over the full grid; ")
     assert named in found.reason
+
+
+def test_two_seeds_give_no_effects():
+    found = factor_effects(FACTORS, results_of(grid_of(2)), range(2))
+    assert (found.main, found.interactions) == ([], [])
+    assert "a verdict takes 3" in found.reason
 
 
 # The comparison by image
