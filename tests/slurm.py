@@ -40,7 +40,7 @@ SchedulerParameters=sched_interval=1,sched_min_interval=0,batch_sched_delay=0
 SlurmdParameters=config_overrides
 JobRequeue=1
 KillWait=5
-MinJobAge=2
+MinJobAge=300
 ReturnToService=2
 NodeName=localhost NodeAddr=127.0.0.1 CPUs=4 RealMemory=4000
 PartitionName=test Nodes=ALL Default=YES MaxTime=INFINITE

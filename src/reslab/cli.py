@@ -121,7 +121,25 @@ def _add_ablate(parser: argparse.ArgumentParser) -> None:
     step.add_argument("--jobs", type=int, metavar="N", help="cells at a time; default: what the GPUs hold, else 1")
     step.add_argument("--jobs-per-gpu", type=int, default=1, metavar="K", help="cells that share a GPU, default 1")
     step.add_argument("--retries", type=int, default=1, metavar="N", help="how often a failed cell is tried again")
+    step.add_argument("--launcher", choices=["local", "slurm"], default="local", help="this machine, or Slurm jobs")
+    _add_slurm(step.add_argument_group("with --launcher slurm"))
     add("report", _ablate_report, "statistics, tables and figures of what is there: STUDY [--KEY VALUE …]")
+
+
+def _add_slurm(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--detach", action="store_true", help="submit the cells and return; do not wait")
+    group.add_argument("--slurm", metavar="FILE", help="a YAML file of the options below: partition, minutes, …")
+    group.add_argument("--partition", metavar="NAME", help="default: Slurm's own")
+    group.add_argument("--minutes", type=int, metavar="N", help="time limit of a job, default 240; it is requeued then")
+    group.add_argument("--gpus", type=int, metavar="N", help="GPUs a node; default: trainer.devices, on GPUs")
+    group.add_argument("--cpus", type=int, metavar="N", help="CPUs a process, default 1")
+    group.add_argument("--memory", type=int, metavar="GB", help="memory a node; default: Slurm's own")
+    group.add_argument("--sbatch", type=_pair, action="append", metavar="KEY=VALUE", help="any other option of sbatch")
+
+
+def _pair(text: str) -> tuple[str, str | bool]:
+    key, equals, value = text.lstrip("-").partition("=")
+    return key, value if equals else True
 
 
 def _shape(text: str) -> tuple[int, ...]:
@@ -205,17 +223,27 @@ def _ablate_run(args: argparse.Namespace, rest: list[str]) -> int:
     from reslab.ablation.launch import PREEMPTED, Room, run_local
 
     study, out = _study(args, rest)
-    status = run_local(study, out, Room(args.jobs, args.jobs_per_gpu), args.retries)
-    if status != PREEMPTED:
+    asked = {key: getattr(args, key) for key in ("partition", "minutes", "gpus", "cpus", "memory", "sbatch")}
+    if args.launcher == "slurm":
+        from reslab.ablation.slurm import Cluster, run_slurm
+
+        cluster = Cluster.read(args.slurm, **{**asked, "sbatch": dict(args.sbatch or [])})
+        status = run_slurm(study, out, cluster, args.jobs, args.retries, args.detach)
+    elif args.detach or args.slurm or any(asked.values()):
+        raise UserError("--detach and what a job asks for are for --launcher slurm")
+    else:
+        status = run_local(study, out, Room(args.jobs, args.jobs_per_gpu), args.retries)
+    if status != PREEMPTED and not args.detach:
         _ablate_report(args, rest)
     return status
 
 
 def _ablate_report(args: argparse.Namespace, rest: list[str]) -> None:
-    from reslab.ablation.report import write_report
+    from reslab.ablation.report import log_summary, write_report
 
     study, out = _study(args, rest)
     print(f"report  {write_report(study, out)}")
+    log_summary(study, out)
 
 
 def _doctor(args: argparse.Namespace, rest: list[str]) -> int:

@@ -248,13 +248,13 @@ def start(cell: Cell, environment: Mapping[str, str]) -> subprocess.Popen[bytes]
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
-            env={**os.environ, **environment, **_threads_so_far(cell)},
+            env={**os.environ, **environment, **threads_so_far(cell)},
             start_new_session=True,
             preexec_fn=_die_with_parent,
         )
 
 
-def _threads_so_far(cell: Cell) -> dict[str, str]:
+def threads_so_far(cell: Cell) -> dict[str, str]:
     """An unfinished cell goes on with the threads it began with: on a CPU their number changes bits."""
     with contextlib.suppress(UserError, KeyError, TypeError):
         environment = manifests.read(RunFolder(cell.folder).manifest)["environment"]
