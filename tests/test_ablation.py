@@ -19,6 +19,7 @@ from reslab.ablation.study import CONFIGS, read_study
 from reslab.config import Experiment
 from reslab.errors import UserError
 from runner import manifest
+from test_tracking import records
 
 FAKE = Path(__file__).with_name("fake_fit.py")
 STUDIES = sorted((CONFIGS / "ablation").glob("*.yaml"))
@@ -361,3 +362,39 @@ def test_killed_five_times_the_results_are_those_of_an_undisturbed_study(tmp_pat
     assert (disturbed / "results.csv").read_bytes() == (tmp_path / "calm/results.csv").read_bytes()
     attempts = [len(manifest(c.folder)["attempts"]) for c in cells(read_study(study), disturbed)]
     assert max(attempts) > 1, "no cell was ever hit"
+
+
+@pytest.mark.timeout(600)
+def test_a_real_study_runs_reports_and_is_grouped_in_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    short = ["--trainer.max_epochs=1", "--trainer.accelerator=cpu", "--config", CONFIGS / "logger/wandb.yaml"]
+    words = [write(tmp_path, name="tiny", seeds=[0]), "--out", tmp_path / "out", "--jobs", "2", *short]
+    done = subprocess.run(ablate("run", *words), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"report  {tmp_path / 'out/report.html'}" in done.stdout
+    study = read_study(words[0], list(map(str, short)))
+    assert [s.status for s in states(study, tmp_path / "out")] == ["complete", "complete"]
+    arms = json.loads((tmp_path / "out/report.json").read_text())["arms"]
+    assert arms["none"]["verdict"] is None and "seed" in arms["none"]["reason"], "one seed carries no verdict"
+    [run] = (tmp_path / "out/none/seed-0/wandb").glob("offline-run-*/*.wandb")
+    [about] = records(run.parent, "run")
+    assert (about["run_group"], about["job_type"], about["tags"]) == ("tiny", "none", ["seed 0"])
+    [summary] = (tmp_path / "out/wandb").glob("offline-run-*")
+    assert records(summary, "run")[0]["job_type"] == "report"
+    assert subprocess.run(ablate("run", *words), capture_output=True, text=True, check=False).returncode == 0
+    assert [len(manifest(c.folder)["attempts"]) for c in cells(study, tmp_path / "out")] == [1, 1]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_what_cannot_matter_does_not(tmp_path: Path) -> None:
+    short = ["--trainer.max_epochs=8", "--trainer.accelerator=cpu"]
+    words = ["digits_null", "--out", tmp_path, "--jobs", "2", *short]
+    assert subprocess.run(ablate("run", *words), capture_output=True, check=False).returncode == 0
+    hashes: dict[int, set[str]] = {}
+    for s in states(read_study("digits_null", short), tmp_path):
+        hashes.setdefault(s.cell.seed, set()).add(s.manifest["weights_sha256"])
+    assert len(hashes) == 5 and all(len(same) == 1 for same in hashes.values())
+    arms = json.loads((tmp_path / "report.json").read_text())["arms"]
+    others = [arm for name, arm in arms.items() if name != "as_it_is"]
+    assert [(arm["verdict"], arm["delta"]) for arm in others] == [("equivalent", 0)] * 3
