@@ -4,6 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from reslab.ablation.report import write_report
+from studies import make_study, run_study
+
 nbformat = pytest.importorskip("nbformat", reason="notebooks need `pip install -e .[notebooks]`")
 nbclient = pytest.importorskip("nbclient", reason="notebooks need `pip install -e .[notebooks]`")
 pytest.importorskip("ipykernel", reason="notebooks need `pip install -e .[notebooks]`")
@@ -18,3 +21,12 @@ def test_notebook_runs(path: Path, tmp_path: Path) -> None:
     nbclient.NotebookClient(notebook, timeout=240, resources={"metadata": {"path": str(tmp_path)}}).execute()
     shown = [output.get("data", {}) for cell in notebook.cells for output in cell.get("outputs", [])]
     assert any("image/png" in data for data in shown)
+
+
+@pytest.fixture(autouse=True)
+def a_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A finished study, for the notebook that reads one: its arms are worse, the same, and close."""
+    study, out = make_study(tmp_path, ["A", "none", "B"]), tmp_path / "study"
+    run_study(study, out, {"A": 0.95, "none": 0.91, "B": 0.951})
+    write_report(study, out)
+    monkeypatch.setenv("RESLAB_STUDY", str(out))

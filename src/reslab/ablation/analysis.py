@@ -39,6 +39,7 @@ def analyse(study: Study, out: Path, states: Sequence[State]) -> Report:
     states = sorted(states, key=lambda state: order.index(state.cell.arm))
     values = of_metric(study, results(study, states))
     done = [state for state in states if state.status == "complete"]
+    faults = dict(_data_faults(study, states))
     report: Report = {
         "study": study.name,
         "question": study.question,
@@ -59,8 +60,8 @@ def analyse(study: Study, out: Path, states: Sequence[State]) -> Report:
         "software": _groups(done, lambda manifest: _some(manifest.get("environment"), SOFTWARE)),
         "code": _groups(done, lambda manifest: _some(manifest.get("git"), CODE)),
         **_hours(study, states),
-        "arms": _arms(study, states, values),
-        **_effects(study, states, values),
+        "arms": _arms(study, states, values, faults),
+        **_effects(study, states, values, faults),
         "per_image": _per_image(study, done),
     }
     report["warnings"] = list(_warnings(report, study, out, values))
@@ -126,9 +127,9 @@ def _missing(state: State) -> Report:
 # Arms
 
 
-def _arms(study: Study, states: Sequence[State], values: pd.DataFrame) -> Report:
-    faults = dict(_data_faults(study, states))
-    compared = compare_by_seed(_by_seed(states, values), study.baseline, study.seeds, study.margin, study.mode)
+def _arms(study: Study, states: Sequence[State], values: pd.DataFrame, faults: Mapping[str, str]) -> Report:
+    found = _by_seed(states, values, faults)
+    compared = compare_by_seed(found, study.baseline, study.seeds, study.margin, study.mode)
     arms = {}
     for name, arm in study.arms.items():
         of_arm = [state for state in states if state.cell.arm == name]
@@ -143,7 +144,7 @@ def _arms(study: Study, states: Sequence[State], values: pd.DataFrame) -> Report
             "samples_per_second": _mean(of_arm, "samples_per_second"),
         }
         if name in faults:
-            arms[name] |= dict.fromkeys(("p", "p_holm", "p_equivalence", "verdict")) | {"reason": faults[name]}
+            arms[name]["reason"] = faults[name]
     return arms
 
 
@@ -151,22 +152,24 @@ def _renamed(comparison: Comparison) -> Report:
     return {RENAMED.get(key, key): value for key, value in asdict(comparison).items()}
 
 
-def _by_seed(states: Sequence[State], values: pd.DataFrame) -> dict[str, dict[int, float]]:
-    """The metric by arm and seed: NaN where a cell diverged, nothing where it has no result."""
+def _by_seed(states: Sequence[State], values: pd.DataFrame, faults: Mapping[str, str]) -> dict[str, dict[int, float]]:
+    """The metric by arm and seed: NaN where a cell diverged, nothing without a result that can be compared."""
     known = values.to_dict("index")
-    found: dict[str, dict[int, float]] = {arm: {} for arm in values.index.tolist()}
-    for cell, status in ((state.cell, state.status) for state in states):
+    found: dict[str, dict[int, float]] = {state.cell.arm: {} for state in states}
+    for cell, status in ((state.cell, state.status) for state in states if state.cell.arm not in faults):
         value = known[cell.arm][cell.seed]
         if status == "diverged" or not math.isnan(value):
             found[cell.arm][cell.seed] = value
     return found
 
 
-def _effects(study: Study, states: Sequence[State], values: pd.DataFrame) -> Report:
+def _effects(study: Study, states: Sequence[State], values: pd.DataFrame, faults: Mapping[str, str]) -> Report:
     """Main effects and pairwise interactions of a factor study."""
     if not study.factors:
         return {}
-    found = _by_seed(states, values)
+    if faults:
+        return {"effects": [], "interactions": [], "effects_reason": "not all arms saw the same data"}
+    found = _by_seed(states, values, faults)
     by_labels = {tuple(arm.levels.values()): found[name] for name, arm in study.arms.items()}
     effects = factor_effects(study.factors, by_labels, study.seeds)
     main, pairs = ([asdict(effect) for effect in group] for group in (effects.main, effects.interactions))

@@ -88,6 +88,7 @@ def differences(report: Report, values: pd.DataFrame, unit: Unit) -> Figure | No
     """A row an arm but for the baseline; None where no seed can be compared."""
     others = {name: arm for name, arm in report["arms"].items() if name != report["baseline"]}
     paired = (values - values.loc[report["baseline"]]).loc[list(others)]
+    paired.loc[[name for name, arm in others.items() if arm["delta"] is None]] = np.nan  # seen on other data
     if paired.isna().all(axis=None):
         return None
     figure, ax = _rows(list(others), None)

@@ -38,7 +38,8 @@ def write_report(study: Study, out: Path) -> Path:
     texts = _texts(report, table)
     texts |= {"figures": embed(out / "figures", CAPTIONS), "alt": wording.alternatives(report, texts["unit"])}
     environment = templates(Path(__file__).parent)
-    environment.filters |= {"tex": wording.tex, "md": wording.markdown, "duration": duration, "named": wording.named}
+    environment.filters |= {"tex": wording.tex, "md": wording.markdown, "duration": duration}
+    environment.filters |= {"named": wording.named, "counted": wording.count}
     for name in ("report.md", "table.tex", "report.html"):
         write_text(out / name, environment.get_template(f"{name}.j2").render(texts))
     return out / "report.html"
