@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from html import unescape
 from pathlib import Path
@@ -363,3 +364,12 @@ def test_without_wandb_in_the_config_nothing_is_logged(study: Study, out: Path) 
     write_report(study, out)
     log_summary(study, out)
     assert not (out / "wandb").exists()
+
+
+def test_two_hundred_cells_take_less_than_ten_seconds_of_one_core(tmp_path: Path) -> None:
+    names = [f"arm{i}" for i in range(40)]
+    study = make_study(tmp_path, names, seeds=5)
+    run_study(study, tmp_path / "out", dict.fromkeys(names, 0.9))
+    began = time.process_time()  # not by the clock: other tests share the cores
+    write_report(study, tmp_path / "out")
+    assert time.process_time() - began < 10

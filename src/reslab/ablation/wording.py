@@ -172,7 +172,7 @@ def tiles(report: Mapping[str, Any]) -> dict[str, str]:
     for key, name in (("gpu_hours", "GPU-hours"), ("cpu_hours", "CPU core-hours")):
         if report[key]:
             found[name] = f"{report[key]:,.3g}"
-    found["plan"] = plan["hash"][:12]
+    found["plan"] = plan["hash"][:8]
     found["runs match it"] = "yes" if plan["matches"] else "no"
     return found
 
