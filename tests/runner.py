@@ -69,9 +69,9 @@ def linger(*args: Any) -> None:
 
 
 def wait_for_slurm(*args: Any) -> None:
-    """As long as it takes until a job's time is up; not in a job that was requeued."""
+    """Until the job is signalled, because its time is nearly up; not in a job that was requeued."""
     if "SLURM_RESTART_COUNT" not in os.environ:
-        time.sleep(90)
+        signal.pause()
 
 
 def kill_worker(*args: Any) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-PATIENCE = 120  # seconds: what takes longer hangs
+PATIENCE = 240  # seconds: what takes longer hangs
 # CPUs are as many as the jobs of a test want, whatever the machine has. A requeued job waits for cred_expire.
 CONFIG = """
 ClusterName=reslab

@@ -54,6 +54,7 @@ def undisturbed_two(slurm: None, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_job_of_two_tasks_is_requeued_and_ends_with_the_same_weights(undisturbed_two: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     job = submit(run, "--ntasks-per-node=2", fault=SLOW_TO_REQUEUE)  # the other task must not end before that
@@ -66,6 +67,7 @@ def test_a_job_of_two_tasks_is_requeued_and_ends_with_the_same_weights(undisturb
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_before_its_time_is_up_a_job_is_requeued(undisturbed_two: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     submit(run, "--ntasks-per-node=2", "--time=2", "--signal=USR1@30", fault=Fault(TRAINING, "wait_for_slurm", 11))
@@ -192,6 +194,7 @@ def test_what_a_job_asks_for_is_read_from_a_file_and_flags_win(tmp_path: Path) -
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_study_outlives_the_command_that_submitted_it_and_a_signalled_cell_ends_the_same(
     slurm: None, undisturbed: Callable[..., Path], tmp_path: Path
 ) -> None:

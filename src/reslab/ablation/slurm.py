@@ -242,12 +242,10 @@ class Queue:
 
     def farewell(self) -> str:
         """How to come back to the jobs, and how to be rid of them."""
-        known = jobs(self.out)
-        alive = [known[cell.name] for cell in self.todo if cell.name in known]
+        alive = [job for job in jobs(self.out).values() if job.state not in ENDED]
         numbers = {job.number.partition("_")[0] for job in alive}
-        return (
-            f"The jobs go on. To wait for them: the same command; to cancel them: scancel {' '.join(sorted(numbers))}"
-        )
+        cancel = f"To cancel them: scancel {' '.join(sorted(numbers))}"
+        return f"The jobs go on. To wait for them: the same command without --detach. {cancel}"
 
     def _look(self, known: Mapping[str, Job]) -> None:
         again = []
