@@ -1,10 +1,10 @@
 """What a table of 1.28 million image files costs: python benchmarks/file_index.py [--files N] [--folder DIR]
 
 Makes a folder of 1,000 classes with that many names (by default in a temporary folder; give one in memory to spare the
-disk), each class's those of one file; lists it through ImageData as a run does, and again in a fresh process, which finds the table
-kept. The time is from ImageData's construction to its fingerprint: training and validation split, and the check that
-the folder has not changed. A worker's growth is what a loader process, started after that, adds to the memory in use
-(its unique set size, Linux) while it looks up a thousand batches of 256 files in random order.
+disk), those of a class being links to one file. It is listed through ImageData as a run does, and again in a fresh
+process, which finds the table kept. The time is from ImageData's construction to its fingerprint: training and
+validation split, and the check that the folder has not changed. A worker's growth is what a loader process, started
+after that, adds to its private memory (Linux) while it looks up a thousand batches of 256 files in random order.
 """
 
 import argparse
@@ -34,7 +34,7 @@ def make(top: Path, files: int) -> None:
             first = folder / f"n{label:08}_0.JPEG"
             first.write_bytes(b"\xff")
             for i in range(1, count):
-                os.link(first, f"{folder}/n{label:08}_{i}.JPEG")  # a name like any other, without a block of its own
+                os.link(first, f"{folder}/n{label:08}_{i}.JPEG")
     time.sleep(1.1)  # a folder that changed within the last second is not trusted to stay
 
 

@@ -121,7 +121,7 @@ def jpeg(root: str, repeats: int, share: float) -> None:
             f"{name} {speed:,.0f} images/s, {median(ratios):.2f} times ({min(ratios):.2f} to {max(ratios):.2f})"
         )
     print(
-        f"input pipeline, JPEG, one worker: torchvision's reference {reference:,.0f} images/s; reslab {'; '.join(said)} "
+        f"JPEG input, one worker: torchvision {reference:,.0f} images/s, reslab {'; '.join(said)} "
         f"(medians of {repeats} interleaved repeats; 224 pixels, torch {torch.__version__}, "
         f"{'simplejpeg ' + simplejpeg.__version__ if simplejpeg else 'no simplejpeg'})"
     )
