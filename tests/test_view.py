@@ -116,7 +116,7 @@ class FakeCuda:
     def __init__(self) -> None:
         self.said: list[str] = []
 
-    def Stream(self, device: torch.device) -> "FakeCuda":  # noqa: N802
+    def Stream(self, device: torch.device) -> "FakeCuda":
         return self
 
     def stream(self, side: "FakeCuda") -> "FakeCuda":
