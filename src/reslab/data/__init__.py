@@ -8,21 +8,23 @@ if TYPE_CHECKING:
     from reslab.data.datamodule import ImageData as ImageData
     from reslab.data.datasets import CIFAR10 as CIFAR10
     from reslab.data.datasets import CIFAR100 as CIFAR100
-    from reslab.data.datasets import DataError as DataError
     from reslab.data.datasets import Digits as Digits
     from reslab.data.datasets import ImageFolder as ImageFolder
     from reslab.data.datasets import ImageNet as ImageNet
     from reslab.data.datasets import Imagenette as Imagenette
     from reslab.data.datasets import ImageSource as ImageSource
+    from reslab.data.files import DataError as DataError
     from reslab.data.loaders import Batch as Batch
     from reslab.data.loaders import FolderBatch as FolderBatch
+    from reslab.data.view import Progressive as Progressive
+    from reslab.data.view import View as View
 
 _HOMES = {
     "Augment": "augment",
     "Batch": "loaders",
     "CIFAR10": "datasets",
     "CIFAR100": "datasets",
-    "DataError": "datasets",
+    "DataError": "files",
     "Digits": "datasets",
     "FolderBatch": "loaders",
     "ImageData": "datamodule",
@@ -30,6 +32,8 @@ _HOMES = {
     "ImageNet": "datasets",
     "ImageSource": "datasets",
     "Imagenette": "datasets",
+    "Progressive": "view",
+    "View": "view",
 }
 __all__ = list(_HOMES)
 

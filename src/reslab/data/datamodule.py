@@ -10,12 +10,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import LightningDataModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from reslab.data.augment import Augment, mix, normalize
-from reslab.data.datasets import Arrays, DataError, Files, ImageSource, image_names
+from reslab.data.datasets import Arrays, DataError, ImageSource
+from reslab.data.decode import simplejpeg
+from reslab.data.files import Files, unlabelled
 from reslab.data.loaders import (
     ArrayBatches,
     Batch,
@@ -29,6 +31,7 @@ from reslab.data.loaders import (
     leave_signals_to_the_run,
 )
 from reslab.data.order import Ints, stratified_split
+from reslab.data.view import View
 from reslab.errors import UserError
 
 
@@ -50,6 +53,7 @@ class ImageData(LightningDataModule):
         num_workers: Loader processes for each device; by default none for data in memory, and for image files
             the CPU cores divided among the devices of this machine.
         augment: What is done to training images.
+        view: How image files are cut to size; of no use to data in memory.
         download: Fetch the data set where it is missing and can be had.
     """
 
@@ -64,13 +68,14 @@ class ImageData(LightningDataModule):
         seed: int = 0,
         num_workers: int | None = None,
         augment: Augment = Augment(),  # noqa: B008 - frozen
+        view: View = View(),  # noqa: B008 - frozen
         download: bool = True,
     ) -> None:
         super().__init__()
         for name, size in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
             if size is not None and size < 1:
                 raise UserError(f"data.{name} must be 1 or more, not {size}")
-        self.dataset, self.augment = dataset, augment
+        self.dataset, self.augment, self.view = dataset, augment, view
         self.root = Path(root or os.environ.get("RESLAB_DATA") or "data").expanduser()
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.val_split, self.split_seed, self.seed = val_split, split_seed, seed
@@ -90,8 +95,18 @@ class ImageData(LightningDataModule):
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of what the network sees."""
-        return self.channels, self.dataset.image_size, self.dataset.image_size
+        """(C, H, W) of what the network sees in evaluation."""
+        return self.channels, self._test_size, self._test_size
+
+    @property
+    def _test_size(self) -> int:
+        return self.view.test_size or self.dataset.image_size
+
+    @property
+    def _test_resize(self) -> int:
+        if self.view.test_size is None and self.view.test_resize is None:
+            return self.dataset.resize
+        return self.view.test_resize or round(self._test_size * 256 / 224)
 
     def prepare_data(self) -> None:
         self.dataset.prepare(self.root, self.download)
@@ -105,6 +120,7 @@ class ImageData(LightningDataModule):
         """
         if stage in (None, "fit"):
             self._check_batch_size()
+            self._check_view()
         for data, name in ((self.train_data, "training"), (self.test_data, "test")):
             wrong = data.labels[(data.labels < 0) | (data.labels >= self.num_classes)]
             if len(wrong):
@@ -142,6 +158,14 @@ class ImageData(LightningDataModule):
                 f"use at most {train // parts * parts}"
             )
 
+    def _check_view(self) -> None:
+        if isinstance(self.train_data, Arrays) and self.view != View():
+            raise UserError("data.view is for data sets of image files: the images of this one have their size")
+        if self.view.scaled_decode and simplejpeg is None:
+            raise UserError("data.view.scaled_decode needs simplejpeg: pip install 'reslab[fast]', or leave it out")
+        if self._test_resize < self._test_size:
+            raise UserError(f"data.view.test_resize {self._test_resize} is less than the test size {self._test_size}")
+
     @property
     def _world(self) -> int:
         return self.trainer.world_size if self.trainer else 1
@@ -159,9 +183,7 @@ class ImageData(LightningDataModule):
         # no state of its own to go on in the middle of an epoch.
         if self.trainer is None or not self.trainer.training:
             return None
-        limit = self.trainer.limit_train_batches
-        an_epoch = min(limit, length) if isinstance(limit, int) else int(limit * length)
-        return self.trainer.fit_loop.epoch_loop.batch_progress.total.ready, an_epoch
+        return self.trainer.fit_loop.epoch_loop.batch_progress.total.ready, _limited(self.trainer, length)
 
     def train_dataloader(self) -> DataLoader[Batch]:
         if self.trainer and self.trainer.overfit_batches:  # type: ignore[attr-defined]
@@ -173,10 +195,26 @@ class ImageData(LightningDataModule):
         return self._loader(self._train_batches(), sampler)
 
     def _train_batches(self) -> ArrayBatches | FileBatches:
-        data, size = self.train_data, self.dataset.image_size
+        data = self.train_data
         if isinstance(data, Arrays):
-            return ArrayBatches(data, Draws(self.augment, self.seed, len(data), size))
-        return FileBatches(data, self.channels, size, self.dataset.resize, self.augment, self.seed)
+            return ArrayBatches(data, Draws(self.augment, self.seed, len(data), self.dataset.image_size))
+        cut = self._train_sizes(), self._test_resize, self.dataset.upright
+        return FileBatches(data, self.channels, *cut, self.augment, self.seed, self.view.scaled_decode)
+
+    def _train_sizes(self) -> tuple[int, ...]:
+        """Of the images in each epoch; the last one stays, and is the only one where no trainer says how many come."""
+        end = self.view.train_size or self.dataset.image_size
+        if self.view.progressive is None or self.trainer is None:
+            return (end,)
+        return self.view.progressive.sizes(end, self._epochs(self.trainer))
+
+    def _epochs(self, trainer: Trainer) -> int:
+        batches = len(self.split[0]) // self.batch_size * self._accumulate
+        steps = max(_limited(trainer, batches) // self._accumulate, 1)
+        ends = [trainer.max_epochs or -1, -(-trainer.max_steps // steps)]
+        if not (ends := [end for end in ends if end > 0]):
+            raise UserError("data.view.progressive needs an end: set trainer.max_epochs or trainer.max_steps")
+        return min(ends)
 
     def val_dataloader(self) -> DataLoader[Batch] | list[Any]:
         return self._eval_loader(self.train_data, self.split[1]) if len(self.split[1]) else []
@@ -194,13 +232,12 @@ class ImageData(LightningDataModule):
             folder: With any folders in it.
             skip_unreadable: Report an unreadable file in its batch instead of raising its DataError.
         """
-        names = [name for name, _ in image_names(Path(folder))]
-        if not names:
+        files = unlabelled(Path(folder))
+        if not len(files):
             raise DataError(f"{folder} holds no image files, or is not there")
         size = self._eval_size
-        slices = [range(start, min(start + size, len(names))) for start in range(0, len(names), size)]
-        source = self.dataset
-        batches = FolderBatches(Path(folder), names, self.channels, source.image_size, source.resize, skip_unreadable)
+        slices = [range(start, min(start + size, len(files))) for start in range(0, len(files), size)]
+        batches = FolderBatches(files, self.channels, self._test_size, self._test_resize, skip_unreadable)
         return self._loader(batches, slices)
 
     @property
@@ -211,20 +248,23 @@ class ImageData(LightningDataModule):
         sampler = EvalOrder(indices, self._eval_size, self._world, self._rank)
         if isinstance(data, Arrays):
             return self._loader(ArrayBatches(data), sampler)
-        return self._loader(FileBatches(data, self.channels, self.dataset.image_size, self.dataset.resize), sampler)
+        cut = (self._test_size,), self._test_resize, self.dataset.upright
+        return self._loader(FileBatches(data, self.channels, *cut), sampler)
 
     def _loader(self, batches: Any, sampler: Iterable[Any]) -> DataLoader[Any]:
         workers = self.num_workers
         if workers is None:
             devices = self.trainer.num_devices if self.trainer else 1
             workers = 0 if isinstance(batches, ArrayBatches) else max(1, _cores() // devices)
+        device = self.trainer.strategy.root_device if self.trainer else None
         return LateLoader(
             batches,
             batch_size=None,  # a key is a whole batch
             sampler=sampler,
             num_workers=workers,
             persistent_workers=workers > 0,
-            pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
+            pin_memory=device is not None and device.type == "cuda",
+            device=None if isinstance(batches, FolderBatches) else device,
             worker_init_fn=leave_signals_to_the_run,
             generator=torch.Generator(),  # its own, or every iteration would draw from torch's global one
         )
@@ -245,7 +285,7 @@ class ImageData(LightningDataModule):
         """SHA-256 of data (bytes in memory; names, sizes and labels of files), split and classes."""
         train, val = self.split
         return {
-            "files": _sha256(self.train_data.sha256() + self.test_data.sha256()),
+            "files": _sha256(self.train_data.sha256 + self.test_data.sha256),
             "split": _sha256(f"{train.tolist()} {val.tolist()}"),
             "classes": _sha256("\n".join(self.class_names)),
         }
@@ -265,6 +305,12 @@ class ImageData(LightningDataModule):
 
 def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _limited(trainer: Trainer, batches: int) -> int:
+    """How many of an epoch's micro-batches are taken."""
+    limit = trainer.limit_train_batches
+    return min(limit, batches) if isinstance(limit, int) else int(limit * batches)
 
 
 def _cores() -> int:

@@ -16,22 +16,14 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 import torchvision.datasets as tvd
-from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.datasets.utils import check_integrity
 
+from reslab.data.files import DataError, Files, labelled
 from reslab.data.order import stratified_split
 from reslab.errors import UserError
 
 Split = Literal["train", "test"]
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-
-class DataError(UserError):
-    """Data that are missing, damaged or not what the config says."""
-
-    def __init__(self, message: str) -> None:
-        # A DataLoader worker's error arrives as its traceback in one string: keep the message at its end.
-        super().__init__(message.rpartition("DataError: ")[2].strip())
 
 
 @dataclass(frozen=True)
@@ -44,43 +36,11 @@ class Arrays:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
     def sha256(self) -> str:
         digest = hashlib.sha256(repr((self.images.shape, self.images.dtype.str)).encode())
         digest.update(np.ascontiguousarray(self.images).data)
         digest.update(np.ascontiguousarray(self.labels).data)
-        return digest.hexdigest()
-
-
-class Files:
-    """A table of image files: two arrays instead of a million strings, so that loader workers can share it.
-
-    Args:
-        folder: What the names are relative to.
-        names: Relative names.
-        labels: Class of each file.
-        sizes: Bytes of each file.
-    """
-
-    def __init__(self, folder: Path, names: list[str], labels: list[int], sizes: list[int]) -> None:
-        encoded = [os.fsencode(name) for name in names]
-        self.folder = folder
-        self.labels = np.array(labels, np.int64)
-        self.sizes = np.array(sizes, np.int64)
-        self._blob = b"".join(encoded)
-        self._ends = np.cumsum([len(name) for name in encoded], dtype=np.int64)
-
-    def __len__(self) -> int:
-        return len(self._ends)
-
-    def path(self, index: int) -> Path:
-        start = self._ends[index - 1] if index else 0
-        return self.folder / os.fsdecode(self._blob[start : self._ends[index]])
-
-    def sha256(self) -> str:
-        """Of names, sizes and labels; the bytes of a million files would take minutes to read."""
-        digest = hashlib.sha256(self._blob)
-        for array in (self._ends, self.sizes, self.labels):
-            digest.update(array.data)
         return digest.hexdigest()
 
 
@@ -92,12 +52,14 @@ class ImageSource(ABC):
         std: The same for the standard deviation.
         image_size: Height and width of the images the network sees.
         resize: Length of the shorter side before the central crop to `image_size`, for images from files.
+        upright: Whether image files are turned as their EXIF entries say.
     """
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
     image_size: int
     resize: int
+    upright: bool = True
 
     @property
     def channels(self) -> int:
@@ -215,6 +177,8 @@ class ImageFolder(ImageSource):
         image_size: Side of the images the network sees.
         mean: Of each channel, in [0, 1]; one number makes grey images.
         std: Standard deviation of each channel.
+        upright: Turn images as their EXIF entries say, as photographs of a telephone need it. torchvision's
+            ImageFolder leaves them as they are stored.
     """
 
     def __init__(
@@ -225,12 +189,13 @@ class ImageFolder(ImageSource):
         image_size: int = 224,
         mean: tuple[float, ...] = IMAGENET_MEAN,
         std: tuple[float, ...] = IMAGENET_STD,
+        upright: bool = True,
     ) -> None:
         if len(mean) != len(std) or len(mean) not in (1, 3):
             raise UserError("mean and std need one number each for grey images, or three each for RGB")
         self.folder, self.train, self.test = folder, train, test
         self.image_size, self.resize = image_size, round(image_size * 256 / 224)
-        self.mean, self.std = tuple(mean), tuple(std)
+        self.mean, self.std, self.upright = tuple(mean), tuple(std), upright
 
     def classes(self, root: Path) -> list[str]:
         return self._class_folders(root, "train")
@@ -240,7 +205,7 @@ class ImageFolder(ImageSource):
         if split == "test":
             self._compare_classes(root, folders)
         top = root / self.folder / (self.train if split == "train" else self.test)
-        return _scan(top, folders)
+        return labelled(top, folders)
 
     def _class_folders(self, root: Path, split: Split) -> list[str]:
         top = root / self.folder / (self.train if split == "train" else self.test)
@@ -300,7 +265,7 @@ class Imagenette(ImageFolder):
     ) -> None:
         self.size = size
         self.archive = {"160px": "imagenette2-160", "320px": "imagenette2-320", "full": "imagenette2"}[size]
-        super().__init__(folder or self.archive, image_size=image_size)
+        super().__init__(folder or self.archive, image_size=image_size, upright=False)
 
     def classes(self, root: Path) -> list[str]:
         return list(self._names.values())
@@ -333,12 +298,16 @@ END"""
 
 
 class ImageNet(ImageFolder):
-    """ImageNet-1k (ILSVRC 2012) in class folders, ROOT/imagenet/{train,val}/<wnid>/; val is the test set."""
+    """ImageNet-1k (ILSVRC 2012) in class folders, ROOT/imagenet/{train,val}/<wnid>/; val is the test set.
+
+    Images are seen as they are stored, whatever their EXIF entries say: as in torchvision's reference, so that
+    accuracies compare.
+    """
 
     def __init__(
         self, folder: str = "imagenet", train: str = "train", test: str = "val", image_size: int = 224
     ) -> None:
-        super().__init__(folder, train, test, image_size)
+        super().__init__(folder, train, test, image_size, upright=False)
 
     def _how_to_get(self, root: Path) -> str:
         top = root / self.folder
@@ -370,34 +339,3 @@ def _download(download: Callable[[], object], root: Path) -> None:
             f"the download into {root} failed: {error}. Try again, or get the data on another machine and "
             "say where they are with --data.root or $RESLAB_DATA"
         ) from error
-
-
-def image_names(folder: Path) -> list[tuple[str, int]]:
-    """Relative name and size of every image file below a folder, sorted; hidden files are not images."""
-    found = []
-    for parent, _, names in os.walk(folder, followlinks=True):
-        for name in names:
-            if name.lower().endswith(IMG_EXTENSIONS) and name[0] != ".":
-                path = os.path.join(parent, name)  # noqa: PTH118 - a million of them: pathlib takes minutes
-                found.append((os.path.relpath(path, folder), os.stat(path).st_size))  # noqa: PTH116
-    return sorted(found)
-
-
-def _scan(top: Path, folders: list[str]) -> Files:
-    names: list[str] = []
-    labels: list[int] = []
-    sizes: list[int] = []
-    for label, folder in enumerate(folders):
-        found = image_names(top / folder)
-        if not found:
-            raise DataError(f"{top / folder} holds no image ({', '.join(IMG_EXTENSIONS)}): add some or remove it")
-        names += [f"{folder}/{name}" for name, _ in found]
-        sizes += [size for _, size in found]
-        labels += [label] * len(found)
-    files = Files(top, names, labels, sizes)
-    empty = np.flatnonzero(files.sizes == 0)
-    if len(empty):
-        raise DataError(
-            f"{len(empty)} image files are empty (0 bytes), the first is {files.path(empty[0])}: restore or remove them"
-        )
-    return files

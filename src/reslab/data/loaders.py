@@ -4,27 +4,26 @@ Both are map-style data sets whose key is a whole batch, (epoch, indices): the s
 process and all randomness is a function of the key, so that no worker count can change a batch.
 """
 
-import io
+import math
 import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
-from torchvision.io import ImageReadMode, decode_image
-from torchvision.transforms.v2 import functional as tvf
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, get_worker_info
 
 from reslab.data import order
-from reslab.data.augment import Augment, resized_crop_box
-from reslab.data.datasets import Arrays, DataError, Files
+from reslab.data.augment import Augment
+from reslab.data.datasets import Arrays
+from reslab.data.decode import RandomCrop, decode, named, resize_and_crop
+from reslab.data.files import DataError, Files
 from reslab.data.order import Ints
 
 Key = tuple[int, Ints]
@@ -128,10 +127,40 @@ class LateLoader(DataLoader[Any]):
 
     Lightning makes the iterator before it restores a checkpoint (`estimated_stepping_batches` does so), and
     workers that fetch ahead at once would begin at the start of the run.
+
+    Args:
+        device: Where its batches are used; to a CUDA device they are copied one batch ahead.
+        options: Of DataLoader.
     """
 
+    def __init__(self, *args: Any, device: torch.device | None = None, **options: Any) -> None:
+        self.device = device
+        super().__init__(*args, **options)
+
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        yield from super().__iter__()
+        batches = super().__iter__()
+        yield from batches if self.device is None or self.device.type != "cuda" else ahead(batches, self.device)
+
+
+def ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+    """The batches on a CUDA device: while one is used, the next is copied from pinned memory on another stream."""
+    side = torch.cuda.Stream(device)
+    waiting: tuple[Batch, torch.cuda.Event] | None = None
+    for batch in chain(batches, [None]):
+        arriving = None
+        if batch is not None:
+            with torch.cuda.stream(side):
+                arriving = batch.to(device), side.record_event()
+        if waiting is not None:
+            yield _arrived(*waiting, torch.cuda.current_stream(device))
+        waiting = arriving
+
+
+def _arrived(batch: Batch, copied: torch.cuda.Event, user: torch.cuda.Stream) -> Batch:
+    user.wait_event(copied)
+    for tensor in batch:
+        tensor.record_stream(user)  # its memory is not given to the next copy before it was used
+    return batch
 
 
 def leave_signals_to_the_run(worker: int) -> None:
@@ -182,31 +211,12 @@ class ArrayBatches(Dataset[Batch]):
         return Batch(*map(torch.from_numpy, (images, labels, indices, *self.draws(epoch, indices))))
 
 
-def decode(path: Path, channels: int) -> Tensor:
-    """The image at a path, upright by its EXIF entry: uint8 (C, H, W), grey for one channel, RGB for three.
-
-    Raises:
-        DataError: it cannot be read, with its path and the reason.
-    """
-    try:
-        data = path.read_bytes()
-        if data.startswith((b"\xff\xd8\xff", b"\x89PNG")):
-            mode = ImageReadMode.RGB if channels == 3 else ImageReadMode.GRAY
-            with suppress(RuntimeError):  # damaged, or a rare kind: PIL reads it, or says what is wrong
-                encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-                image = decode_image(encoded, mode, apply_exif_orientation=True)
-                return tvf.to_dtype(image, torch.uint8, scale=True)  # a PNG may have 16 bits
-        upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
-        return tvf.pil_to_tensor(upright.convert("RGB" if channels == 3 else "L"))
-    except UnidentifiedImageError:
-        raise DataError(f"{path} is no image that can be read: restore or remove it") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path} cannot be read ({error}): restore or remove it") from None
-
-
-def resize_and_crop(image: Tensor, resize: int, size: int) -> Tensor:
-    """Evaluation's view: the shorter side to `resize`, antialiased, then the centre (C, size, size)."""
-    return tvf.center_crop(tvf.resize(image, [resize], antialias=True), [size, size])
+def _blank(shape: tuple[int, ...]) -> Tensor:
+    """uint8 zeros; in a loader process they are shared with the main one at once, and need no copy on the way."""
+    if get_worker_info() is None:
+        return torch.zeros(shape, dtype=torch.uint8)
+    storage = torch.UntypedStorage._new_shared(math.prod(shape))
+    return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
 
 
 class FileBatches(Dataset[Batch]):
@@ -215,55 +225,55 @@ class FileBatches(Dataset[Batch]):
     Args:
         files: The table of files.
         channels: 1 or 3.
-        size: Side of the images made.
+        sizes: Side of the images made, in each epoch; the last stays.
         resize: Length of the shorter side before evaluation's central crop.
+        upright: Turn images as their EXIF entries say.
         augment: For training: random resized crops, and draws of what is done in the batch; None to evaluate.
         seed: Of the augmentation.
+        scaled_decode: Of the random crops, see View.
     """
 
     def __init__(
         self,
         files: Files,
         channels: int,
-        size: int,
+        sizes: tuple[int, ...],
         resize: int,
+        upright: bool,
         augment: Augment | None = None,
         seed: int = 0,
+        scaled_decode: float | None = None,
     ) -> None:
-        self.files, self.channels, self.size, self.resize = files, channels, size, resize
+        self.files, self.channels, self.sizes, self.resize, self.upright = files, channels, sizes, resize, upright
         self.augment, self.seed = augment, seed
+        self.crop = RandomCrop(channels, upright, augment, scaled_decode) if augment else None
 
     def __getitem__(self, key: Key) -> Batch:
         epoch, indices = key
+        size = self.sizes[min(epoch, len(self.sizes) - 1)]
         augment = self.augment or Augment()
-        draws = augment.draw(self.seed, epoch, indices, self.size)
-        mix = augment.draw_mix(self.seed, epoch, indices, self.size)
-        boxes = np.empty((len(indices), 0), np.float32)
-        if self.augment is not None:
-            boxes = order.uniforms(self.seed, epoch, indices, 22, order.RESIZED_CROP)
-        images = torch.zeros((len(indices), self.size, self.size, self.channels), dtype=torch.uint8)
-        for out, index, box in zip(images, indices, boxes, strict=True):
+        draws = augment.draw(self.seed, epoch, indices, size)
+        mix = augment.draw_mix(self.seed, epoch, indices, size)
+        numbers = order.uniforms(self.seed, epoch, indices, 22, order.RESIZED_CROP)
+        images = _blank((len(indices), size, size, self.channels))
+        for out, index, u in zip(images, indices, numbers, strict=True):
             if index >= 0:  # else padding: black
-                image = decode(self.files.path(index), self.channels)
-                out.copy_(self._fit(image, box).permute(1, 2, 0))
+                out.copy_(self._view(self.files.path(index), u, size).permute(1, 2, 0))
         labels = np.where(indices < 0, -1, self.files.labels[indices])
         return Batch(images, *map(torch.from_numpy, (labels, indices, draws, mix)))
 
-    def _fit(self, image: Tensor, box: npt.NDArray[np.float32]) -> Tensor:
-        if self.augment is None:
-            return resize_and_crop(image, self.resize, self.size)
-        height, width = image.shape[-2:]
-        top, left, h, w = resized_crop_box(box, height, width, self.augment.scale, self.augment.ratio)
-        return tvf.resized_crop(image, top, left, h, w, [self.size, self.size], antialias=True)
+    def _view(self, path: Path, u: npt.NDArray[np.float32], size: int) -> Tensor:
+        if self.crop is None:
+            return resize_and_crop(decode(path, self.channels, self.upright), self.resize, size)
+        with named(path):
+            return self.crop(path.read_bytes(), u, size)
 
 
 class FolderBatches(Dataset[FolderBatch]):
-    """Image files without labels, seen as in evaluation; a key is a slice of their paths."""
+    """Image files without labels, upright and seen as in evaluation; a key is a slice of the table of files."""
 
-    def __init__(
-        self, folder: Path, names: list[str], channels: int, size: int, resize: int, skip_unreadable: bool
-    ) -> None:
-        self.folder, self.names = folder, names
+    def __init__(self, files: Files, channels: int, size: int, resize: int, skip_unreadable: bool) -> None:
+        self.files = files
         self.channels, self.size, self.resize = channels, size, resize
         self.skip_unreadable = skip_unreadable
 
@@ -271,11 +281,11 @@ class FolderBatches(Dataset[FolderBatch]):
         images, indices, unreadable = [], [], []
         for index in key:
             try:
-                image = decode(self.folder / self.names[index], self.channels)
+                image = decode(self.files.path(index), self.channels)
             except DataError as error:
                 if not self.skip_unreadable:
                     raise
-                unreadable.append((self.names[index], str(error)))
+                unreadable.append((self.files.name(index), str(error)))
                 continue
             images.append(resize_and_crop(image, self.resize, self.size).permute(1, 2, 0))
             indices.append(index)
@@ -283,4 +293,4 @@ class FolderBatches(Dataset[FolderBatch]):
         labels = torch.full((len(indices),), -1)
         draws = torch.empty((len(indices), 0), dtype=torch.int32)
         batch = Batch(torch.stack(images) if images else none, labels, torch.tensor(indices), draws)
-        return FolderBatch(batch, [self.names[i] for i in indices], unreadable)
+        return FolderBatch(batch, [self.files.name(i) for i in indices], unreadable)
