@@ -238,10 +238,9 @@ def erased_boxes(u: npt.NDArray[np.float32], size: int, chance: float) -> npt.ND
     areas = size**2 * (area[0] + (area[1] - area[0]) * u[:, 1:11].astype(np.float64))
     aspects = np.exp(np.log(ratio[0]) + np.log(ratio[1] / ratio[0]) * u[:, 11:21].astype(np.float64))
     sides = np.rint(np.sqrt([areas * aspects, areas / aspects])).astype(np.int64)  # (2, N, 10): heights, widths
-    fits = (sides < size).all(0)
-    first = fits.argmax(1)
-    done = fits.any(1) & (u[:, 0] < chance)
-    height, width = sides[:, np.arange(len(u)), first] * done
+    fits = sides.max(0) < size
+    first, rows = fits.argmax(1), np.arange(len(u))
+    height, width = sides[:, rows, first] * (fits[rows, first] & (u[:, 0] < chance))
     return np.stack([u[:, 21] * (size - height + 1), u[:, 22] * (size - width + 1), height, width], 1).astype(np.int64)
 
 
