@@ -1,26 +1,38 @@
-"""CIFAR-10 input pipelines on one thread, reslab's against torchvision's: python benchmarks/input_pipeline.py
+"""Input pipelines on one thread, reslab's against torchvision's: python benchmarks/input_pipeline.py [--jpeg]
 
-Both give augmented, normalised float32 batches of 128 in random order (pad-4 crop and flip). torchvision's is
-CIFAR10 + RandomCrop, RandomHorizontalFlip, ToTensor, Normalize on PIL images in a DataLoader, with 0 and with
-2 workers, of which the better counts. Each repeat times all three in turn and takes the ratio of neighbours
-in time, so that other work on the machine meets all alike.
+All give augmented, normalised float32 batches in random order.
+
+CIFAR-10: batches of 128 (pad-4 crop and flip). torchvision's is CIFAR10 + RandomCrop, RandomHorizontalFlip, ToTensor,
+Normalize on PIL images in a DataLoader, with 0 and with 2 workers, of which the better counts.
+
+--jpeg: the pictures in ROOT/imagenet-samples/<class>/, batches of 50 at 224 pixels, one loader process each.
+torchvision's is its reference preset on PIL images: ImageFolder + RandomResizedCrop, RandomHorizontalFlip, ToTensor,
+Normalize, DataLoader. reslab's flips and normalises in the main process, on its device; that is counted too. The
+scaled mode is data.view.scaled_decode at --share.
+
+Each repeat times all in turn and takes the ratio of neighbours in time, so that other work on the machine meets all
+alike.
 """
 
 import argparse
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from statistics import median
 from typing import Any
 
+import numpy as np
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, RandomSampler
 from torchvision import datasets, transforms
 
-from reslab.data import CIFAR10, Augment, ImageData
+from reslab.data import CIFAR10, Augment, ImageData, ImageFolder, View
+from reslab.data.datasets import IMAGENET_MEAN, IMAGENET_STD
+from reslab.data.decode import simplejpeg
 
-BATCH = 128
+BATCH, JPEG_BATCH = 128, 50
+PASSES = 4  # over the pictures in each measurement
 
 
 def torchvision_loader(root: str, workers: int) -> DataLoader[Any]:
@@ -41,9 +53,9 @@ def reslab_batches(data: ImageData) -> Iterator[Any]:
         yield data.on_after_batch_transfer(batch)
 
 
-def images_per_second(batches: Iterable[Any]) -> float:
+def images_per_second(batches: Iterable[Any], size: int = BATCH) -> float:
     start, count = time.perf_counter(), sum(1 for _ in batches)
-    return count * BATCH / (time.perf_counter() - start)
+    return count * size / (time.perf_counter() - start)
 
 
 def started(loader: DataLoader[Any], count: int) -> Iterator[Any]:
@@ -53,26 +65,80 @@ def started(loader: DataLoader[Any], count: int) -> Iterator[Any]:
     return islice(iterator, count)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--root", default=os.environ.get("RESLAB_DATA", "data"))
-    parser.add_argument("--repeats", type=int, default=7)
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    data = ImageData(CIFAR10(), arguments.root, BATCH, val_split=0, augment=Augment(crop_padding=4, flip="random"))
-    loaders = [torchvision_loader(arguments.root, workers) for workers in (0, 2)]
+def cifar(root: str, repeats: int) -> None:
+    data = ImageData(CIFAR10(), root, BATCH, val_split=0, augment=Augment(crop_padding=4, flip="random"))
+    loaders = [torchvision_loader(root, workers) for workers in (0, 2)]
     data.setup()
     ours, theirs, ratios = [], [], []
-    for _ in range(arguments.repeats):
+    for _ in range(repeats):
         ours.append(images_per_second(reslab_batches(data)))  # a whole epoch, its start included
         theirs.append(max(images_per_second(started(loader, 80)) for loader in loaders))
         ratios.append(ours[-1] / theirs[-1])
     print(
         f"input pipeline, CIFAR-10, one thread: reslab {median(ours):,.0f} images/s, torchvision "
         f"{median(theirs):,.0f} images/s (better of 0 and 2 workers): {median(ratios):.1f} times "
-        f"(median of {arguments.repeats} interleaved repeats, {min(ratios):.1f} to {max(ratios):.1f}; "
+        f"(median of {repeats} interleaved repeats, {min(ratios):.1f} to {max(ratios):.1f}; "
         f"batch {BATCH}, torch {torch.__version__})"
     )
+
+
+def reference_preset(root: str) -> Callable[[], Iterator[Any]]:
+    transform = transforms.Compose(
+        [
+            transforms.RandomResizedCrop(224),
+            transforms.RandomHorizontalFlip(),
+            transforms.ToTensor(),
+            transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD),
+        ]
+    )
+    pictures = datasets.ImageFolder(f"{root}/imagenet-samples", transform)
+    count = PASSES * len(pictures)
+    sampler = RandomSampler(pictures, replacement=True, num_samples=count + JPEG_BATCH)
+    loader = DataLoader(pictures, JPEG_BATCH, sampler=sampler, num_workers=1, persistent_workers=True)
+    return lambda: started(loader, count // JPEG_BATCH)
+
+
+def jpeg_path(root: str, scaled_decode: float | None) -> Callable[[], Iterator[Any]]:
+    source = ImageFolder(root, train="imagenet-samples", test="imagenet-samples", upright=False)
+    view, augment = View(scaled_decode=scaled_decode), Augment(flip="random")
+    data = ImageData(source, root, JPEG_BATCH, val_split=0, num_workers=1, augment=augment, view=view)
+    pictures = np.arange(len(data.train_data))
+    data.split = np.concatenate([np.tile(pictures, PASSES), pictures[:JPEG_BATCH]]), pictures[:0]
+    loader = data.train_dataloader()
+    return lambda: map(data.on_after_batch_transfer, started(loader, PASSES * len(pictures) // JPEG_BATCH))
+
+
+def jpeg(root: str, repeats: int, share: float) -> None:
+    exact, scaled, theirs = jpeg_path(root, None), jpeg_path(root, share), reference_preset(root)
+    rates = np.array(
+        [[images_per_second(run(), JPEG_BATCH) for run in (theirs, exact, scaled)] for _ in range(repeats)]
+    )
+    reference, *ours = np.median(rates, axis=0)
+    said = []
+    for name, speed, column in zip(("exact", f"scaled (share {share})"), ours, (1, 2), strict=True):
+        ratios = rates[:, column] / rates[:, 0]
+        said.append(
+            f"{name} {speed:,.0f} images/s, {median(ratios):.2f} times ({min(ratios):.2f} to {max(ratios):.2f})"
+        )
+    print(
+        f"JPEG input, one worker: torchvision {reference:,.0f} images/s, reslab {'; '.join(said)} "
+        f"(medians of {repeats} interleaved repeats; 224 pixels, torch {torch.__version__}, "
+        f"{'simplejpeg ' + simplejpeg.__version__ if simplejpeg else 'no simplejpeg'})"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--root", default=os.environ.get("RESLAB_DATA", "data"))
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--jpeg", action="store_true", help="image files instead of CIFAR-10")
+    parser.add_argument("--share", type=float, default=0.5, help="data.view.scaled_decode of the scaled mode")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    if arguments.jpeg:
+        jpeg(arguments.root, arguments.repeats, arguments.share)
+    else:
+        cifar(arguments.root, arguments.repeats)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ channels_last layout the convolutions want. Only `transforms` work image by imag
 
 from dataclasses import dataclass, field
 from functools import lru_cache
+from math import exp, log, sqrt
 from typing import Literal
 
 import numpy as np
@@ -256,15 +257,13 @@ def resized_crop_box(
     Ten tries of an area (uniform) and an aspect ratio (log-uniform); the first that fits is placed uniformly,
     and if none fits the largest central crop with an allowed ratio is taken (Szegedy et al. 2015).
     """
-    area = height * width * (scale[0] + (scale[1] - scale[0]) * u[:10].astype(np.float64))
-    aspect = np.exp(np.log(ratio[0]) + np.log(ratio[1] / ratio[0]) * u[10:20].astype(np.float64))
-    w = np.rint(np.sqrt(area * aspect)).astype(int)
-    h = np.rint(np.sqrt(area / aspect)).astype(int)
-    fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
-    if fits.any():
-        k = int(np.argmax(fits))
-        top, left = int(u[20] * (height - h[k] + 1)), int(u[21] * (width - w[k] + 1))
-        return top, left, int(h[k]), int(w[k])
+    *tries, y, x = u.tolist()
+    for k in range(10):
+        area = height * width * (scale[0] + (scale[1] - scale[0]) * tries[k])
+        aspect = exp(log(ratio[0]) + log(ratio[1] / ratio[0]) * tries[10 + k])
+        w, h = round(sqrt(area * aspect)), round(sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            return int(y * (height - h + 1)), int(x * (width - w + 1)), h, w
     h0 = min(height, round(width / ratio[0]))
     w0 = min(width, round(height * ratio[1]))
     return (height - h0) // 2, (width - w0) // 2, h0, w0

@@ -131,8 +131,8 @@ class RandomCrop:
         """Of the sizes that libjpeg-turbo can decode to, the smallest that is not below (height, width)."""
         if len(self._scratch) < height * width * self.channels:
             self._scratch = np.empty(height * width * self.channels, np.uint8)
-        space = "RGB" if self.channels == 3 else "GRAY"
-        pixels = simplejpeg.decode_jpeg(jpeg, space, min_height=height, min_width=width, buffer=self._scratch)
+        space, fast = "RGB" if self.channels == 3 else "GRAY", self.scaled_decode is not None
+        pixels = simplejpeg.decode_jpeg(jpeg, space, fast, fast, height, width, buffer=self._scratch)
         return torch.from_numpy(pixels)
 
 
