@@ -74,8 +74,9 @@ def step_seed(seed: int, global_step: int, rank: int) -> int:
 def repeat(order: Ints, repeats: int, batch_size: int, n: int) -> Ints:
     """Repeated augmentation (Hoffer et al. 2020; Berman et al. 2019): each sample `repeats` times, in one batch.
 
-    The epoch keeps its number of batches, so it shows the first 1 / `repeats` of the samples. The copies of a sample
-    stand apart in their batch, copy by copy: neighbours, which are mixed with each other, are different samples.
+    The epoch keeps its number of batches, so it shows the first 1 / `repeats` of the samples. A batch has all its
+    samples, then all of them again: neighbours, which are mixed with each other, are different samples. Where its
+    size is no multiple of `repeats`, its last copies are missing.
 
     Args:
         order: Sample indices of the whole epoch.
@@ -86,9 +87,9 @@ def repeat(order: Ints, repeats: int, batch_size: int, n: int) -> Ints:
     Returns:
         Whole batches, int64.
     """
-    steps = len(order) // batch_size
-    sample, copy = np.divmod(np.arange(steps * batch_size).reshape(steps, batch_size), repeats)
-    return np.take_along_axis(order[sample] + n * copy, np.argsort(copy, axis=1, kind="stable"), axis=1).ravel()
+    steps, distinct = len(order) // batch_size, -(-batch_size // repeats)
+    copy, sample = np.divmod(np.arange(batch_size), distinct)
+    return (order[: steps * distinct].reshape(steps, distinct)[:, sample] + n * copy).ravel()
 
 
 def micro_batch(order: Ints, position: int, batch_size: int, accumulate: int, world: int, rank: int) -> Ints:
