@@ -20,7 +20,7 @@ from reslab.data.order import permutation
 from reslab.errors import UserError
 
 AUGMENT = Augment(crop_padding=1, flip="random", cutout=2, mixup=1.0, cutmix=1.0, erasing=0.5)
-UNMIXED = Augment(crop_padding=1, flip="random", cutout=2)
+UNMIXED = Augment(crop_padding=1, flip="random", cutout=2, erasing=0.5)
 
 
 def digits(**settings: Any) -> ImageData:

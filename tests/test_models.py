@@ -114,6 +114,7 @@ def architectures(draw: st.DrawFn) -> dict[str, Any]:
         "num_classes": draw(st.integers(0, 5)),
         "zero_init": draw(st.booleans()),
         "drop_path": draw(st.sampled_from([0.0, 0.3])),
+        "blur": draw(st.booleans()),
     }
     if knobs["block"] == "bottleneck":
         knobs |= draw(st.sampled_from([{}, {"groups": 2, "width_per_group": 32}, {"width_per_group": 128}]))
