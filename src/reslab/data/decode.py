@@ -120,19 +120,21 @@ class RandomCrop:
         return resized_crop_box(u, height, width, self.scale, self.ratio)
 
     def _of_jpeg(self, data: bytes, u: npt.NDArray[np.float32], size: int) -> Tensor:
-        height, width, *_ = simplejpeg.decode_jpeg_header(data)
+        height, width, space, _ = simplejpeg.decode_jpeg_header(data)
+        if space in ("CMYK", "YCCK"):
+            raise ValueError("simplejpeg's conversion to RGB is not PIL's")
         top, left, h, w = self._box(u, height, width)
         least = size * (self.scaled_decode or np.inf)
         f = max(f for f in (1, 2, 4, 8) if f == 1 or min(h, w) >= f * least)
         pixels = self._decoded(data, -(-height // f), -(-width // f))
-        return resized_crop(pixels.permute(2, 0, 1), (top // f, left // f, h // f, w // f), size)
+        return resized_crop(pixels.permute(2, 0, 1), (round(top / f), round(left / f), h // f, w // f), size)
 
     def _decoded(self, jpeg: bytes, height: int, width: int) -> Tensor:
         """Of the sizes that libjpeg-turbo can decode to, the smallest that is not below (height, width)."""
         if len(self._scratch) < height * width * self.channels:
             self._scratch = np.empty(height * width * self.channels, np.uint8)
-        space, fast = "RGB" if self.channels == 3 else "GRAY", self.scaled_decode is not None
-        pixels = simplejpeg.decode_jpeg(jpeg, space, fast, fast, height, width, buffer=self._scratch)
+        space = "RGB" if self.channels == 3 else "GRAY"
+        pixels = simplejpeg.decode_jpeg(jpeg, space, min_height=height, min_width=width, buffer=self._scratch)
         return torch.from_numpy(pixels)
 
 

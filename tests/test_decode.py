@@ -1,0 +1,181 @@
+"""From an image file to a square of pixels: torchvision's pixels, whatever the file; damage is named."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torchvision.transforms.v2 import functional as tvf
+
+from reslab.data import Augment, DataError, ImageData, ImageFolder, ImageNet, View, decode
+from reslab.data.augment import resized_crop_box
+from reslab.data.decode import RandomCrop, decode_bytes, named, resize_and_crop, resized_crop
+from reslab.data.order import RESIZED_CROP, uniforms
+from reslab.errors import UserError
+
+sides = st.integers(1, 70)
+needs_simplejpeg = pytest.mark.skipif(decode.simplejpeg is None, reason="simplejpeg is not installed")
+
+
+def picture(height: int = 120, width: int = 170, mode: str = "RGB") -> Image.Image:
+    """Smooth shapes with some noise, as photographs are."""
+    y, x = np.mgrid[:height, :width]
+    waves = [np.sin(x / width * 15 + k) + np.cos(y / height * (9 + k)) for k in range(3)]
+    noise = np.random.default_rng(0).normal(0, 6, (height, width, 3))
+    pixels = (128 + 50 * np.stack(waves, -1) + noise).clip(0, 255).astype(np.uint8)
+    return Image.fromarray(pixels).convert(mode)
+
+
+def jpeg(image: Image.Image | None = None, **options: Any) -> bytes:
+    file = io.BytesIO()
+    (image or picture()).save(file, "JPEG", **{"quality": 92, **options})
+    return file.getvalue()
+
+
+def turned(orientation: int = 6, image: Image.Image | None = None) -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return jpeg(image, exif=exif)
+
+
+def draws(n: int) -> np.ndarray:
+    return uniforms(0, 0, range(n), 22, RESIZED_CROP)
+
+
+@settings(max_examples=80, deadline=None)
+@given(sides, sides, st.sampled_from([1, 3]), st.booleans(), st.integers(1, 40), st.data())
+def test_a_resized_crop_has_torchvisions_pixels(height, width, channels, rows, size, data):
+    h, w = data.draw(st.integers(1, height)), data.draw(st.integers(1, width))
+    top, left = data.draw(st.integers(0, height - h)), data.draw(st.integers(0, width - w))
+    image = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (channels, height, width), dtype=np.uint8))
+    if rows:  # in memory as decoders leave it
+        image = image.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+    theirs = tvf.resized_crop(image, top, left, h, w, [size, size], antialias=True)
+    # torch's fast and plain code for uint8 round a middle differently
+    torch.testing.assert_close(resized_crop(image, (top, left, h, w), size), theirs, rtol=0, atol=1)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_evaluations_view_has_torchvisions_pixels(channels):
+    image = decode_bytes(jpeg(), channels)
+    theirs = tvf.center_crop(tvf.resize(image, [64], antialias=True), [56, 56])
+    torch.testing.assert_close(resize_and_crop(image, 64, 56), theirs, rtol=0, atol=1)
+
+
+KINDS = {  # of JPEG
+    **{s: jpeg(subsampling=s) for s in ("4:4:4", "4:2:2", "4:2:0")},
+    "grey": jpeg(picture(mode="L")),
+    "progressive": jpeg(progressive=True),
+    "odd": jpeg(picture(33, 47)),
+    "cmyk": jpeg(picture(mode="CMYK")),
+    "turned": turned(),
+}
+
+
+@needs_simplejpeg
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("channels", "upright"), [(3, True), (3, False), (1, True)])
+def test_simplejpeg_and_torchvision_give_the_same_crop(monkeypatch, kind, channels, upright):
+    crop = RandomCrop(channels, upright, Augment())
+    with_it = [crop(KINDS[kind], u, 24) for u in draws(8)]
+    monkeypatch.setattr(decode, "simplejpeg", None)
+    without = [crop(KINDS[kind], u, 24) for u in draws(8)]
+    assert all(torch.equal(a, b) for a, b in zip(with_it, without, strict=True))
+
+
+@pytest.mark.shared_data
+def test_training_crops_of_photographs_are_torchvisions(shared_data):
+    source = ImageFolder(".", train="imagenet-samples", test="imagenet-samples")
+    data = ImageData(source, str(shared_data), batch_size=20, num_workers=0, val_split=0)
+    images, _, indices, _, _ = next(iter(data.train_dataloader()))
+    for image, index, u in zip(images, indices, uniforms(0, 0, indices, 22, RESIZED_CROP), strict=True):
+        whole = tvf.pil_to_tensor(Image.open(data.train_data.path(index)).convert("RGB"))
+        box = resized_crop_box(u, *whole.shape[-2:], scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3))
+        theirs = tvf.resized_crop(whole, *box, [224, 224], antialias=True)
+        torch.testing.assert_close(image.permute(2, 0, 1), theirs, rtol=0, atol=1)
+
+
+def difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    return (a.float() - b.float()).abs().mean().item()
+
+
+@needs_simplejpeg
+@pytest.mark.parametrize("channels", [1, 3])
+def test_scaled_decoding_changes_pixels_a_little_where_the_crop_is_large(channels):
+    data, u = jpeg(picture(400, 500)), draws(30)
+    exact, scaled = (RandomCrop(channels, True, Augment(), share) for share in (None, 1.0))
+    for size, same in ((32, False), (400, True)):  # nothing is large enough to be decoded smaller for 400
+        pairs = [(exact(data, row, size), scaled(data, row, size)) for row in u]
+        assert all(a.shape == b.shape == (channels, size, size) for a, b in pairs)
+        off = [difference(a, b) for a, b in pairs]
+        assert max(off) == 0 if same else 0 < np.median(off) <= max(off) < 6
+
+
+@needs_simplejpeg
+def test_scaled_decoding_keeps_the_share_asked_for(monkeypatch):
+    decoded = []
+    keep = RandomCrop._decoded
+    monkeypatch.setattr(RandomCrop, "_decoded", lambda *args: decoded.append(args[2:]) or keep(*args))
+    whole = Augment(scale=(1.0, 1.0), ratio=(1.0, 1.0))
+    for share, size, height in (
+        (1.0, 201, 401),
+        (1.0, 200, 201),
+        (1.0, 101, 201),
+        (0.5, 101, 101),
+        (1.0, 50, 51),
+        (1.0, 2, 51),
+    ):
+        RandomCrop(3, True, whole, share)(jpeg(picture(401, 401)), draws(1)[0], size)
+        assert decoded.pop() == (height, height)
+
+
+@needs_simplejpeg
+def test_scaled_decoding_turns_images_too():
+    data = turned(6, picture(300, 200))
+    whole = Augment(scale=(1.0, 1.0), ratio=(1.5, 1.5))
+    scaled, exact = (RandomCrop(3, True, whole, share)(data, draws(1)[0], 64) for share in (1.0, None))
+    assert torch.equal(scaled, exact)
+
+
+def test_scaled_decoding_without_simplejpeg_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setattr("reslab.data.datamodule.simplejpeg", None)
+    for part in ("train", "val"):
+        (tmp_path / part / "a").mkdir(parents=True)
+        (tmp_path / part / "a" / "1.jpg").write_bytes(jpeg())
+    data = ImageData(ImageFolder(str(tmp_path)), batch_size=1, val_split=0, view=View(scaled_decode=1.0))
+    with pytest.raises(UserError, match=r"needs simplejpeg: pip install 'reslab\[fast\]'"):
+        data.setup("fit")
+
+
+def test_exif_turns_own_photographs_and_leaves_imagenet_as_it_is_stored():
+    assert ImageFolder("own").upright and not ImageNet().upright
+    assert not ImageFolder("own", upright=False).upright
+    assert decode_bytes(turned(), 3, upright=True).shape == (3, 170, 120)
+    assert decode_bytes(turned(), 3, upright=False).shape == (3, 120, 170)
+    as_stored = tvf.pil_to_tensor(Image.open(io.BytesIO(turned())).convert("RGB"))
+    assert torch.equal(decode_bytes(turned(), 3, upright=False), as_stored)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.sampled_from(["4:4:4", "progressive", "cmyk", "turned"]),
+    st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), max_size=4),
+    st.floats(0.0, 1.0),
+    st.sampled_from([None, 0.5]),
+)
+def test_a_damaged_file_gives_an_image_or_an_error_with_its_name(kind, spots, kept, share):
+    data = bytearray(KINDS[kind])
+    for place, value in spots:
+        data[int(place * len(data))] = value
+    crop = RandomCrop(3, True, Augment(), share if decode.simplejpeg else None)
+    try:
+        with named(Path("pets/cat.jpg")):
+            assert crop(bytes(data[: int(kept * len(data))]), draws(1)[0], 16).shape == (3, 16, 16)
+    except DataError as error:
+        assert str(error).startswith("pets/cat.jpg ")
+        assert str(error).endswith("restore or remove it")
