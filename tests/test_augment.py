@@ -1,17 +1,20 @@
 """The same images as torchvision's transforms make, given the same parameters."""
 
+import random
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from scipy.stats import beta, ks_2samp, kstest
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tvf
 
-from reslab.data import Augment
-from reslab.data.augment import UNIT, crop, cutout, flip, mix, normalize, resized_crop_box
-from reslab.data.order import uniforms
+from reslab.data import Augment, TimmRandAugment
+from reslab.data.augment import UNIT, crop, erase, erased_boxes, flip, mix, normalize, resized_crop_box
+from reslab.data.order import sample_seeds, uniforms
 from reslab.errors import UserError
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
@@ -27,6 +30,7 @@ def chw(images: torch.Tensor) -> torch.Tensor:
 
 
 sizes = st.integers(5, 12)
+sides = st.integers(0, 16)
 
 
 @settings(max_examples=60, deadline=None)
@@ -50,17 +54,29 @@ def test_flips_are_torchvisions(mirrored):
 
 
 @settings(max_examples=60, deadline=None)
-@given(sizes, sizes, st.integers(1, 16), st.data())
-def test_cutout_is_torchvisions_erase(height, width, size, data):
-    cy = data.draw(st.lists(st.integers(0, height - 1), min_size=3, max_size=3))
-    cx = data.draw(st.lists(st.integers(0, width - 1), min_size=3, max_size=3))
+@given(sizes, sizes, st.data())
+def test_boxes_are_erased_as_torchvision_erases_them(height, width, data):
+    boxes = [[data.draw(st.integers(-8, 11)) for _ in range(2)] + [data.draw(sides) for _ in range(2)] for _ in "abc"]
     normal = normalize(photos(3, height, width), MEAN, STD)
     theirs = normal.clone()
-    for image, y, x in zip(theirs, cy, cx, strict=True):
-        top, left = max(y - size // 2, 0), max(x - size // 2, 0)
-        bottom, right = min(y - size // 2 + size, height), min(x - size // 2 + size, width)
+    for image, (top, left, tall, wide) in zip(theirs, boxes, strict=True):
+        bottom, right = max(top + tall, 0), max(left + wide, 0)
+        top, left = max(top, 0), max(left, 0)
         tvf.erase(image, top, left, bottom - top, right - left, torch.zeros(()), inplace=True)
-    assert torch.equal(cutout(normal, torch.tensor(cy), torch.tensor(cx), size), theirs)
+    assert torch.equal(erase(normal, *torch.tensor(boxes).T), theirs)
+
+
+def test_boxes_to_erase_have_the_distribution_of_torchvisions():
+    size, n, chance = 40, 4000, 0.3
+    boxes = erased_boxes(uniforms(0, 0, range(n), 23), size, chance)
+    erased = boxes[boxes[:, 2] > 0]
+    assert abs(len(erased) / n - chance) < 0.03
+    assert (erased[:, :2] >= 0).all() and (erased[:, :2] + erased[:, 2:] <= size).all()
+    torch.manual_seed(0)
+    transform, image = v2.RandomErasing(), torch.empty(3, size, size)
+    theirs = [transform.make_params([image]) for _ in range(2000)]
+    for column, name in zip(erased.T, "ijhw", strict=True):
+        assert ks_2samp(column, [params[name] for params in theirs]).pvalue > 0.01
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -73,16 +89,17 @@ def test_normalisation_is_torchvisions_in_channels_last(channels):
 
 
 def test_all_of_it_is_torchvisions_pipeline_given_the_same_parameters():
-    augment = Augment(crop_padding=4, flip="random", cutout=8)
+    augment = Augment(crop_padding=4, flip="random", cutout=8, erasing=0.5)
     images = photos(64, 32, 32)
     draws = augment.draw(seed=1, epoch=2, indices=np.arange(64), size=32)
     ours = augment.apply(images, torch.from_numpy(draws), MEAN, STD)
-    for image, out, (dy, dx, mirrored, cy, cx) in zip(chw(images), ours, draws.tolist(), strict=True):
+    for image, out, (dy, dx, mirrored, cy, cx, *box) in zip(chw(images), ours, draws.tolist(), strict=True):
         x = tvf.crop(tvf.pad(image, [4]), dy, dx, 32, 32)
         x = tvf.horizontal_flip(x) if mirrored else x
         x = tvf.normalize(tvf.to_dtype(x, torch.float32, scale=True), MEAN, STD)
         top, left = max(cy - 4, 0), max(cx - 4, 0)
         x = tvf.erase(x, top, left, min(cy + 4, 32) - top, min(cx + 4, 32) - left, torch.zeros(()))
+        x = tvf.erase(x, *box, torch.zeros(()))
         torch.testing.assert_close(out, x, rtol=0, atol=1e-6)
 
 
@@ -91,7 +108,8 @@ def test_draws_are_those_of_the_image_and_the_epoch():
     draws = augment.draw(0, 5, np.arange(5000), 32)
     np.testing.assert_array_equal(draws[[7, 3]], augment.draw(0, 5, np.array([7, 3]), 32))
     assert (draws != augment.draw(0, 6, np.arange(5000), 32)).any(1).mean() > 0.99
-    for column, places in zip(draws.T, (9, 9, 2, 32, 32), strict=True):
+    assert not draws[:, 5:].any()
+    for column, places in zip(draws.T[:5], (9, 9, 2, 32, 32), strict=True):
         assert sorted(set(column)) == list(range(places))
     assert Augment().draw(0, 0, np.arange(3), 32).shape == (3, 0)
 
@@ -101,6 +119,58 @@ def test_alternating_flips_show_every_image_both_ways_in_two_epochs():
     assert (flips[0] != flips[1]).all()
     assert (flips[0] == flips[2]).all()
     assert 400 < flips[0].sum() < 600
+
+
+JITTER = v2.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1)
+POLICIES = [v2.AutoAugment(), v2.RandAugment(), v2.TrivialAugmentWide(interpolation="bilinear"), JITTER]
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: type(policy).__name__)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_transforms_are_torchvisions_under_the_seed_of_the_image(policy, channels):
+    images = photos(12, 24, 30, channels)
+    ours, augment = images.clone(), Augment(transforms=[policy, policy])
+    augment.transform(ours, seed=1, epoch=2, indices=np.arange(12))
+    for image, out, seed in zip(images, ours, sample_seeds(1, 2, np.arange(12)).tolist(), strict=True):
+        torch.manual_seed(seed)
+        theirs = policy(policy(tvf.to_pil_image(image.permute(2, 0, 1))))
+        assert torch.equal(chw(out[None])[0], tvf.pil_to_tensor(theirs))
+    assert (ours != images).flatten(1).any(1).sum() > 6
+
+
+def test_a_transform_sees_nothing_but_the_image_and_its_seed():
+    augment, images = Augment(transforms=[v2.RandAugment()]), photos(8, 16, 16)
+    together, apart = images.clone(), images.clone()
+    torch.manual_seed(3)
+    before = torch.random.get_rng_state()
+    augment.transform(together, 0, 5, np.arange(8))
+    assert torch.equal(torch.random.get_rng_state(), before)
+    torch.manual_seed(4)
+    for i in reversed(range(8)):
+        augment.transform(apart[i : i + 1], 0, 5, np.array([i]))
+    assert torch.equal(together, apart)
+    for seed, epoch, first in [(1, 5, 0), (0, 6, 0), (0, 5, 8)]:
+        other = images.clone()
+        augment.transform(other, seed, epoch, np.arange(first, first + 8))
+        assert not torch.equal(other, together)
+
+
+def test_timms_policy_has_the_seed_of_the_image_and_moves_no_other_generator():
+    pytest.importorskip("timm", reason="timm is not installed: its RandAugment is not tested")
+    policy = TimmRandAugment("rand-m9-n4-mstd0.5-inc1-p1")
+    image = Image.fromarray(photos(1, 32, 32)[0].numpy())
+    made, states = [], []
+    for seed in (0, 1, 0):
+        torch.manual_seed(seed)
+        states.append((random.getstate(), np.random.get_state()[1].tolist()))  # noqa: NPY002
+        made.append(np.asarray(policy(image)))
+    assert states[0] == states[1] == states[2]
+    assert np.array_equal(made[0], made[2]) and not np.array_equal(made[0], made[1])
+
+
+def test_a_transform_that_changes_the_size_is_refused():
+    with pytest.raises(UserError, match="keep its size"):
+        Augment(transforms=[v2.Resize(8)]).transform(photos(2, 16, 16), 0, 0, np.arange(2))
 
 
 def mixed_by(transform, images, labels, **parameters):
@@ -218,6 +288,8 @@ def test_an_image_that_no_crop_fits_is_cut_in_the_middle_as_torchvision_does(hei
         {"cutout": -2},
         {"mixup": -0.1},
         {"cutmix": float("nan")},
+        {"erasing": 1.5},
+        {"repeats": 0},
         {"scale": (0.5, 2.0)},
         {"ratio": (2.0, 1.0)},
     ],

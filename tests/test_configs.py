@@ -78,6 +78,8 @@ def test_header_states_command_hardware_time_and_result(path: Path) -> None:
 def test_overlay_stacks_on_an_experiment(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     assert text.startswith("# "), "an overlay says in its first line what it is for"
+    if "timm." in text:
+        pytest.importorskip("timm", reason="timm is not installed: its optimizers are not tested")
     assert parse(DIGITS, path).config.run.name == "digits"
 
 
@@ -263,6 +265,21 @@ def test_config_cannot_name_what_is_not_allowed(
     monkeypatch.syspath_prepend(str(tmp_path))
     assert name in refusal(tmp_path, place.replace("NAME", name))
     assert not trace.exists()
+
+
+def test_a_package_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Nowhere:
+        def find_spec(self, name: str, *args: object) -> None:
+            if name.partition(".")[0] == "timm":
+                raise ModuleNotFoundError(f"No module named {name!r}")
+
+    monkeypatch.setattr(sys, "meta_path", [Nowhere(), *sys.meta_path])
+    for name in [name for name in sys.modules if name.partition(".")[0] == "timm"]:
+        monkeypatch.delitem(sys.modules, name)
+    optimizer = "model: {optimizer: {class_path: timm.optim.Lamb}}"
+    assert "model.optimizer: timm is not installed: pip install timm" in refusal(tmp_path, optimizer)
+    policy = "data: {augment: {transforms: [{class_path: reslab.data.TimmRandAugment}]}}"
+    assert "TimmRandAugment needs timm: pip install timm" in refusal(tmp_path, policy)
 
 
 def test_command_line_answers_with_one_message_and_status_2(tmp_path: Path) -> None:

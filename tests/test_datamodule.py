@@ -19,8 +19,8 @@ from reslab.data.loaders import Batch, EvalOrder, TrainOrder
 from reslab.data.order import permutation
 from reslab.errors import UserError
 
-AUGMENT = Augment(crop_padding=1, flip="random", cutout=2, mixup=1.0, cutmix=1.0)
-UNMIXED = Augment(crop_padding=1, flip="random", cutout=2)
+AUGMENT = Augment(crop_padding=1, flip="random", cutout=2, mixup=1.0, cutmix=1.0, erasing=0.5)
+UNMIXED = Augment(crop_padding=1, flip="random", cutout=2, erasing=0.5)
 
 
 def digits(**settings: Any) -> ImageData:

@@ -67,6 +67,22 @@ def test_killed_anywhere_and_resumed(undisturbed: Undisturbed, tmp_path: Path, w
     assert traces(tmp_path) == traces(undisturbed())
 
 
+# All that a recipe can ask for: no part of it may leave a trace of how it was carried out.
+RECIPE = [
+    "--data.augment.transforms=[{class_path: torchvision.transforms.v2.RandAugment}]",
+    *("--data.augment.erasing=0.25", "--data.augment.repeats=2"),
+    *("--data.augment.mixup=0.2", "--data.augment.cutmix=1", "--model.loss=binary", "--model.target_threshold=0.2"),
+    *("--model.ema_decay=0.9", "--model.flip_test=true", "--model.net.init_args.blur=true"),
+]
+
+
+def test_with_everything_on_workers_and_kills_change_nothing(undisturbed: Undisturbed, tmp_path: Path) -> None:
+    assert traces(undisturbed(*RECIPE)) != traces(undisturbed())
+    faults = [Fault(TRAINING, call=call) for call in (9, 14)]
+    killed_and_resumed(tmp_path, *RECIPE, "--data.num_workers=2", faults=faults)
+    assert traces(tmp_path) == traces(undisturbed(*RECIPE))
+
+
 SITUATIONS = {
     # Checkpoints that lie on the last step of an epoch, with validation after it and without, and then once more.
     "epoch's end": (["--trainer.check_val_every_n_epoch=2", "--run.checkpoint_every_steps=10"], [22, 15, 12]),

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import reslab.models
 from reslab.models import ModelError, ResNet, create_model, list_models, summarize
-from reslab.models.resnet import ResidualBlock
+from reslab.models.resnet import BlurredConv2d, ResidualBlock
 
 PUBLISHED = {
     "resnet18": 11_689_512,
@@ -114,6 +114,7 @@ def architectures(draw: st.DrawFn) -> dict[str, Any]:
         "num_classes": draw(st.integers(0, 5)),
         "zero_init": draw(st.booleans()),
         "drop_path": draw(st.sampled_from([0.0, 0.3])),
+        "blur": draw(st.booleans()),
     }
     if knobs["block"] == "bottleneck":
         knobs |= draw(st.sampled_from([{}, {"groups": 2, "width_per_group": 32}, {"width_per_group": 128}]))
@@ -144,9 +145,10 @@ def test_every_architecture_computes_learns_and_round_trips(knobs: dict[str, Any
 
 @settings(max_examples=20, deadline=None)
 @given(architectures())
-def test_drop_path_and_zero_init_change_no_key(knobs: dict[str, Any]) -> None:
+def test_drop_path_zero_init_and_blur_change_no_key(knobs: dict[str, Any]) -> None:
     with torch.device("meta"):
-        assert shapes(ResNet(**knobs)) == shapes(ResNet(**knobs | {"drop_path": 0.0, "zero_init": False}))
+        plain = knobs | {"drop_path": 0.0, "zero_init": False, "blur": False}
+        assert shapes(ResNet(**knobs)) == shapes(ResNet(**plain))
 
 
 def test_option_a_pads_channels_with_zeros_and_skips_positions() -> None:
@@ -156,6 +158,19 @@ def test_option_a_pads_channels_with_zeros_and_skips_positions() -> None:
     assert padded.shape == (2, 32, 4, 4)
     assert torch.equal(padded[:, :16], x[:, :, ::2, ::2])
     assert not padded[:, 16:].any()
+
+
+def test_blur_stands_before_every_strided_convolution_but_the_stem() -> None:
+    net = create_model("resnet50", blur=True)
+    strided = {k for k, m in net.named_modules() if isinstance(m, torch.nn.Conv2d) and m.stride != (1, 1)}
+    blurred = {k: m for k, m in net.named_modules() if isinstance(m, BlurredConv2d)}
+    assert set(blurred) == strided - {"conv1"} and len(blurred) == 6  # the 3×3 and the projection of three stages
+    conv = blurred["layer2.0.conv2"]
+    corner = torch.zeros(1, conv.in_channels, 9, 9)
+    corner[:, :, 4, 4] = 16
+    binomial = torch.tensor([[1.0, 2, 1], [2, 4, 2], [1, 2, 1]])
+    spread = torch.nn.functional.pad(binomial, (3, 3, 3, 3)).expand(1, conv.in_channels, 9, 9)
+    torch.testing.assert_close(conv(corner), torch.nn.Conv2d.forward(conv, spread))
 
 
 def test_shortcuts_differ_in_their_projections_only() -> None:

@@ -103,6 +103,20 @@ def test_evaluation_has_every_index_once_over_equally_busy_ranks(n, world):
     assert (together < 0).sum() < world
 
 
+@given(st.integers(1, 200), st.integers(1, 5), st.integers(1, 40))
+def test_repeated_samples_share_a_batch_and_stand_apart_in_it(n, repeats, batch_size):
+    permutation = order.permutation(0, 0, n)
+    places = order.repeat(permutation, repeats, batch_size, n)
+    assert len(places) == n // batch_size * batch_size  # as many steps as without
+    assert len(set(places.tolist())) == len(places)  # each copy has draws of its own, and each batch a mix
+    batches = places.reshape(-1, batch_size) % n
+    distinct = -(-batch_size // repeats)
+    assert np.array_equal(np.unique(batches), np.sort(permutation[: len(batches) * distinct]))
+    for batch in batches:
+        assert set(np.bincount(batch)) - {0} <= {batch_size // distinct, -(-batch_size // distinct)}
+        assert distinct == 1 or (batch[1:] != batch[:-1]).all()  # neighbours are different images
+
+
 labels_of_few_classes = st.lists(st.integers(0, 4), max_size=100).map(lambda labels: labels + [*range(5)] * 4)
 
 

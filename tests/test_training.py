@@ -12,11 +12,12 @@ from lightning.pytorch import Callback, Trainer
 from torch.utils.data import DataLoader, TensorDataset
 
 from reslab import Classifier, ImageData, create_model
-from reslab.data import Batch, Digits
+from reslab.data import Augment, Batch, Digits
 from reslab.errors import UserError
-from reslab.training import Constant, Cosine, MultiStep, OneCycle, Schedule
+from reslab.training import Constant, Cosine, Linear, MultiStep, OneCycle, Schedule
 from reslab.training.classifier import Diverged, evaluation_metrics
 from reslab.training.ema import EMA
+from reslab.training.losses import binary_cross_entropy
 from reslab.training.optimizers import parameter_groups
 
 SCHEDULES: list[Schedule] = [
@@ -24,6 +25,7 @@ SCHEDULES: list[Schedule] = [
     Constant(warmup_epochs=2),
     Cosine(),
     Cosine(final=0.1, warmup_epochs=1, warmup_start=0.1),
+    Linear(final=0.1, warmup_epochs=2),
     OneCycle(),
     OneCycle(peak_at=0.4, shape="cosine", final=0.01),
     MultiStep(),
@@ -55,7 +57,7 @@ def test_a_schedule_stays_between_zero_and_the_base_rate(schedule: Schedule, ste
 
 @given(progress=st.floats(0, 1), epochs=st.integers(1, 50))
 def test_a_longer_training_stretches_the_whole_schedule(progress: float, epochs: int) -> None:
-    for schedule in (Cosine(), OneCycle(), Constant()):
+    for schedule in (Cosine(), Linear(), OneCycle(), Constant()):
         short, long = 100 * epochs, 300 * epochs
         a = schedule.factor(round(progress * short), short, 100)
         b = schedule.factor(round(progress * short) * 3, long, 100)
@@ -124,6 +126,34 @@ def test_padding_counts_in_no_metric() -> None:
     assert float(values["val/acc5"]) == pytest.approx(float(top5))
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize(("own", "threshold"), [(None, None), (0.7, None), (0.7, 0.2), (0.9, 0.2)])
+def test_the_binary_loss_asks_of_every_class_whether_it_is_there(
+    own: float | None, threshold: float | None, smoothing: float
+) -> None:
+    torch.manual_seed(0)
+    logits, labels = torch.randn(6, 4), torch.tensor([0, 1, 1, 2, 3, 0])
+    weight = None if own is None else torch.tensor(own)
+    loss = binary_cross_entropy(logits, labels, weight, smoothing, threshold)
+    total = 0.0
+    for i, row in enumerate(logits.tolist()):
+        for c, logit in enumerate(row):
+            target = (own or 1) * (labels[i] == c) + (1 - (own or 1)) * (labels[i - 1] == c)
+            target = target * (1 - smoothing) + smoothing / 4
+            target = target if threshold is None else float(target > threshold)
+            total += math.log1p(math.exp(-logit)) * target + math.log1p(math.exp(logit)) * (1 - target)
+    assert float(loss) == pytest.approx(float(total) / 24, rel=1e-5)
+
+
+def test_flip_test_averages_an_image_and_its_mirror_image_in_evaluation_only() -> None:
+    model = Classifier(small_net(), flip_test=True)
+    images = torch.randn(5, 1, 8, 8)
+    with torch.no_grad():
+        both = (model.eval().net(images) + model.net(images.flip(3))) / 2
+        assert torch.equal(model(images), both) and not torch.equal(both, model.net(images))
+        assert torch.equal(model.train()(images), model.net(images))
+
+
 def test_the_learning_rate_follows_the_global_batch() -> None:
     data = ImageData(Digits(), batch_size=64)
     sgd = lambda params: torch.optim.SGD(params, lr=0.1)  # noqa: E731
@@ -189,7 +219,8 @@ def test_a_diverged_run_stops_within_fifty_steps() -> None:
 
 def test_the_training_step_reads_nothing_from_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Between two logged steps no tensor becomes a Python number: each would be a device sync."""
-    model = Classifier(small_net(), ema_decay=0.9)
+    model = Classifier(small_net(), loss="binary", target_threshold=0.2, ema_decay=0.9)
+    data = ImageData(Digits(), batch_size=64, augment=Augment(flip="random", erasing=0.5, mixup=1.0, cutmix=1.0))
     counts = {"reads": 0}
     for name in ("item", "tolist", "__float__", "__bool__", "__int__"):
         original = getattr(torch.Tensor, name)
@@ -209,7 +240,7 @@ def test_the_training_step_reads_nothing_from_the_device(monkeypatch: pytest.Mon
             seen.append(counts["reads"] - self.before)
 
     trainer = quiet_trainer(max_epochs=1, log_every_n_steps=8, limit_val_batches=0, callbacks=[Reads()])
-    trainer.fit(model, datamodule=ImageData(Digits(), batch_size=64))
+    trainer.fit(model, datamodule=data)
     quiet = [reads for step, reads in enumerate(seen, 1) if step % 8]
     assert quiet and set(quiet) == {0}, f"tensors read in steps between the logged ones: {seen}"
     assert max(seen) > 0  # the probe works: logged steps do read
@@ -221,7 +252,10 @@ def test_predict_step_gives_probabilities() -> None:
     torch.testing.assert_close(probabilities.sum(1), torch.ones(3))
 
 
-@pytest.mark.parametrize(("knob", "value"), [("label_smoothing", 1.0), ("ema_decay", 1.5), ("lr_reference_batch", 0)])
+@pytest.mark.parametrize(
+    ("knob", "value"),
+    [("label_smoothing", 1.0), ("ema_decay", 1.5), ("lr_reference_batch", 0), ("target_threshold", 0.2)],
+)
 def test_values_out_of_range_are_refused_by_name(knob: str, value: float) -> None:
     with pytest.raises(ValueError, match=knob):
         Classifier(small_net(), **{knob: value})

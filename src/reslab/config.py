@@ -32,6 +32,8 @@ ALLOWED = [
     "lightning.pytorch.strategies",
     "lightning.pytorch.profilers",
     "lightning.pytorch.plugins",
+    "torchvision.transforms.v2",
+    "timm.optim",
 ]
 set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=ALLOWED)
 

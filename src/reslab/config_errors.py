@@ -16,6 +16,7 @@ NAMESPACES = (
     "reslab.data",
     "reslab.training",
     "torch.optim",
+    "torchvision.transforms.v2",
     "lightning.pytorch.callbacks",
     "lightning.pytorch.loggers",
 )
@@ -33,10 +34,14 @@ def explain(message: str, known_keys: Sequence[str], args: Sequence[str], base: 
     if broken := _syntax_error(args, base):
         return broken
     key: str | None
+    near: list[str]
     if "import path denylist" in message:
         name = _first(r"Importing '([^']+)'", message)
         reason, key, near = f"{name!r} is not on the list of what a config may name", _key(message), []
-        reason += ": reslab, torch.optim, and lightning's callbacks, loggers, strategies, profilers and plugins"
+        reason += ": reslab, torch.optim, timm.optim, torchvision.transforms.v2, and lightning's callbacks, loggers, "
+        reason += "strategies, profilers and plugins"
+    elif name := _first(r"No module named '(\w+)", message):
+        reason, key, near = f"{name} is not installed: pip install {name}", _key(message), []
     elif (key := _unknown_key(message)) is not None:
         reason, near = "no such key", _nearest(key, [*known_keys, *_class_keys(key, message)])
     elif (

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from reslab.data.files import DataError as DataError
     from reslab.data.loaders import Batch as Batch
     from reslab.data.loaders import FolderBatch as FolderBatch
+    from reslab.data.transforms import TimmRandAugment as TimmRandAugment
     from reslab.data.view import Progressive as Progressive
     from reslab.data.view import View as View
 
@@ -33,6 +34,7 @@ _HOMES = {
     "ImageSource": "datasets",
     "Imagenette": "datasets",
     "Progressive": "view",
+    "TimmRandAugment": "transforms",
     "View": "view",
 }
 __all__ = list(_HOMES)

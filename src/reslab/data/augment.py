@@ -2,10 +2,10 @@
 
 A crop is one copy of rows from overlapping windows, a flip one choice between an image and its mirror, so
 nothing loops over samples or waits for the device. Images come as (N, H, W, C): permuted, that is the
-channels_last layout the convolutions want.
+channels_last layout the convolutions want. Only `transforms` work image by image, in the loader's processes.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from math import exp, log, sqrt
 from typing import Literal
@@ -13,13 +13,15 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 import torch
+from PIL import Image
 from scipy.special import betaincinv
 from torch import Tensor
+from torchvision.transforms import v2
 
 from reslab.data import order
 from reslab.errors import UserError
 
-DRAWS = 5  # columns of the parameters: dy, dx, flip, cy, cx
+ERASED_AREA, ERASED_RATIO = (0.02, 0.33), (0.3, 3.3)  # of random erasing's box (Zhong et al. 2020, section 4)
 UNIT = 1 << 24  # a share of 1 as an integer: float32 holds such a share and its complement exactly
 
 
@@ -35,11 +37,17 @@ class Augment:
             epoch, which half begins is random (airbench, Jordan 2024).
         cutout: Side in pixels of a square set to the mean, at a random centre, cut at the border
             (DeVries & Taylor 2017); 0 for none.
+        erasing: The chance that a box of random size, place and shape is set to the mean (Zhong et al. 2020).
         mixup: Alpha of mixup (Zhang et al. 2018): every image, and its label, is blended with another of its
             batch, all with one share from Beta(alpha, alpha); 0 for none. With cutmix too, each batch takes one
             of the two at random.
         cutmix: Alpha of CutMix (Yun et al. 2019): a rectangle of another image of the batch is pasted in, its
             share of the area, and of the label, 1 - Beta(alpha, alpha); 0 for none.
+        transforms: Any of torchvision.transforms.v2 that keep an image's size, such as TrivialAugmentWide, RandAugment
+            or ColorJitter: applied in this order, image by image, before all of the above but the crop of files.
+            They take more time than anything else here: give `num_workers`.
+        repeats: How often an image comes in an epoch, augmented anew each time; the epoch keeps its length, and has
+            as many times fewer images (Hoffer et al. 2020).
         scale: For data sets of files: share of the image's area that the random crop takes (Inception crop).
         ratio: For data sets of files: width over height of that crop.
     """
@@ -50,6 +58,9 @@ class Augment:
     cutout: int = 0
     mixup: float = 0.0
     cutmix: float = 0.0
+    erasing: float = 0.0
+    transforms: list[v2.Transform] = field(default_factory=list)
+    repeats: int = 1
     scale: tuple[float, float] = (0.08, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
 
@@ -58,28 +69,38 @@ class Augment:
             raise UserError("augment: crop_padding and cutout are numbers of pixels, 0 or more")
         if not (0 <= self.mixup < np.inf and 0 <= self.cutmix < np.inf):
             raise UserError("augment: mixup and cutmix are alphas of Beta distributions, 0 (off) or more")
+        if not 0 <= self.erasing <= 1 or self.repeats < 1:
+            raise UserError("augment: erasing is a chance, 0 (off) to 1, and repeats a count, 1 or more")
         if not (0 < self.scale[0] <= self.scale[1] <= 1 and 0 < self.ratio[0] <= self.ratio[1]):
             raise UserError("augment: scale and ratio are [low, high], above 0, the scale at most 1")
 
     @property
     def active(self) -> bool:
-        return bool(self.crop_padding or self.cutout or self.flip != "none")
+        return bool(self.crop_padding or self.cutout or self.erasing or self.flip != "none")
 
     def draw(self, seed: int, epoch: int, indices: npt.NDArray[np.int64], size: int) -> npt.NDArray[np.int32]:
-        """The parameters of images of side `size` in an epoch: int32 (N, 5), or (N, 0) if nothing is done."""
+        """The parameters of images of side `size` in an epoch: int32 (N, 9), or (N, 0) if nothing is done.
+
+        The columns: offsets dy, dx of the crop, flip, centre cy, cx of the cutout, and top, left, height and width of
+        the box erased.
+        """
         if not self.active:
             return np.empty((len(indices), 0), np.int32)
         places = 2 * self.crop_padding + 1
-        u = order.uniforms(seed, epoch, indices, DRAWS).astype(np.float64)
-        draws = (u * [places, places, 2, size, size]).astype(np.int32)
+        u = order.uniforms(seed, epoch, indices, 5).astype(np.float64)
+        draws = np.zeros((len(indices), 9), np.int32)
+        draws[:, :5] = u * [places, places, 2, size, size]
         if self.flip == "alternating":
-            draws[:, 2] = (order.uniforms(seed, 0, indices, DRAWS)[:, 2] < 0.5) ^ (epoch % 2 == 1)
+            draws[:, 2] = (order.uniforms(seed, 0, indices, 5)[:, 2] < 0.5) ^ (epoch % 2 == 1)
+        if self.erasing:
+            draws[:, 5:] = erased_boxes(order.uniforms(seed, epoch, indices, 23, order.ERASE), size, self.erasing)
         return draws
 
     def draw_mix(self, seed: int, epoch: int, indices: npt.NDArray[np.int64], size: int) -> npt.NDArray[np.int32]:
         """How the images of a batch, of side `size`, are mixed in an epoch: int32 (5,), see `mix`; (0,) if not.
 
-        A function of the batch's first index: micro-batches and ranks, which share no image, draw their own.
+        A function of the batch's first index, which no other batch of the epoch has (copies of an image have indices
+        of their own): micro-batches and ranks draw their own.
         """
         if not (self.mixup or self.cutmix):
             return np.empty(0, np.int32)
@@ -92,15 +113,40 @@ class Augment:
         box = np.clip([top, left, top + 2 * half, left + 2 * half], 0, size)
         return np.array([0, *box], np.int32)
 
+    def transform(self, images: Tensor, seed: int, epoch: int, indices: npt.NDArray[np.int64]) -> None:
+        """Sends each of the images, uint8 (N, H, W, C), through `transforms`, in place.
+
+        As PIL images: PIL takes half the time of torch for them, and makes the same pixels on any number of threads.
+
+        Raises:
+            UserError: a transform makes something else than an image of the same size.
+        """
+        if not self.transforms:
+            return
+        seeds = order.sample_seeds(seed, epoch, indices)
+        with torch.random.fork_rng(devices=[]):
+            for pixels, own in zip(images.numpy(), seeds.tolist(), strict=True):
+                torch.default_generator.manual_seed(own)
+                image = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
+                for transform in self.transforms:
+                    image = transform(image)
+                made = np.asarray(image)
+                if made.shape[:2] != pixels.shape[:2] or made.size != pixels.size:
+                    raise UserError(f"augment: transforms make {made.shape} of an image {pixels.shape}: keep its size")
+                pixels[:] = made.reshape(pixels.shape)
+
     def apply(self, images: Tensor, draws: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-        """uint8 (N, H, W, C), draws (N, 5) -> augmented, normalised float32 (N, C, H, W), channels_last."""
-        dy, dx, mirrored, cy, cx = draws.long().unbind(1)
+        """uint8 (N, H, W, C), draws (N, 9) -> augmented, normalised float32 (N, C, H, W), channels_last."""
+        dy, dx, mirrored, cy, cx, *box = draws.long().unbind(1)
         if self.crop_padding:
             images = crop(images, dy, dx, self.crop_padding, self.padding_mode)
         if self.flip != "none":
             images = flip(images, mirrored)
         normal = normalize(images, mean, std)
-        return cutout(normal, cy, cx, self.cutout) if self.cutout else normal
+        if self.cutout:
+            side = torch.full_like(cy, self.cutout)
+            normal = erase(normal, cy - self.cutout // 2, cx - self.cutout // 2, side, side)
+        return erase(normal, *box) if self.erasing else normal
 
 
 def crop(images: Tensor, dy: Tensor, dx: Tensor, padding: int, mode: Literal["zeros", "reflect"]) -> Tensor:
@@ -148,12 +194,12 @@ def _affine(mean: tuple[float, ...], std: tuple[float, ...], width: int, device:
     return scale.float().to(device), shift.float().to(device)
 
 
-def cutout(images: Tensor, cy: Tensor, cx: Tensor, size: int) -> Tensor:
-    """Zeroes a square of side `size` round (cy, cx), int64 (N,), in place in channels_last (N, C, H, W)."""
+def erase(images: Tensor, top: Tensor, left: Tensor, height: Tensor, width: Tensor) -> Tensor:
+    """Zeroes a box of each image, int64 (N,) its sides, in place in channels_last (N, C, H, W); cut at the border."""
     n, c, h, w = images.shape
-    y = torch.arange(h, device=images.device) - (cy - size // 2)[:, None]  # (N, H), 0 … size - 1 inside
-    x = torch.arange(w * c, device=images.device) // c - (cx - size // 2)[:, None]  # (N, W*C)
-    tall, wide = ((k >= 0) & (k < size) for k in (y, x))
+    y = torch.arange(h, device=images.device) - top[:, None]  # (N, H), 0 … height - 1 inside
+    x = torch.arange(w * c, device=images.device) // c - left[:, None]  # (N, W*C)
+    tall, wide = (y >= 0) & (y < height[:, None]), (x >= 0) & (x < width[:, None])
     rows = images.permute(0, 2, 3, 1).view(n, h, w * c)
     # rows × (1 - tall × wide): exactly 0 or as it was, 3 times faster on a CPU than to make and fill a mask.
     rows.addcmul_(rows * tall[:, :, None], wide[:, None].to(rows.dtype), value=-1)
@@ -181,6 +227,22 @@ def mix(images: Tensor, plan: Tensor) -> tuple[Tensor, Tensor]:
     mixed = rows.roll(1, 0).lerp_(rows, 1 - inside * foreign)
     own = 1 - foreign * (bottom - top) * (right - left) / (h * w)
     return mixed.view(n, h, w, c).permute(0, 3, 1, 2), own
+
+
+def erased_boxes(u: npt.NDArray[np.float32], size: int, chance: float) -> npt.NDArray[np.int64]:
+    """The boxes (top, left, height, width) of torchvision's RandomErasing in images of side `size`, int64 (N, 4).
+
+    From 23 uniform numbers each: whether at all, ten tries of an area and an aspect ratio, as for the crop, and the
+    place. The box is empty where nothing is erased.
+    """
+    area, ratio = ERASED_AREA, ERASED_RATIO
+    areas = size**2 * (area[0] + (area[1] - area[0]) * u[:, 1:11].astype(np.float64))
+    aspects = np.exp(np.log(ratio[0]) + np.log(ratio[1] / ratio[0]) * u[:, 11:21].astype(np.float64))
+    sides = np.rint(np.sqrt([areas * aspects, areas / aspects])).astype(np.int64)  # (2, N, 10): heights, widths
+    fits = sides.max(0) < size
+    first, rows = fits.argmax(1), np.arange(len(u))
+    height, width = sides[:, rows, first] * (fits[rows, first] & (u[:, 0] < chance))
+    return np.stack([u[:, 21] * (size - height + 1), u[:, 22] * (size - width + 1), height, width], 1).astype(np.int64)
 
 
 def resized_crop_box(

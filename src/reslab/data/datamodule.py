@@ -191,7 +191,15 @@ class ImageData(LightningDataModule):
         # Lightning does not know that a position needs no state: its warning would be wrong here.
         warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before the epoch")
         parts = (self._accumulate, self._world, self._rank)
-        sampler = TrainOrder(self.split[0], self.seed, self.batch_size, *parts, position=self._position)
+        sampler = TrainOrder(
+            self.split[0],
+            self.seed,
+            self.batch_size,
+            *parts,
+            repeats=self.augment.repeats,
+            n=len(self.train_data),
+            position=self._position,
+        )
         return self._loader(self._train_batches(), sampler)
 
     def _train_batches(self) -> ArrayBatches | FileBatches:

@@ -36,7 +36,7 @@ class Batch(NamedTuple):
         images: uint8 (N, H, W, C) from the loader; for the network float32 (N, C, H, W) in channels_last.
         labels: int64 (N,); -1 is padding and counts nowhere.
         indices: int64 (N,), the place in the data set; -1 is padding.
-        draws: int32 (N, 5), the augmentation's parameters; (N, 0) where there is none. Integers, since
+        draws: int32 (N, 9), the augmentation's parameters; (N, 0) where there is none. Integers, since
             half-precision plugins round every float of a batch.
         mix: int32 (5,) from the loader, how images are mixed; for the network float32 (), the weight of the own
             labels, the rest being that of `labels.roll(1)`; (0,) where images are not mixed.
@@ -72,6 +72,8 @@ class TrainOrder(DistributedSampler[Key]):
         accumulate: Micro-batches of one optimizer step.
         world: Number of ranks.
         rank: This rank.
+        repeats: How often a sample comes in an epoch.
+        n: Samples of the whole data set; see `order.repeat`, where samples repeat.
         position: Given the epoch's length, how many micro-batches were taken since training began, and how
             many make an epoch; None where no trainer counts them: then each iteration is the next epoch.
     """
@@ -84,10 +86,13 @@ class TrainOrder(DistributedSampler[Key]):
         accumulate: int = 1,
         world: int = 1,
         rank: int = 0,
+        repeats: int = 1,
+        n: int = 0,
         position: Callable[[int], tuple[int, int] | None] = lambda length: None,
     ) -> None:
         self.subset, self.seed, self.batch_size = subset, seed, batch_size
         self.parts = accumulate, world, rank
+        self.repeats, self.n = repeats, n
         self.position = position
         self.epoch = 0
 
@@ -103,6 +108,8 @@ class TrainOrder(DistributedSampler[Key]):
         taken, an_epoch = counted
         epoch, first = divmod(taken, an_epoch)
         samples = self.subset[order.permutation(self.seed, epoch, len(self.subset))]
+        if self.repeats > 1:
+            samples = order.repeat(samples, self.repeats, self.batch_size, self.n)
         for i in range(first, an_epoch):
             yield epoch, order.micro_batch(samples, i, self.batch_size, *self.parts)
 
@@ -182,7 +189,7 @@ def _end_with_the_run() -> None:
 
 
 class Draws:
-    """The parameters of every image, drawn for all n once an epoch: far cheaper than a batch at a time."""
+    """The parameters of all n images (and their copies), drawn once an epoch: far cheaper than a batch at a time."""
 
     def __init__(self, augment: Augment, seed: int, n: int, size: int) -> None:
         self.augment, self.seed, self.n, self.size = augment, seed, n, size
@@ -192,13 +199,13 @@ class Draws:
     def __call__(self, epoch: int, indices: Ints) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
         """Of the images (N, k), and of the batch as a whole (m,)."""
         if epoch != self._epoch:
-            self._table = self.augment.draw(self.seed, epoch, np.arange(self.n), self.size)
+            self._table = self.augment.draw(self.seed, epoch, np.arange(self.n * self.augment.repeats), self.size)
             self._epoch = epoch
         return self._table[indices], self.augment.draw_mix(self.seed, epoch, indices, self.size)
 
 
 class ArrayBatches(Dataset[Batch]):
-    """Batches of in-memory arrays; with draws for training, without to evaluate."""
+    """Batches of in-memory arrays; with draws for training, without to evaluate. Index i + n × copy is image i of n."""
 
     def __init__(self, arrays: Arrays, draws: Draws | None = None) -> None:
         self.arrays = arrays
@@ -206,9 +213,11 @@ class ArrayBatches(Dataset[Batch]):
 
     def __getitem__(self, key: Key) -> Batch:
         epoch, indices = key
-        images = self.arrays.images.take(indices, axis=0)  # padding, -1, takes the last image
-        labels = np.where(indices < 0, -1, self.arrays.labels[indices])
-        return Batch(*map(torch.from_numpy, (images, labels, indices, *self.draws(epoch, indices))))
+        rows = indices % len(self.arrays)
+        images = torch.from_numpy(self.arrays.images.take(rows, axis=0))  # padding, -1, takes the last image
+        self.draws.augment.transform(images, self.draws.seed, epoch, indices)
+        labels, places = (np.where(indices < 0, -1, x) for x in (self.arrays.labels[rows], rows))
+        return Batch(images, *map(torch.from_numpy, (labels, places, *self.draws(epoch, indices))))
 
 
 def _blank(shape: tuple[int, ...]) -> Tensor:
@@ -220,7 +229,7 @@ def _blank(shape: tuple[int, ...]) -> Tensor:
 
 
 class FileBatches(Dataset[Batch]):
-    """Batches of image files, decoded and cut to size one by one.
+    """Batches of image files, decoded and cut to size one by one. Index i + n × copy is file i of n.
 
     Args:
         files: The table of files.
@@ -256,11 +265,13 @@ class FileBatches(Dataset[Batch]):
         mix = augment.draw_mix(self.seed, epoch, indices, size)
         numbers = order.uniforms(self.seed, epoch, indices, 22, order.RESIZED_CROP)
         images = _blank((len(indices), size, size, self.channels))
-        for out, index, u in zip(images, indices, numbers, strict=True):
-            if index >= 0:  # else padding: black
-                out.copy_(self._view(self.files.path(index), u, size).permute(1, 2, 0))
-        labels = np.where(indices < 0, -1, self.files.labels[indices])
-        return Batch(images, *map(torch.from_numpy, (labels, indices, draws, mix)))
+        rows = np.where(indices < 0, -1, indices % len(self.files))
+        for out, row, u in zip(images, rows, numbers, strict=True):
+            if row >= 0:  # else padding: black
+                out.copy_(self._view(self.files.path(row), u, size).permute(1, 2, 0))
+        augment.transform(images, self.seed, epoch, indices)
+        labels = np.where(rows < 0, -1, self.files.labels[rows])
+        return Batch(images, *map(torch.from_numpy, (labels, rows, draws, mix)))
 
     def _view(self, path: Path, u: npt.NDArray[np.float32], size: int) -> Tensor:
         if self.crop is None:

@@ -17,7 +17,7 @@ Ints = npt.NDArray[np.int64]
 
 _MASK = 0xFFFFFFFF
 # The last counter word: which use the draws are for, so that no two uses share a draw.
-ORDER, AUGMENT, RESIZED_CROP, SPLIT, STEP, MIX = range(6)
+ORDER, AUGMENT, RESIZED_CROP, SPLIT, STEP, MIX, ERASE, TRANSFORM = range(8)
 
 
 def philox(counter: tuple[Any, Any, Any, Any], key: int) -> tuple[Any, Any, Any, Any]:
@@ -66,10 +66,37 @@ def uniforms(
     return (bits >> 8).astype(np.float32) * np.float32(2**-24)
 
 
+def sample_seeds(seed: int, epoch: int, indices: npt.ArrayLike) -> Ints:
+    """A seed for each sample, int64 (n,), of what draws from a generator with a state of its own."""
+    high, low, _, _ = philox((_words(indices), 0, epoch, TRANSFORM), seed)
+    return ((high << 32 | low) >> 1).astype(np.int64)  # 63 bits: torch takes a signed integer
+
+
 def step_seed(seed: int, global_step: int, rank: int) -> int:
     """The seed for `torch.manual_seed` at one training step of one process: dropout, stochastic depth."""
     high, low, _, _ = philox((global_step & _MASK, global_step >> 32, rank, STEP), seed)
     return (high << 32 | low) >> 1  # 63 bits: torch takes a signed integer
+
+
+def repeat(order: Ints, repeats: int, batch_size: int, n: int) -> Ints:
+    """Repeated augmentation (Hoffer et al. 2020; Berman et al. 2019): each sample `repeats` times, in one batch.
+
+    The epoch keeps its number of batches, so it shows the first 1 / `repeats` of the samples. A batch has all its
+    samples, then all of them again: neighbours, which are mixed with each other, are different samples. Where its
+    size is no multiple of `repeats`, its last copies are missing.
+
+    Args:
+        order: Sample indices of the whole epoch.
+        repeats: How often a sample comes.
+        batch_size: Samples of one optimizer step.
+        n: Samples of the data set: index + n × copy stands for a copy, so that each has draws of its own.
+
+    Returns:
+        Whole batches, int64.
+    """
+    steps, distinct = len(order) // batch_size, -(-batch_size // repeats)
+    copy, sample = np.divmod(np.arange(batch_size), distinct)
+    return (order[: steps * distinct].reshape(steps, distinct)[:, sample] + n * copy).ravel()
 
 
 def micro_batch(order: Ints, position: int, batch_size: int, accumulate: int, world: int, rank: int) -> Ints:

@@ -10,8 +10,9 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
@@ -68,17 +69,33 @@ class SubsampleAndPad(nn.Module):
         return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.new_channels))
 
 
+class BlurredConv2d(nn.Conv2d):
+    """A convolution of stride > 1 behind a 3×3 binomial filter, against aliasing (Zhang 2019); no new parameters."""
+
+    binomial: Tensor
+
+    def __init__(self, c_in: int, *args: Any, **options: Any) -> None:
+        super().__init__(c_in, *args, **options)
+        row = torch.tensor([0.25, 0.5, 0.25])
+        self.register_buffer("binomial", row.outer(row).repeat(c_in, 1, 1, 1), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:  # (N, C, H, W) -> (N, C_out, H/s, W/s)
+        return super().forward(F.conv2d(x, self.binomial, padding=1, groups=self.in_channels))
+
+
 class Parts(NamedTuple):
     """What all blocks of one network are made of."""
 
     norm: Callable[[int], nn.Module]
     shortcut_kind: str
     groups: int  # of the 3×3 in a bottleneck
+    blur: bool
 
     def conv(self, c_in: int, c_out: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
         # A norm shifts each channel itself: only without one does a convolution need a bias.
         bias = self.norm is nn.Identity
-        return nn.Conv2d(c_in, c_out, kernel, stride, padding=kernel // 2, groups=groups, bias=bias)
+        make = BlurredConv2d if self.blur and stride > 1 else nn.Conv2d
+        return make(c_in, c_out, kernel, stride, padding=kernel // 2, groups=groups, bias=bias)
 
     def shortcut(self, c_in: int, c_out: int, stride: int) -> nn.Module | None:
         """S: the identity, or what fits x to F(x) (options A, B, C of He et al. 4.1); None in a plain net."""
@@ -159,7 +176,7 @@ class ResNet(nn.Module):
 
     With torchvision's weights it computes what torchvision's network computes. Sources: He et al. 2015 (the
     networks), Zagoruyko & Komodakis 2016 (wide), Xie et al. 2017 (groups), Goyal et al. 2017 (zero_init),
-    Huang et al. 2016 (drop_path).
+    Huang et al. 2016 (drop_path), Zhang 2019 (blur).
 
     Args:
         block: basic (two 3×3 convolutions) or bottleneck (1×1, 3×3, 1×1, four times the channels out).
@@ -177,6 +194,7 @@ class ResNet(nn.Module):
         zero_init: Start the last norm of each residual branch at zero: each block starts as relu(S(x)).
         drop_path: Stochastic depth: the chance to drop the last block's branch in training, for each image;
             it grows linearly from the first block on. In [0, 1).
+        blur: Blur before each convolution of stride 2, but that of the stem, as ffcv-imagenet does.
         in_channels: Channels of the images.
         num_classes: Outputs of the head; 0 for none: forward gives the features, (N, num_features).
 
@@ -197,20 +215,21 @@ class ResNet(nn.Module):
         width_per_group: int = 64,
         zero_init: bool = False,
         drop_path: float = 0.0,
+        blur: bool = False,
         in_channels: int = 3,
         num_classes: int = 1000,
     ) -> None:
         super().__init__()
         self.block, self.layers, self.width, self.stem = block, tuple(layers), width, stem
         self.shortcut, self.norm, self.groups, self.width_per_group = shortcut, norm, groups, width_per_group
-        self.zero_init, self.drop_path = zero_init, drop_path
+        self.zero_init, self.drop_path, self.blur = zero_init, drop_path, blur
         self.in_channels, self.num_classes = in_channels, num_classes
         _check(self)
         self.num_features = width * 2 ** (len(layers) - 1) * BLOCKS[block].expansion
 
-        parts = Parts(NORMS[norm], shortcut, groups)
+        parts = Parts(NORMS[norm], shortcut, groups, blur)
         kernel, stride, pool = STEMS[stem]
-        self.conv1 = parts.conv(in_channels, width, kernel, stride)
+        self.conv1 = parts._replace(blur=False).conv(in_channels, width, kernel, stride)
         self.bn1 = parts.norm(width)
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1) if pool else nn.Identity()
         for i, blocks in enumerate(_stages(self, parts)):

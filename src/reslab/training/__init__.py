@@ -7,11 +7,12 @@ if TYPE_CHECKING:
     from reslab.training.classifier import Classifier as Classifier
     from reslab.training.optimizers import Constant as Constant
     from reslab.training.optimizers import Cosine as Cosine
+    from reslab.training.optimizers import Linear as Linear
     from reslab.training.optimizers import MultiStep as MultiStep
     from reslab.training.optimizers import OneCycle as OneCycle
     from reslab.training.optimizers import Schedule as Schedule
 
-__all__ = ["Classifier", "Constant", "Cosine", "MultiStep", "OneCycle", "Schedule"]
+__all__ = ["Classifier", "Constant", "Cosine", "Linear", "MultiStep", "OneCycle", "Schedule"]
 
 
 def __getattr__(name: str) -> Any:

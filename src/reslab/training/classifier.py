@@ -1,7 +1,7 @@
 """The LightningModule: a network, its loss, its metrics and its optimizer."""
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from reslab.errors import UserError
 from reslab.models.resnet import ResNet
 from reslab.models.zoo import load_weights
 from reslab.training.ema import EMA
+from reslab.training.losses import binary_cross_entropy, cross_entropy
 from reslab.training.optimizers import Cosine, Schedule, parameter_groups
 
 PADDING = -1  # the label of an image that only fills up a batch: it counts nowhere
@@ -74,12 +75,17 @@ class Classifier(LightningModule):
         net: The network: float images (N, C, H, W) to logits (N, num_classes).
         optimizer: Any of torch.optim, with its settings; the rate given is the one at `lr_reference_batch`.
         schedule: The law of the learning rate over training.
+        loss: Of training: softmax, or binary: each class a yes or no of its own, averaged over the classes too
+            (Wightman et al. 2021). Evaluation reports the softmax cross-entropy whichever it is.
+        target_threshold: For the binary loss: targets above it become 1, all others 0, so that a mixed image has both
+            its classes in full; null keeps their weights as targets.
         label_smoothing: The share of each training label spread over all classes (Szegedy et al. 2016).
         lr_reference_batch: The batch size that the learning rate is stated for; the rate used is
             lr × batch_size / lr_reference_batch (Goyal et al. 2017). Without it the rate is used as it stands.
         decay_norm_and_bias: Whether weight decay acts on norms and biases too.
         ema_decay: The decay per step of an exponential moving average of the weights; evaluation uses the
             average. Without it the weights themselves are evaluated.
+        flip_test: Whether evaluation averages the logits of an image and its mirror image.
         weights: Pretrained weights to start from: a name of torchvision's (IMAGENET1K_V2), or a file.
         compile: Whether to run the network through torch.compile.
         channels_last: Whether to keep weights and activations in the channels-last layout.
@@ -91,10 +97,13 @@ class Classifier(LightningModule):
         net: ResNet,
         optimizer: OptimizerCallable = nesterov_sgd,
         schedule: Schedule | None = None,
+        loss: Literal["softmax", "binary"] = "softmax",
+        target_threshold: float | None = None,
         label_smoothing: float = 0.0,
         lr_reference_batch: int | None = None,
         decay_norm_and_bias: bool = False,
         ema_decay: float | None = None,
+        flip_test: bool = False,
         weights: str | None = None,
         compile: bool = False,
         channels_last: bool = True,
@@ -103,6 +112,10 @@ class Classifier(LightningModule):
         super().__init__()
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"label_smoothing is a share and must lie in [0, 1), not {label_smoothing}")
+        if target_threshold is not None and not (loss == "binary" and 0 <= target_threshold < 1):
+            raise ValueError(
+                f"target_threshold is a share below 1 of the binary loss; not {target_threshold} of {loss}"
+            )
         if ema_decay is not None and not 0 < ema_decay < 1:
             raise ValueError(f"ema_decay must lie between 0 and 1, not {ema_decay}; null turns the average off")
         if lr_reference_batch is not None and lr_reference_batch < 1:
@@ -112,11 +125,12 @@ class Classifier(LightningModule):
         self.net = net.to(memory_format=torch.channels_last) if channels_last else net
         self.make_optimizer = optimizer
         self.schedule = schedule or Cosine()
-        self.label_smoothing = label_smoothing
+        self.loss, self.target_threshold, self.label_smoothing = loss, target_threshold, label_smoothing
         self.lr_reference_batch = lr_reference_batch
         self.decay_norm_and_bias = decay_norm_and_bias
         self.ema_decay = ema_decay
         self.ema: EMA | None = None
+        self.flip_test = flip_test
         self.weights = weights
         self.compile_net = compile
         self.seed = seed
@@ -146,9 +160,10 @@ class Classifier(LightningModule):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (N, num_classes) of images (N, C, H, W); in eval mode by the averaged weights, if there are."""
-        if self.ema is not None and not self.training:
-            return self.ema.module(images)
-        return self.net(images)
+        if self.training:
+            return self.net(images)
+        net = self.evaluated_net()
+        return (net(images) + net(images.flip(3))) / 2 if self.flip_test else net(images)
 
     def evaluated_net(self) -> torch.nn.Module:
         """The network that evaluation uses: the average where there is one, else the trained one."""
@@ -183,17 +198,21 @@ class Classifier(LightningModule):
         reseed(step_seed(self.seed, self.trainer.fit_loop.epoch_loop.total_batch_idx, self.global_rank), self.device)
         images, labels = batch[0], batch[1]
         logits = self.net(images)
-        loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
-        own = getattr(batch, "mix", None)
-        if own is not None and own.numel():  # mixed images: accuracy is that on the label of greater weight
-            others = labels.roll(1)
-            loss = own * loss + (1 - own) * F.cross_entropy(logits, others, label_smoothing=self.label_smoothing)
-            labels = torch.where(own >= 0.5, labels, others)
+        mix = getattr(batch, "mix", None)
+        own = mix if mix is not None and mix.numel() else None
+        loss = self._training_loss(logits, labels, own)
+        if own is not None:  # mixed images: accuracy is that on the label of greater weight
+            labels = torch.where(own >= 0.5, labels, labels.roll(1))
         with torch.no_grad():
             correct = (logits.argmax(1) == labels).sum()
             self._window += torch.stack([loss.detach() * len(images), correct])
         self._window_images += len(images)
         return loss
+
+    def _training_loss(self, logits: Tensor, labels: Tensor, own: Tensor | None) -> Tensor:
+        if self.loss == "binary":
+            return binary_cross_entropy(logits, labels, own, self.label_smoothing, self.target_threshold)
+        return cross_entropy(logits, labels, own, self.label_smoothing)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)

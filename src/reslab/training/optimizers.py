@@ -79,6 +79,21 @@ class Cosine(Schedule):
         return self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+class Linear(Schedule):
+    """A straight line from 1 to `final` (Li et al. 2020, "Budgeted training").
+
+    Args:
+        final: The factor at the end of training.
+    """
+
+    def __init__(self, final: float = 0.0, warmup_epochs: float = 0.0, warmup_start: float = 0.0) -> None:
+        super().__init__(warmup_epochs, warmup_start)
+        self.final = final
+
+    def law(self, progress: float) -> float:
+        return 1 + (self.final - 1) * progress
+
+
 class OneCycle(Schedule):
     """Up to the base rate and down again, once (Smith & Topin 2018).
 
