@@ -4,7 +4,7 @@ Makes a folder of 1,000 classes with that many names (by default in a temporary 
 disk), those of a class being links to one file. It is listed through ImageData as a run does, and again in a fresh
 process, which finds the table kept. The time is from ImageData's construction to its fingerprint: training and
 validation split, and the check that the folder has not changed. A worker's growth is what a loader process, started
-after that, adds to its private memory (Linux) while it looks up a thousand batches of 256 files in random order.
+after that, adds to its private memory (Linux) while it looks up 200 batches of 256 files in random order.
 """
 
 import argparse
@@ -46,7 +46,7 @@ def unique_bytes() -> int:
 
 def look_up(files: Files, queue: Any) -> None:
     rng, before = np.random.default_rng(0), unique_bytes()
-    for _ in range(1000):
+    for _ in range(200):
         for index in rng.integers(0, len(files), 256):
             files.path(index)
         files.labels[rng.integers(0, len(files), 256)]
@@ -54,7 +54,7 @@ def look_up(files: Files, queue: Any) -> None:
 
 
 def start(top: str) -> None:
-    """As a run starts: prints seconds (of the clock, of the CPU), and a worker's growth in bytes, forked and spawned."""
+    """As a run starts: prints seconds (clock, CPU), and a worker's growth in bytes, forked and spawned."""
     began, worked = time.perf_counter(), time.process_time()
     data = ImageData(ImageFolder(top), top, 256, num_workers=0, val_split=10_000)
     data.setup("fit")
