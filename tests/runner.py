@@ -58,6 +58,16 @@ def interrupt_twice(*args: Any) -> None:
     signal.raise_signal(signal.SIGINT)
 
 
+def fail(*args: Any) -> None:
+    raise ArithmeticError("planted")
+
+
+def damage(*args: Any) -> None:
+    from reslab.data.datasets import DataError
+
+    raise DataError("the planted picture is damaged")
+
+
 def kill_worker(*args: Any) -> None:
     multiprocessing.active_children()[0].kill()
 
@@ -100,7 +110,7 @@ class Fault:
     rank: int = 0
 
     def plant(self) -> None:
-        if int(os.environ.get("LOCAL_RANK", "0")) != self.rank:
+        if int(os.environ.get("RANK") or os.environ.get("LOCAL_RANK", "0")) != self.rank:
             return
         module, _, path = self.target.partition(":")
         *outer, name = path.split(".")
@@ -112,6 +122,7 @@ class Fault:
             nonlocal calls
             calls += 1
             if calls == self.call:
+                Path(os.environ.get("HURT_AT", os.devnull)).write_text(str(time.time()))
                 act(*args)
             return original(*args, **kwargs)
 

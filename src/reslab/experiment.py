@@ -32,6 +32,7 @@ from reslab.training import Classifier
 from reslab.training.checkpoint import Checkpoints, TrustedIO, read_checkpoint, resume_point, weights_sha256
 from reslab.training.classifier import Diverged
 from reslab.training.preemption import Preempted, Preemption
+from reslab.training.processes import Failure, Lockstep, Watch, lost_contact
 from reslab.training.progress import ProgressReport
 
 EXIT = {"complete": 0, "failed": 1, "diverged": 1, "preempted": 75}
@@ -71,6 +72,7 @@ class Run:
         self.manifest: dict[str, Any] = {}
         self._began = time.monotonic()
         self.writes = rank() == 0  # one process keeps the folder
+        self.watch = Watch(folder.path, rank(), lambda failure: self._close("failed", failure.message))
 
     def execute(self, data: ImageData, model: Classifier, settings: dict[str, Any]) -> int:
         """Trains and tests; whatever happens, the manifest says how it ended."""
@@ -84,15 +86,26 @@ class Run:
             return self._close("preempted", str(stop))
         except Diverged as error:
             return self._close("diverged", str(error))
-        except (UserError, MisconfigurationException) as error:
-            self._close("failed", str(error))
-            raise UserError(str(error)) from error
         except Exception as error:
-            cause = known_failure(error)
+            return self._fail(error)
+        return EXIT["complete"]
+
+    def _fail(self, error: Exception) -> int:
+        """Says why, and ends all processes; of several, those whose connection breaks are not the ones to blame."""
+        wrong_use = isinstance(error, UserError | MisconfigurationException)
+        failure = None if wrong_use else self.watch.blame()
+        if failure is None:
+            cause = str(error) if wrong_use else known_failure(error)
             if cause is None:
                 traceback.print_exc()
-            return self._close("failed", cause or f"{type(error).__name__}: {error}")
-        return EXIT["complete"]
+            failure = Failure(cause or f"{type(error).__name__}: {error}", 2 if wrong_use else EXIT["failed"])
+            if not lost_contact(error):
+                self.watch.note(failure)
+        self._close("failed", failure.message)
+        self.watch.end_others(failure.status)
+        if failure.status == 2 and self.writes:
+            raise UserError(failure.message) from error
+        return failure.status
 
     # The manifest
 
@@ -150,6 +163,7 @@ class Run:
             manifests.write(self.folder.manifest, self.manifest)
 
     def _close(self, status: str, how: str) -> int:
+        self.watch.take_last_word()
         attempt = self.manifest["attempts"][-1]
         attempt.update(ended=manifests.now(), how=status if status == "complete" else f"{status}: {how}")
         self.manifest["wall_seconds"] += round(time.monotonic() - self._began, 1)
@@ -172,7 +186,8 @@ class Run:
         progress, saver = ProgressReport(), Checkpoints(self.folder.checkpoints, options.monitor, options.mode, *every)
         with Preemption(saver) as preemption:
             # In this order: what is saved at a step's end knows what was logged in it.
-            trainer = self._trainer(settings, [progress, saver, preemption])
+            trainer = self._trainer(settings, [Lockstep(), progress, saver, preemption])
+            self.watch.guard(trainer)
             self._note_environment(trainer, resumed=checkpoint is not None)
             if self.writes:
                 data.prepare_data()
@@ -187,7 +202,7 @@ class Run:
                 tracker.conclude(self.manifest["results"], pictures)
 
     def _resume_point(self) -> Path | None:
-        checkpoint, messages = resume_point(self.folder.checkpoints)
+        checkpoint, messages = resume_point(self.folder.checkpoints, mend=self.writes)
         step = read_checkpoint(checkpoint)["global_step"] if checkpoint else 0
         if checkpoint:
             messages.append(f"resuming at step {step} from {checkpoint}")
@@ -289,6 +304,8 @@ def known_failure(error: Exception) -> str | None:
     if "DataLoader worker" in text or isinstance(error, ConnectionError | EOFError):
         remedy = "run the same command again to go on, with fewer --data.num_workers if memory was short"
         return f"a loader process died ({text or type(error).__name__}): {remedy}"
+    if lost_contact(error):
+        return f"another process of the run is gone ({text.splitlines()[0]}): see what it said last"
     return None
 
 
