@@ -6,6 +6,7 @@ As a script it is `reslab` with a fault planted: `python tests/runner.py FAULT f
 
 import contextlib
 import csv
+import ctypes
 import functools
 import importlib
 import json
@@ -14,6 +15,7 @@ import os
 import random
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -81,6 +83,20 @@ def halve_and_die(checkpoints: Path, *args: Any) -> None:
 
 def spoil(module: Any, batch: Any, *args: Any) -> None:
     batch.images.fill_(float("nan"))
+
+
+def count_collectives(module: Any, *args: Any) -> None:
+    """From now on writes down at each forward pass how many collectives there were so far, those of C++ too."""
+    import torch
+
+    group = torch.distributed.distributed_c10d._get_default_group()
+    file = Path(os.environ["COLLECTIVES"]).open("w", buffering=1)  # noqa: SIM115 - until the end
+    module.net.register_forward_pre_hook(lambda *args: print(group._get_sequence_number_for_group(), file=file))
+
+
+def wait_for_ever(*args: Any) -> None:
+    """In C, as in a collective of NCCL's that nobody answers: no signal's handler runs."""
+    ctypes.CDLL(None).sem_wait(ctypes.create_string_buffer(64))
 
 
 def fill_disk(*args: Any) -> None:
@@ -179,20 +195,51 @@ def _main(argv: list[str], fault: Fault | None) -> None:
     sys.exit(main(argv))
 
 
-def spawn(*argv: str | Path, fault: Fault | None = None) -> Ended:
+def spawn(*argv: str | Path, fault: Fault | None = None, **environ: str) -> Ended:
     """As `reslab`, for runs of several processes: Lightning starts the others with the same command line."""
     words = " ".join(map(str, astuple(fault))) if fault else "-"
-    command = [sys.executable, __file__, words, *map(str, argv)]
+    return ended([[sys.executable, __file__, words, *map(str, argv)]], environ)
+
+
+def torchrun(nodes: int, *argv: str | Path, fault: Fault | None = None, **environ: str) -> Ended:
+    """As `spawn`, with a torchrun of one process for each node, all of them on this machine."""
+    words = " ".join(map(str, astuple(fault))) if fault else "-"
+    with socket.create_server(("localhost", 0)) as free:
+        meet = f"localhost:{free.getsockname()[1]}"
+    group = ["--nnodes", str(nodes), "--nproc_per_node", "1", "--rdzv_backend", "c10d", "--rdzv_endpoint", meet]
+    command = [sys.executable, "-m", "torch.distributed.run", *group, "--rdzv_id", "job7"]
+    return ended([[*command, __file__, words, *map(str, argv), f"--trainer.num_nodes={nodes}"]] * nodes, environ)
+
+
+def ended(commands: list[list[str]], environ: dict[str, str]) -> Ended:
+    """Runs the commands side by side until all of their processes are gone; the status is that of the first."""
     with tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        how: dict[str, Any] = {"stdout": log, "stderr": log, "env": {**os.environ, **environ}}
+        processes = [subprocess.Popen(command, start_new_session=True, **how) for command in commands]
         try:
-            status = process.wait(PATIENCE)
+            for process in processes:
+                process.wait(PATIENCE)
+            log.seek(0)
+            assert all_gone(processes), f"processes are left over:\n{log.read()}"
         finally:
-            time.sleep(1)  # for the others to end by themselves
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+            for process in processes:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
         log.seek(0)
-        return Ended(status, log.read())
+        return Ended(processes[0].returncode, log.read())
+
+
+def all_gone(leaders: list[subprocess.Popen[bytes]], patience: float = 10) -> bool:
+    """Whether nothing is soon left of the leaders' groups: a killed run's loader processes end by themselves."""
+    deadline = time.monotonic() + patience
+    while time.monotonic() < deadline:
+        with contextlib.suppress(ProcessLookupError):
+            for leader in leaders:
+                os.killpg(leader.pid, 0)
+            time.sleep(0.1)
+            continue
+        return True
+    return False
 
 
 def fit(folder: Path, *options: str | Path, **how: Any) -> Ended:
