@@ -32,7 +32,7 @@ from reslab.training import Classifier
 from reslab.training.checkpoint import Checkpoints, TrustedIO, read_checkpoint, resume_point, weights_sha256
 from reslab.training.classifier import Diverged
 from reslab.training.preemption import Preempted, Preemption
-from reslab.training.processes import Failure, Lockstep, Watch, lost_contact
+from reslab.training.processes import Failure, Lockstep, Watch, load_whole_state, lost_contact, whole_state
 from reslab.training.progress import ProgressReport
 
 EXIT = {"complete": 0, "failed": 1, "diverged": 1, "preempted": 75}
@@ -255,13 +255,14 @@ class Run:
         """Tests the weights that the protocol names, once, and keeps them with what they answered."""
         results = dict(model.latest)
         if self.options.rule == "best":
-            model.load_state_dict(read_checkpoint(self.folder.checkpoints / "best.ckpt")["state_dict"])
+            load_whole_state(model, read_checkpoint(self.folder.checkpoints / "best.ckpt")["state_dict"])
             results.update(saver.best_metrics)
         trainer.test(model, datamodule=data, verbose=False, weights_only=True)
         results.update({name: model.latest[name] for name in model.latest if name.startswith("test/")})
+        state = whole_state(model.evaluated_net())
         if not self.writes:
             return
-        weights = {k: v.detach().cpu().contiguous() for k, v in model.evaluated_net().state_dict().items()}
+        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
         with replacing(self.folder.weights) as part:
             part.write_bytes(save(weights))
         with replacing(self.folder.predictions) as part, part.open("wb") as file:

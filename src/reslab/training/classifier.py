@@ -20,6 +20,7 @@ from reslab.models.resnet import ResNet
 from reslab.models.zoo import load_weights
 from reslab.training.ema import EMA
 from reslab.training.optimizers import Cosine, Schedule, parameter_groups
+from reslab.training.processes import shard
 
 PADDING = -1  # the label of an image that only fills up a batch: it counts nowhere
 CHECK_FINITE_EVERY = 50  # steps: the longest that a diverged run trains on
@@ -144,6 +145,9 @@ class Classifier(LightningModule):
             self.weights = None
         if self.ema_decay is not None and self.ema is None:
             self.ema = EMA(self.net, self.ema_decay)
+        if self.device_mesh is not None:
+            for net in (self.net, *([self.ema.module] if self.ema else [])):
+                shard(net, self.device_mesh)
         if self.compile_net:
             self.net.compile()
 

@@ -13,9 +13,14 @@ from typing import Any, NamedTuple
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies.launchers import subprocess_script
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from reslab.files import write_text
+from reslab.models.resnet import ResidualBlock
 
 LOOK_EVERY = 0.5  # seconds
 GRACE = 3.0  # seconds for a process to notice by itself that another is gone, and to end
@@ -43,6 +48,33 @@ class Lockstep(Callback):
                 torch.distributed.broadcast(buffer, 0)
 
     on_test_start = on_validation_start
+
+
+def shard(net: nn.Module, mesh: DeviceMesh) -> None:
+    """Divides parameters, gradients and optimizer state of a net among processes, block by block (FSDP2).
+
+    Args:
+        net: Its residual blocks are gathered one at a time for their part of a pass, the rest together.
+        mesh: (copies, parts): a parameter lies in `parts` pieces, as often as there are `copies` (HSDP if several).
+    """
+    if isinstance(net, FSDPModule):
+        return
+    copies, parts = mesh.shape
+    over = mesh if copies > 1 else mesh["tensor_parallel"]
+    net.to(memory_format=torch.contiguous_format)  # FSDP2 cuts rows of dense memory
+    for block in [module for module in net.modules() if isinstance(module, ResidualBlock)]:
+        fully_shard(block, mesh=over)
+    fully_shard(net, mesh=over)
+
+
+def whole_state(net: nn.Module) -> dict[str, Tensor]:
+    """The net's state dict on the CPU, of all processes' parts: to be called in all, empty but in rank 0."""
+    return get_model_state_dict(net, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
+def load_whole_state(net: nn.Module, state: dict[str, Tensor]) -> None:
+    """Puts a whole state dict, the same in every process, into a net that may be divided among them."""
+    set_model_state_dict(net, state, options=StateDictOptions(full_state_dict=True))
 
 
 class Failure(NamedTuple):
