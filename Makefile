@@ -6,10 +6,10 @@ STAMP := $(VENV)/.installed
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint format notebooks lock rename clean
+.PHONY: help setup demo ablation-demo test test-slow lint format notebooks lock rename clean
 
 help:  ## this list
-	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
 
 setup: $(STAMP)  ## the virtual environment with the versions of constraints.txt
 
@@ -21,6 +21,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP)  ## train and test a ResNet on handwritten digits, one minute on a laptop
 	@$(BIN)/reslab fit --config configs/experiment/digits.yaml
+
+ablation-demo: $(STAMP)  ## three arms, five seeds and a verdict on handwritten digits, two minutes on two cores
+	@$(BIN)/reslab ablate run configs/ablation/digits_shortcuts.yaml --jobs 2
 
 # One thread a test process: two processes of two threads each on two cores get in each other's way.
 test test-slow: export OMP_NUM_THREADS ?= 1

@@ -55,6 +55,12 @@ def terminate(*args: Any) -> None:
     signal.raise_signal(signal.SIGTERM)
 
 
+def terminate_all(*args: Any) -> None:
+    """As a scheduler does it: the run and its loaders, from outside."""
+    pids = [os.getpid(), *(child.pid for child in multiprocessing.active_children())]
+    subprocess.run(["kill", "-TERM", *map(str, pids)], check=True)
+
+
 def interrupt_twice(*args: Any) -> None:
     signal.raise_signal(signal.SIGINT)
     signal.raise_signal(signal.SIGINT)
@@ -68,6 +74,16 @@ def damage(*args: Any) -> None:
     from reslab.data.datasets import DataError
 
     raise DataError("the planted picture is damaged")
+
+
+def linger(*args: Any) -> None:
+    time.sleep(3)
+
+
+def wait_for_slurm(*args: Any) -> None:
+    """As long as it takes until a job's time is up; not in a job that was requeued."""
+    if "SLURM_RESTART_COUNT" not in os.environ:
+        time.sleep(90)
 
 
 def kill_worker(*args: Any) -> None:

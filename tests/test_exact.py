@@ -123,17 +123,21 @@ def test_a_second_interrupt_stops_at_once(undisturbed: Undisturbed, tmp_path: Pa
     assert traces(tmp_path) == traces(undisturbed())
 
 
-def test_under_slurm_a_preempted_job_is_requeued(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("state", "requeued"), [("RUNNING", True), ("COMPLETING", False)])
+def test_under_slurm_a_preempted_job_is_requeued_but_not_a_cancelled_one(
+    tmp_path: Path, state: str, requeued: bool
+) -> None:
     scontrol = tmp_path / "bin" / "scontrol"
     scontrol.parent.mkdir()
-    scontrol.write_text(f'#!/bin/sh\necho "$@" >> "{tmp_path}/asked"\n')
+    scontrol.write_text(f'#!/bin/sh\necho "$@" >> "{tmp_path}/asked"\necho JobState={state}\n')
     scontrol.chmod(0o755)
     slurm = {"SLURM_JOB_ID": "12", "PATH": f"{scontrol.parent}:{os.environ['PATH']}"}
     ended = fit(tmp_path / "run", fault=Fault(TRAINING, "terminate", 11), **slurm)
     assert ended.status == 75, ended.output
-    assert (tmp_path / "asked").read_text() == "requeue 12\n"
+    asked = ["show job 12", *(["requeue 12"] if requeued else [])]
+    assert (tmp_path / "asked").read_text().splitlines() == asked
     assert fit(tmp_path / "run", **slurm).status == 0  # and done is done
-    assert (tmp_path / "asked").read_text() == "requeue 12\n"
+    assert (tmp_path / "asked").read_text().splitlines() == asked
 
 
 def test_an_early_stop_is_for_good(tmp_path: Path) -> None:

@@ -184,6 +184,14 @@ def test_a_killed_loader_process_is_named(undisturbed: Undisturbed, tmp_path: Pa
     assert traces(tmp_path) == traces(undisturbed())
 
 
+def test_a_signal_to_the_loaders_too_stops_the_run_as_one_to_it_alone(undisturbed: Undisturbed, tmp_path: Path) -> None:
+    ended = fit(tmp_path, "--data.num_workers=2", fault=Fault(TRAINING, "terminate_all", 11))
+    assert ended.status == 75, ended.output
+    assert manifest(tmp_path)["attempts"][0]["how"].startswith("preempted: SIGTERM at step 11")
+    assert fit(tmp_path, "--data.num_workers=2").status == 0
+    assert traces(tmp_path) == traces(undisturbed())
+
+
 def test_a_diverged_run_keeps_its_last_good_checkpoint(tmp_path: Path) -> None:
     ended = fit(tmp_path, "--trainer.log_every_n_steps=100", fault=Fault(TRAINING, "spoil", 14))
     assert ended.status == 1 and "lower the learning rate" in ended.output and "Traceback" not in ended.output

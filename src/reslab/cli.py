@@ -87,6 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("folder", metavar="RUN", help="a run folder")
     command.add_argument("--out", metavar="DIR", help="the new run's folder, default RUN-reproduced")
+    _add_ablate(add("ablate", None, "plan, run or report a study: arms × seeds in, a verdict out"))
     command = add("list", _list, "list models, data sets, experiments or ablation studies")
     command.add_argument("what", nargs="?", choices=[*LISTS, "models"], help="one of them; all by default")
     command = add("summary", _summary, "a model's layers: shapes, parameters, FLOPs")
@@ -103,6 +104,43 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("what", choices=["lr", "augment"])
     command.add_argument("--out", metavar="FILE.png", help="default preview-WHAT.png")
     return parser
+
+
+def _add_ablate(parser: argparse.ArgumentParser) -> None:
+    commands = parser.add_subparsers(dest="step", required=True, metavar="STEP")
+
+    def add(name: str, run, help: str) -> argparse.ArgumentParser:  # type: ignore[no-untyped-def]
+        step = commands.add_parser(name, help=help, description=help, allow_abbrev=False)
+        step.set_defaults(run=run, takes_config=True)
+        step.add_argument("study", metavar="STUDY", help="a study file, or its name in configs/ablation")
+        step.add_argument("--out", metavar="DIR", help="the study's folder, default runs/ablations/<name>")
+        return step
+
+    step = add("plan", _ablate_plan, "the cells, what each arm changes, the cost: STUDY [--KEY VALUE …]")
+    step.add_argument("--check", action="store_true", help="check every value against its type, too (loads torch)")
+    step = add("run", _ablate_run, "run all cells, or go on with them, then report: STUDY [--KEY VALUE …]")
+    step.add_argument("--jobs", type=int, metavar="N", help="cells at a time; default: what the GPUs hold, else 1")
+    step.add_argument("--jobs-per-gpu", type=int, default=1, metavar="K", help="cells that share a GPU, default 1")
+    step.add_argument("--retries", type=int, default=1, metavar="N", help="how often a failed cell is tried again")
+    step.add_argument("--launcher", choices=["local", "slurm"], default="local", help="this machine, or Slurm jobs")
+    _add_slurm(step.add_argument_group("with --launcher slurm"))
+    add("report", _ablate_report, "statistics, tables and figures of what is there: STUDY [--KEY VALUE …]")
+
+
+def _add_slurm(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--detach", action="store_true", help="submit the cells and return; do not wait")
+    group.add_argument("--slurm", metavar="FILE", help="a YAML file of the options below: partition, minutes, …")
+    group.add_argument("--partition", metavar="NAME", help="default: Slurm's own")
+    group.add_argument("--minutes", type=int, metavar="N", help="time limit of a job, default 240; it is requeued then")
+    group.add_argument("--gpus", type=int, metavar="N", help="GPUs a node; default: trainer.devices, on GPUs")
+    group.add_argument("--cpus", type=int, metavar="N", help="CPUs a process, default 1")
+    group.add_argument("--memory", type=int, metavar="GB", help="memory a node; default: Slurm's own")
+    group.add_argument("--sbatch", type=_pair, action="append", metavar="KEY=VALUE", help="any other option of sbatch")
+
+
+def _pair(text: str) -> tuple[str, str | bool]:
+    key, equals, value = text.lstrip("-").partition("=")
+    return key, value if equals else True
 
 
 def _shape(text: str) -> tuple[int, ...]:
@@ -162,6 +200,51 @@ def _reproduce(args: argparse.Namespace, rest: list[str]) -> int:
     from reslab.runs.verify import reproduce
 
     return reproduce(args.folder, args.out, rest)
+
+
+def _study(args: argparse.Namespace, rest: list[str]):  # type: ignore[no-untyped-def]
+    from reslab.ablation.study import read_study
+
+    study = read_study(args.study, rest)
+    return study, Path(args.out) if args.out else study.out
+
+
+def _ablate_plan(args: argparse.Namespace, rest: list[str]) -> None:
+    from reslab.ablation.plan import describe
+
+    study, out = _study(args, rest)
+    if args.check:
+        from reslab.ablation.launch import typed_configs
+
+        typed_configs(study)
+    print(describe(study, out))
+
+
+def _ablate_run(args: argparse.Namespace, rest: list[str]) -> int:
+    from reslab.ablation.launch import PREEMPTED, Room, run_local
+
+    study, out = _study(args, rest)
+    asked = {key: getattr(args, key) for key in ("partition", "minutes", "gpus", "cpus", "memory", "sbatch")}
+    if args.launcher == "slurm":
+        from reslab.ablation.slurm import Cluster, run_slurm
+
+        cluster = Cluster.read(args.slurm, **{**asked, "sbatch": dict(args.sbatch or [])})
+        status = run_slurm(study, out, cluster, args.jobs, args.retries, args.detach)
+    elif args.detach or args.slurm or any(asked.values()):
+        raise UserError("--detach and what a job asks for are for --launcher slurm")
+    else:
+        status = run_local(study, out, Room(args.jobs, args.jobs_per_gpu), args.retries)
+    if status != PREEMPTED and not args.detach:
+        _ablate_report(args, rest)
+    return status
+
+
+def _ablate_report(args: argparse.Namespace, rest: list[str]) -> None:
+    from reslab.ablation.report import log_summary, write_report
+
+    study, out = _study(args, rest)
+    print(f"report  {write_report(study, out)}")
+    log_summary(study, out)
 
 
 def _doctor(args: argparse.Namespace, rest: list[str]) -> int:

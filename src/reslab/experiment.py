@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import yaml
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
@@ -36,11 +37,6 @@ from reslab.training.processes import Failure, Lockstep, Watch, load_whole_state
 from reslab.training.progress import ProgressReport
 
 EXIT = {"complete": 0, "failed": 1, "diverged": 1, "preempted": 75}
-# These say where and how a run is carried out, not which run it is.
-NOT_IDENTITY = (
-    *("run.dir", "run.group", "run.job_type", "run.tags", "run.elastic", "trainer.logger", "trainer.devices"),
-    *("trainer.num_nodes", "data.root", "data.download", "data.num_workers"),
-)
 
 
 def fit(argv: list[str]) -> int:
@@ -152,7 +148,7 @@ class Run:
 
     def _refuse_other_config(self, text: str) -> None:
         found = differences(yaml.safe_load(self.folder.config.read_text()), yaml.safe_load(text))
-        if other := [row for row in found if not row[0].startswith(NOT_IDENTITY)]:
+        if other := [row for row in found if not row[0].startswith(manifests.NOT_IDENTITY)]:
             rows = "\n".join(f"  {key}: {there} there, {here} here" for key, there, here in other)
             remedy = "give another --run.dir, or the same config"
             raise UserError(f"{self.folder.path} holds a run with another config; {remedy}:\n{rows}")
@@ -175,6 +171,11 @@ class Run:
             print(f"the manifest could not be closed: {error}", flush=True)
         if status == "preempted" and self.writes:
             requeue()
+        together = status in ("preempted", "diverged")
+        if (
+            together and dist.is_available() and dist.is_initialized()
+        ):  # Slurm and torchrun kill all when the first ends
+            dist.barrier()
         return EXIT[status]
 
     # The work
@@ -216,6 +217,8 @@ class Run:
         self.trackers = [logger for logger in settings["logger"] if isinstance(logger, WandB)]
         if self.writes:
             self._attach_wandb()
+        if getattr(settings["strategy"], "_save_distributed_checkpoint", False):
+            raise UserError("a checkpoint is one file here: --trainer.strategy.save_distributed_checkpoint false")
         return Trainer(
             **{
                 **settings,
@@ -311,11 +314,15 @@ def known_failure(error: Exception) -> str | None:
 
 
 def requeue() -> None:
-    """Under Slurm, puts the job back into the queue: it will go on from its checkpoint."""
-    if "SLURM_JOB_ID" in os.environ and shutil.which("scontrol"):
-        job = os.environ.get("SLURM_ARRAY_JOB_ID", os.environ["SLURM_JOB_ID"])
-        task = os.environ.get("SLURM_ARRAY_TASK_ID")
-        subprocess.run(["scontrol", "requeue", f"{job}_{task}" if task else job], check=False)
+    """Under Slurm, puts the job back into the queue: it will go on from its checkpoint. Not one that was cancelled."""
+    if "SLURM_JOB_ID" not in os.environ or not shutil.which("scontrol"):
+        return
+    job = os.environ.get("SLURM_ARRAY_JOB_ID", os.environ["SLURM_JOB_ID"])
+    if task := os.environ.get("SLURM_ARRAY_TASK_ID"):
+        job = f"{job}_{task}"
+    shown = subprocess.run(["scontrol", "show", "job", job], capture_output=True, text=True, check=False).stdout
+    if "JobState=COMPLETING" not in shown:  # scancel asks with SIGTERM, too, and would be asked again and again
+        subprocess.run(["scontrol", "requeue", job], check=False)
 
 
 def _test_images(data: ImageData) -> Callable[[int], np.ndarray]:

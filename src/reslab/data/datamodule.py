@@ -26,6 +26,7 @@ from reslab.data.loaders import (
     FolderBatches,
     LateLoader,
     TrainOrder,
+    leave_signals_to_the_run,
 )
 from reslab.data.order import Ints, stratified_split
 from reslab.errors import UserError
@@ -224,6 +225,7 @@ class ImageData(LightningDataModule):
             num_workers=workers,
             persistent_workers=workers > 0,
             pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
+            worker_init_fn=leave_signals_to_the_run,
             generator=torch.Generator(),  # its own, or every iteration would draw from torch's global one
         )
 

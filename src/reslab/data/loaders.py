@@ -5,6 +5,9 @@ process and all randomness is a function of the key, so that no worker count can
 """
 
 import io
+import os
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -129,6 +132,24 @@ class LateLoader(DataLoader[Any]):
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         yield from super().__iter__()
+
+
+def leave_signals_to_the_run(worker: int) -> None:
+    """Keeps a loader process alive when its whole job is signalled, as Slurm and terminals do it.
+
+    The run answers: it comes to the end of its step, for which it needs its loaders, and then ends them by SIGTERM.
+    """
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_with_the_run, daemon=True).start()
+
+
+def _end_with_the_run() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 class Draws:

@@ -61,6 +61,17 @@ class RunFolder:
             for path in self.path.glob(pattern):
                 path.unlink()
 
+    def busy(self) -> bool:
+        """Whether a process holds the folder."""
+        if not (self.path / ".lock").exists():
+            return False
+        with (self.path / ".lock").open("a") as file:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                return True
+        return False
+
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
         """Holds the folder for this process; raises UserError saying who has it.

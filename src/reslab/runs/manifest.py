@@ -30,6 +30,11 @@ PACKAGES = (
     "safetensors",
     "wandb",
 )
+# These say where and how a run is carried out, not which run it is.
+NOT_IDENTITY = (
+    *("run.dir", "run.group", "run.job_type", "run.tags", "run.elastic", "trainer.logger", "trainer.devices"),
+    *("trainer.num_nodes", "data.root", "data.download", "data.num_workers"),
+)
 LARGEST_NEW_FILE = 2**20  # bytes: a new file beyond that is no code
 
 
@@ -49,6 +54,14 @@ def write(path: Path, manifest: dict[str, Any]) -> None:
 def now() -> str:
     """The time in UTC, to the second, as ISO 8601."""
     return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them: 41.2 s, 12 min 34 s, 3 h 05 min."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
 
 
 def command(argv: list[str]) -> str:

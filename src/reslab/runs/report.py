@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import yaml
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 
 from reslab.files import write_text
 from reslab.runs.figures import (
@@ -23,7 +23,7 @@ from reslab.runs.figures import (
     wilson,
 )
 from reslab.runs.folder import RunFolder
-from reslab.runs.manifest import read
+from reslab.runs.manifest import duration, read
 
 STATES = {
     "running": "This run has not ended: the page shows it as far as it had come when the page was written.",
@@ -50,14 +50,8 @@ def write_report(run_dir: Path) -> Path:
     manifest = read(folder.manifest)
     metrics, predictions = read_metrics(run_dir), read_predictions(run_dir)
     config = folder.config.read_text(encoding="utf-8") if folder.config.exists() else ""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    page = environment.get_template("report.html.j2").render(
+    template = templates().get_template("report.html.j2")
+    page = template.render(
         name="/".join(run_dir.resolve().parts[-2:]),
         status=manifest.get("status", "unknown"),
         notices=notices(run_dir, manifest, predictions),
@@ -72,6 +66,17 @@ def write_report(run_dir: Path) -> Path:
     )
     write_text(folder.report, page)
     return folder.report
+
+
+def templates(*folders: Path) -> Environment:
+    """The templates in `folders`, and after them those of runs: the style of all pages is there."""
+    return Environment(
+        loader=FileSystemLoader([*folders, Path(__file__).parent]),
+        autoescape=select_autoescape(["html.j2"]),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
 
 
 def notices(run_dir: Path, manifest: Mapping[str, Any], predictions: Predictions | None) -> list[str]:
@@ -155,22 +160,14 @@ def tiles(manifest: Mapping[str, Any], metrics: pd.DataFrame, predictions: Predi
     return found
 
 
-def duration(seconds: float) -> str:
-    """Seconds as a person says them: 41.2 s, 12 min 34 s, 3 h 05 min."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
-
-
-def embed(folder: Path) -> list[dict[str, str]]:
+def embed(folder: Path, captions: Mapping[str, str] = CAPTIONS) -> list[dict[str, str]]:
     """The PNGs of a folder as data URIs, the known ones first and with their captions."""
-    order = list(CAPTIONS)
+    order = list(captions)
     paths = sorted(folder.glob("*.png"), key=lambda p: order.index(p.stem) if p.stem in order else len(order))
     return [
         {
             "name": path.stem,
-            "caption": CAPTIONS.get(path.stem, path.stem.replace("_", " ")),
+            "caption": captions.get(path.stem, path.stem.replace("_", " ")),
             "uri": "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode(),
         }
         for path in paths

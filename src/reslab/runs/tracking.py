@@ -3,12 +3,13 @@
 import contextlib
 import os
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from lightning.pytorch.loggers.logger import Logger, rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
+from pandas import DataFrame
 
 from reslab.errors import UserError
 
@@ -138,11 +139,14 @@ class WandB(Logger):
                 self._run.log(metrics if step is None else {**metrics, "step": step})
 
     @rank_zero_only
-    def conclude(self, results: dict[str, float], figures: Sequence[Path] = ()) -> None:
-        """Puts the final metrics in the summary, adds figures (PNG) and report (HTML), and ends the run."""
+    def conclude(
+        self, results: dict[str, float], figures: Sequence[Path] = (), tables: Mapping[str, DataFrame] | None = None
+    ) -> None:
+        """Puts the final metrics in the summary, adds figures (PNG), report (HTML) and tables, and ends the run."""
         if self._run:
             with self._never_fatal():
-                self._run.log({f"figures/{path.stem}": _media(path) for path in figures})
+                media = {f"figures/{path.stem}": _media(path) for path in figures}
+                self._run.log(media | {f"tables/{name}": _table(table) for name, table in (tables or {}).items()})
                 self._run.summary.update(results)
                 self._run.finish()
             self._run = None
@@ -170,3 +174,9 @@ def _media(path: Path) -> Any:
     import wandb
 
     return wandb.Html(str(path)) if path.suffix == ".html" else wandb.Image(str(path))
+
+
+def _table(table: DataFrame) -> Any:
+    import wandb
+
+    return wandb.Table(dataframe=table)

@@ -1,0 +1,1 @@
+"""Ablations: arms and seeds in, paired differences with intervals and a verdict out."""

@@ -1,0 +1,134 @@
+"""The report of a study, at any time and from what is there: tables, a page, figures. No torch here."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from reslab.ablation import wording
+from reslab.ablation.analysis import Report, analyse, of_metric, results
+from reslab.ablation.cells import State, states
+from reslab.ablation.figures import CAPTIONS, draw_figures
+from reslab.ablation.study import Study
+from reslab.ablation.wording import Unit
+from reslab.files import write_text
+from reslab.runs.folder import RunFolder
+from reslab.runs.manifest import duration
+from reslab.runs.report import embed, templates
+
+
+def write_report(study: Study, out: Path) -> Path:
+    """Writes results.csv, report.json, report.md, table.tex, figures/ and report.html; returns the page.
+
+    Whatever has become of the cells: what is missing is named. The same outcomes give the same results.csv, to the
+    byte. Raises UserError where cells have finished but none logged the study's metric.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    found = states(study, out)
+    table = results(study, found)
+    report = analyse(study, out, found)
+    report["curve"], curves = _curves(study, found)
+    write_text(out / "results.csv", table.to_csv(index=False, lineterminator="\n"))
+    write_text(out / "report.json", json.dumps(report, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+    draw_figures(report, of_metric(study, table), curves, out / "figures")
+    texts = _texts(report, table)
+    texts |= {"figures": embed(out / "figures", CAPTIONS), "alt": wording.alternatives(report, texts["unit"])}
+    environment = templates(Path(__file__).parent)
+    environment.filters |= {"tex": wording.tex, "md": wording.markdown, "duration": duration, "named": wording.named}
+    for name in ("report.md", "table.tex", "report.html"):
+        write_text(out / name, environment.get_template(f"{name}.j2").render(texts))
+    return out / "report.html"
+
+
+def log_summary(study: Study, out: Path) -> None:
+    """Logs the report's table, page and figures to W&B as one run of the study's group, if the study's runs use W&B.
+
+    Its id is the plan's: a later report of the same plan goes on in the same run. Nothing that goes wrong is fatal.
+    """
+    options = _wandb_options(study)
+    if options is None:
+        return
+    from reslab.runs.tracking import WandB  # Lightning's base class: only here is torch loaded
+
+    report = json.loads((out / "report.json").read_text(encoding="utf-8"))
+    identity = hashlib.sha256(f"{study.name} {study.hash}".encode()).hexdigest()[:16]
+    tracker = WandB(**options)
+    about = {key: report[key] for key in ("question", "plan", "metric", "mode", "margin", "rule", "baseline", "seeds")}
+    tracker.attach(out, f"study-{identity}", f"{study.name} report", about, group=study.name, job_type="report")
+    arms = pd.DataFrame([{"arm": name, **_flat(arm)} for name, arm in report["arms"].items()])
+    tables = {"arms": arms, "cells": pd.read_csv(out / "results.csv")}
+    means = {f"{name}/{report['metric']}": arm["mean"] for name, arm in report["arms"].items()}
+    tracker.conclude(means, [*sorted((out / "figures").glob("*.png")), out / "report.html"], tables)
+
+
+def _flat(arm: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in arm.items() if not isinstance(value, dict | list)}
+
+
+def _wandb_options(study: Study) -> dict[str, Any] | None:
+    """The arguments of the WandB logger in any arm's config; None where there is none."""
+    for arm in study.arms.values():
+        loggers = (arm.config.get("trainer") or {}).get("logger")
+        for logger in loggers if isinstance(loggers, list) else [loggers]:
+            if isinstance(logger, dict) and str(logger.get("class_path", "")).rpartition(".")[2] == "WandB":
+                return dict(logger.get("init_args") or {})
+    return None
+
+
+# Learning curves
+
+
+def _curves(study: Study, found: Sequence[State]) -> tuple[str, dict[str, pd.DataFrame]]:
+    """The name of the metric over training, and by arm its values: a row a step, a column a seed."""
+    name = study.metric.rpartition("/")[2]
+    done = [state for state in found if state.status == "complete"]
+    for metric in (f"val/{name}", f"train/{name}"):
+        series: dict[str, dict[int, pd.Series]] = {}
+        for state in done:
+            if len(logged := _logged(RunFolder(state.cell.folder).metrics, metric)):
+                series.setdefault(state.cell.arm, {})[state.cell.seed] = logged
+        if series:
+            return metric, {arm: pd.concat(series[arm], axis=1) for arm in study.arms if arm in series}
+    return f"val/{name}", {}
+
+
+def _logged(path: Path, metric: str) -> pd.Series:
+    """A metric by step; empty where the file does not hold it, or cannot be read."""
+    try:
+        frame = pd.read_csv(path, usecols=["step", metric])
+    except (OSError, ValueError):  # also: no such column, no columns at all
+        return pd.Series(dtype=float)
+    # A run that is being written may end in half a line: what is no number counts as not logged.
+    step, value = (pd.to_numeric(frame[name], errors="coerce").to_numpy(float) for name in ("step", metric))
+    known = np.isfinite(step) & np.isfinite(value)
+    logged = pd.Series(value[known], index=step[known])
+    return logged[~logged.index.duplicated(keep="last")]
+
+
+# Words
+
+
+def _texts(report: Report, table: pd.DataFrame) -> dict[str, Any]:
+    """What the templates take: the report's numbers as they are to be read."""
+    unit = Unit.of(report)
+    others = [(name, arm) for name, arm in report["arms"].items() if name != report["baseline"]]
+    cells = table.reindex(columns=["arm", "seed", "status", report["metric"]])
+    return {
+        "report": report,
+        "unit": unit,
+        "arms": [wording.row(name, arm, report, unit) for name, arm in report["arms"].items()],
+        "answers": [(arm["verdict"], wording.sentence(name, arm, report, unit)) for name, arm in others],
+        "judged": wording.judged(report, unit),
+        "tiles": wording.tiles(report),
+        "effects": [wording.effect(e, unit) for e in report.get("effects", [])],
+        "interactions": [wording.effect(e, unit) for e in report.get("interactions", [])],
+        "per_image": [wording.per_image(name, found) for name, found in report["per_image"].items()],
+        "hardware": [(wording.hardware(group["is"]), group["cells"]) for group in report["hardware"]],
+        "code": [(wording.code(group["is"]), group["cells"]) for group in report["code"]],
+        "caption": wording.caption(report),
+        "cells": list(cells.itertuples(index=False, name=None)),
+    }

@@ -1,0 +1,363 @@
+"""Studies: read, compared, refused where they cannot mean what they say; their cells run, killed and gone on with."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from reslab.ablation import launch
+from reslab.ablation.cells import cells, states
+from reslab.ablation.study import CONFIGS, read_study
+from reslab.config import Experiment
+from reslab.errors import UserError
+from runner import manifest
+
+FAKE = Path(__file__).with_name("fake_fit.py")
+STUDIES = sorted((CONFIGS / "ablation").glob("*.yaml"))
+SHORTCUT = "model.net.init_args.shortcut"
+PLAIN: dict = {
+    "question": "Do shortcuts help?",
+    "base": [str(CONFIGS / "experiment/digits.yaml")],
+    "baseline": "A",
+    "margin": 0.01,
+    "arms": {"A": {}, "none": {SHORTCUT: "none"}},
+    "seeds": [0, 1],
+}
+CROPS: dict = {"data.augment.crop_padding": [0, 1], SHORTCUT: {"with": "A", "without": "none"}}
+
+
+def write(folder: Path, **changes: object) -> Path:
+    """A study file: PLAIN with some keys changed, or left out where they are None."""
+    file = folder / "study.yaml"
+    file.write_text(yaml.safe_dump({k: v for k, v in {**PLAIN, **changes}.items() if v is not None}, sort_keys=False))
+    return file
+
+
+# Reading
+
+
+@pytest.mark.parametrize("path", [pytest.param(path, id=path.stem) for path in STUDIES])
+def test_every_study_that_ships_is_valid_to_the_last_value(path: Path) -> None:
+    study = read_study(path)
+    assert study.name == path.stem
+    assert len(study.seeds) >= 3, "fewer seeds carry no verdict"
+    assert study.margin
+    assert f"configs/ablation/{path.name}" in path.read_text(), "the header has no command"
+    assert set(launch.typed_configs(study)) == set(study.arms)
+
+
+@pytest.mark.parametrize(
+    ("files", "options"),
+    [
+        (["experiment/digits.yaml"], []),
+        (["experiment/cifar10_resnet20.yaml", "recipe/onecycle.yaml", "trainer/cpu.yaml"], ["--trainer.max_epochs=3"]),
+        (["experiment/cifar10_resnet18.yaml", "recipe/adamw.yaml", "logger/wandb.yaml"], []),
+        (["experiment/digits.yaml", "recipe/ema.yaml"], ["--model.net=NET", "--model.optimizer.init_args.lr=1e-2"]),
+    ],
+)
+def test_an_arm_is_what_fit_makes_of_the_same_files(tmp_path: Path, files: list[str], options: list[str]) -> None:
+    options = [option.replace("NET", str(CONFIGS / "net/resnet20.yaml")) for option in options]
+    stacked = [word for file in files for word in ("--config", str(CONFIGS / file))]
+    ours = read_study(write(tmp_path, base=[str(CONFIGS / file) for file in files], baseline="B", arms={
+        "A": {SHORTCUT: "C"}, "B": {"data.split_seed": 3},
+    }), options)  # fmt: skip
+    by_fit = yaml.safe_load(Experiment([*stacked, *options, "--data.split_seed=3"]).dump())
+    by_us = yaml.safe_load(launch.typed_configs(ours)["B"])
+    run = by_us.pop("run"), by_fit.pop("run")
+    assert by_us == by_fit
+    assert run[0]["group"] == ours.name and run[0]["job_type"] == "B"
+
+
+def test_changes_show_defaults_and_the_classes_of_leaves(tmp_path: Path) -> None:
+    deeper = str(CONFIGS / "net/resnet20.yaml")
+    adamw = {"class_path": "AdamW", "init_args": {"lr": 0.001}}
+    arms = {"A": {}, "deep": {"model.net": deeper}, "adamw": {"model.optimizer": adamw}, "zero": {
+        "model.net.init_args.zero_init": True
+    }}  # fmt: skip
+    study = read_study(write(tmp_path, arms=arms))
+    assert study.arms["deep"].changes == (("model.net.init_args.layers", [1, 1, 1], [3, 3, 3]),)
+    assert study.arms["zero"].changes == (("model.net.init_args.zero_init", False, True),)
+    changed = {key: (there, here) for key, there, here in study.arms["adamw"].changes}
+    assert changed["model.optimizer.class_path"] == ("SGD", "AdamW")
+    assert study.arms["adamw"].config["model"]["optimizer"]["init_args"]["weight_decay"] == 5e-4  # both take it
+
+
+def test_factors_make_the_whole_grid_but_what_is_excluded(tmp_path: Path) -> None:
+    first = {"data.augment.crop_padding": 0, SHORTCUT: "with"}
+    study = read_study(write(tmp_path, arms=None, factors=CROPS, baseline=first))
+    assert list(study.arms) == [
+        f"crop_padding={crop}+shortcut={kind}" for crop in (0, 1) for kind in ("with", "without")
+    ]
+    assert study.baseline == "crop_padding=0+shortcut=with"
+    assert study.arms["crop_padding=1+shortcut=without"].levels == {
+        "data.augment.crop_padding": "1",
+        SHORTCUT: "without",
+    }
+    holed = write(tmp_path, arms=None, factors=CROPS, baseline=first, exclude=[{SHORTCUT: "without", **{
+        "data.augment.crop_padding": 1
+    }}])  # fmt: skip
+    assert len(read_study(holed).arms) == 3
+
+
+def test_the_hash_is_of_what_decides_about_the_numbers(tmp_path: Path) -> None:
+    plain = read_study(write(tmp_path)).hash
+    assert read_study(write(tmp_path, question="Do they?", minutes=3)).hash == plain
+    assert read_study(write(tmp_path), ["--data.root", "elsewhere"]).hash == plain
+    assert read_study(write(tmp_path, seeds=[0, 1, 2])).hash != plain
+    assert read_study(write(tmp_path), ["--trainer.max_epochs=2"]).hash != plain
+
+
+MISTAKES = [
+    (
+        {"arms": {"A": {}, "B": {"model.net.init_args.shortcutt": "none"}}},
+        "arm B",
+        "nearest: model.net.init_args.short",
+    ),
+    ({"arms": {"A": {}, "B": {"model.optimizer.init_args.momentun": 0}}}, "arm B", "optimizer.init_args.momentum"),
+    ({"arms": {"A": {}, "B": {"trainer.max_epoch": 3}}}, "arm B", "trainer.max_epochs"),
+    ({"arms": {"A": {}, "B": {"data.augment.crop": 3}}}, "arm B", "data.augment.crop_padding"),
+    ({"arms": {"A": {}, "B": {"seed_everything": 3}}}, "arm B", "seed_everything is not an arm's"),
+    ({"arms": {"A": {}, "B": {SHORTCUT: "A"}}}, "arm B is the same as A", "changes nothing"),
+    ({"arms": {"A": {}, "B": {SHORTCUT: "C"}, "D": {SHORTCUT: "C"}}}, "arm D is the same as B", "study.yaml"),
+    ({"arms": {"A": {}, "B": {"model.label_smoothing": 0.1}}}, "arm B is the same as A", ""),
+    ({"arms": {"A": {}, "a/b": {SHORTCUT: "C"}}}, "'a/b'", "folder's name"),
+    ({"baseline": "Aa"}, "baseline 'Aa' is no arm", "A"),
+    ({"seeds": []}, "seeds", "empty"),
+    ({"seeds": [0, 0]}, "seeds", "twice"),
+    ({"seeds": [0, "x"]}, "seeds", "'x'"),
+    ({"metric": "test/accuracy"}, "'test/accuracy'", "nearest: test/acc"),
+    ({"margin": 0}, "margin", "more than 0"),
+    ({"rule": "last"}, "rule", "final or best"),
+    ({"sedes": [1]}, "'sedes'", "nearest: seeds"),
+    ({"question": None}, "question", "missing"),
+    ({"arms": {"A": {}}}, "nothing to compare", "second arm"),
+    ({"base": ["none.yaml"]}, "none.yaml", "cannot read"),
+    ({"factors": {SHORTCUT: ["A", "C"]}}, "either arms or factors", ""),
+    ({"arms": None, "factors": {SHORTCUT: ["A"]}}, "at least two values", SHORTCUT),
+    ({"arms": None, "factors": {SHORTCUT: ["A", "C"]}, "exclude": [{"x": 1}]}, "'x' is none of the factors", SHORTCUT),
+]
+
+
+@pytest.mark.parametrize(("changes", "named", "more"), MISTAKES, ids=[str(named) for _, named, _ in MISTAKES])
+def test_a_mistake_in_a_study_is_named_before_anything_runs(
+    tmp_path: Path, changes: dict, named: str, more: str
+) -> None:
+    with pytest.raises(UserError) as caught:
+        read_study(write(tmp_path, **changes))
+    assert named in str(caught.value)
+    assert more in str(caught.value)
+    assert "study.yaml" in str(caught.value) or "base" in changes
+
+
+@pytest.mark.parametrize(
+    ("value", "named"), [("nothing", "shortcut"), (7, "shortcut")], ids=["no such kind", "a number"]
+)
+def test_a_wrong_value_is_refused_before_the_first_cell(tmp_path: Path, value: object, named: str) -> None:
+    study = read_study(write(tmp_path, arms={"A": {}, "B": {SHORTCUT: value}}))
+    with pytest.raises(UserError, match=rf"arm B: .*{named}"):
+        launch.run_local(study, tmp_path / "out", launch.Room())
+    assert not list((tmp_path / "out").glob("*/seed-*"))
+
+
+def test_an_override_may_not_touch_what_the_arms_differ_in(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="for all arms, but they differ"):
+        read_study(write(tmp_path), [f"--{SHORTCUT}", "C"])
+
+
+def test_a_study_is_found_by_name_and_an_unknown_one_answered_with_the_nearest() -> None:
+    assert read_study("digits_shortcuts").path == CONFIGS / "ablation/digits_shortcuts.yaml"
+    with pytest.raises(UserError, match="digits_shortcuts"):
+        read_study("digit_shortcut")
+
+
+# Running, with a stand-in for `fit`
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
+    """Cells do as told instead of training: fake({cell name: [act, …]})."""
+    real = launch.command
+    monkeypatch.setattr(launch, "command", lambda cell: [sys.executable, str(FAKE), *real(cell)[3:]])
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    return lambda acts: monkeypatch.setenv("FAKE", json.dumps(acts))
+
+
+def tries(out: Path) -> dict[str, int]:
+    return {"/".join(p.parts[-3:-1]): len(p.read_text().split()) for p in out.glob("*/seed-*/tries")}
+
+
+def test_a_failed_cell_is_tried_again_and_then_reported(tmp_path: Path, fake, capfd) -> None:  # type: ignore[no-untyped-def]
+    fake({"A/seed-0": ["failed", "complete"], "none/seed-0": ["failed"], "none/seed-1": ["usage"], "A/seed-1": ["die"]})
+    study, out = read_study(write(tmp_path)), tmp_path / "out"
+    assert launch.run_local(study, out, launch.Room(jobs=2), retries=2) == 1
+    assert tries(out) == {"A/seed-0": 2, "none/seed-0": 3, "none/seed-1": 1, "A/seed-1": 3}
+    found = {s.cell.name: (s.status, s.detail) for s in states(study, out)}
+    assert found["A/seed-0"] == ("complete", "")
+    assert found["none/seed-0"] == ("failed", "as told")
+    assert found["none/seed-1"] == ("missing", "reslab: data: no such folder")
+    assert found["A/seed-1"][0] == "preempted" and "killed" in found["A/seed-1"][1]
+    printed = capfd.readouterr().out
+    assert "A/seed-0: failed: as told; will be tried again" in printed
+    assert "[1/4]" in printed
+    assert "this cell is told to" not in printed and "told to" in (out / "A/seed-0/log.txt").read_text()
+
+
+def test_what_is_complete_is_not_run_again(tmp_path: Path, fake) -> None:  # type: ignore[no-untyped-def]
+    fake({"none/seed-1": ["diverged", "complete"]})
+    study, out = read_study(write(tmp_path)), tmp_path / "out"
+    assert launch.run_local(study, out, launch.Room(jobs=4), retries=5) == 1
+    assert tries(out)["none/seed-1"] == 1, "to diverge again is of no use"
+    assert launch.run_local(study, out, launch.Room()) == 0
+    assert tries(out) == {"A/seed-0": 1, "A/seed-1": 1, "none/seed-0": 1, "none/seed-1": 2}
+    more = read_study(write(tmp_path, seeds=[0, 1, 2]))
+    assert launch.run_local(more, out, launch.Room()) == 0
+    assert sum(tries(out).values()) == 7
+
+
+def test_a_cell_whose_config_changed_is_never_reused(tmp_path: Path, fake) -> None:  # type: ignore[no-untyped-def]
+    fake({})
+    study, out = read_study(write(tmp_path)), tmp_path / "out"
+    launch.run_local(study, out, launch.Room())
+    before = {file: file.read_bytes() for file in out.rglob("*.yaml")}
+    other = read_study(write(tmp_path, arms={"A": {}, "none": {SHORTCUT: "C"}}))
+    with pytest.raises(UserError, match=r"none/seed-0: .*shortcut is none there, C in the plan"):
+        launch.run_local(other, out, launch.Room())
+    assert {file: file.read_bytes() for file in out.rglob("*.yaml")} == before
+    shutil.move(out / "A/seed-0", tmp_path / "kept")
+    shutil.copytree(out / "none/seed-0", out / "A/seed-0")
+    with pytest.raises(UserError, match="A/seed-0"):
+        launch.run_local(study, out, launch.Room())
+    assert [s.status for s in states(study, out)] == ["foreign", "complete", "complete", "complete"]
+
+
+def test_a_corrupt_manifest_names_its_cell_and_harms_no_other(tmp_path: Path, fake, capfd) -> None:  # type: ignore[no-untyped-def]
+    fake({})
+    study, out = read_study(write(tmp_path)), tmp_path / "out"
+    (out / "A/seed-1").mkdir(parents=True)
+    (out / "A/seed-1/manifest.json").write_text('{"status": "comp')
+    assert launch.run_local(study, out, launch.Room()) == 1
+    assert tries(out) == {"A/seed-0": 1, "none/seed-0": 1, "none/seed-1": 1}
+    [damaged] = [s for s in states(study, out) if s.status != "complete"]
+    assert damaged.cell.name == "A/seed-1" and "manifest.json is damaged" in damaged.detail
+
+
+def test_threads_are_shared_out_and_a_cell_keeps_those_it_began_with(
+    tmp_path: Path, fake, monkeypatch: pytest.MonkeyPatch
+) -> None:  # type: ignore[no-untyped-def]
+    fake({"A/seed-0": ["failed", "complete"]})
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr(launch, "_cores", lambda: 8)
+    study, out = read_study(write(tmp_path)), tmp_path / "out"
+    launch.run_local(study, out, launch.Room(jobs=2), retries=0)
+    launch.run_local(study, out, launch.Room(jobs=4), retries=0)
+    assert (out / "A/seed-0/tries").read_text().split() == ["4", "4"]
+
+
+@pytest.mark.parametrize(
+    ("room", "devices", "expected"),
+    [
+        (launch.Room(), 1, ["0", "1", "2", "3"]),
+        (launch.Room(jobs=2), 1, ["0", "1"]),
+        (launch.Room(jobs_per_gpu=2), 2, ["0,1", "2,3", "0,1", "2,3"]),
+    ],
+)
+def test_gpus_are_shared_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: launch.Room, devices: int, expected: list[str]
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
+    study = read_study(write(tmp_path), [f"--trainer.devices={devices}"])
+    assert [slot["CUDA_VISIBLE_DEVICES"] for slot in room.slots(study)] == expected
+    with pytest.raises(UserError, match="--jobs-per-gpu"):
+        launch.Room(jobs=9).slots(study)
+
+
+def test_two_at_once_in_one_folder_are_refused(tmp_path: Path, fake) -> None:  # type: ignore[no-untyped-def]
+    study, out = read_study(write(tmp_path)), tmp_path / "out"
+    out.mkdir()
+    holder = subprocess.Popen(
+        [sys.executable, "-c", f"import fcntl,time; f=open({str(out / '.lock')!r},'a+'); "
+         "fcntl.lockf(f, fcntl.LOCK_EX); print('held', flush=True); time.sleep(60)"], stdout=subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        assert holder.stdout and holder.stdout.readline() == b"held\n"
+        with pytest.raises(UserError, match="in use by another run"):
+            launch.run_local(study, out, launch.Room())
+    finally:
+        holder.kill()
+        holder.wait()
+    fake({})  # the lock died with its process: nothing to clear away
+    assert launch.run_local(study, out, launch.Room(jobs=4)) == 0
+
+
+# Running, as a user does
+
+
+def ablate(*words: str | Path, **environ: str) -> list[str]:
+    return [sys.executable, "-m", "reslab", "ablate", *map(str, words)]
+
+
+def test_plan_prints_cells_changes_and_hash_and_imports_no_torch(tmp_path: Path) -> None:
+    code = "import sys; from reslab.cli import main; main(sys.argv[1:]); assert 'torch' not in sys.modules"
+    words = ["ablate", "plan", str(write(tmp_path, minutes=3)), "--out", str(tmp_path / "out")]
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True)
+    assert "2 arms × 2 seeds (0, 1) = 4; 0 done" in done.stdout
+    assert f"none  {SHORTCUT}: A → none" in done.stdout
+    assert "4 cells to run, 12 min 00 s" in done.stdout
+    assert read_study(write(tmp_path, minutes=3)).hash in done.stdout
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_signal_reaches_the_cells_and_the_next_call_goes_on(tmp_path: Path, fake, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    fake({"A/seed-0": ["wait", "complete"], "none/seed-0": ["wait", "complete"]})
+    study, out = read_study(write(tmp_path)), tmp_path / "out"
+
+    def interrupt(*args: object) -> None:
+        if len(list(out.glob("*/seed-0/manifest.json"))) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr("reslab.ablation.board.Board.refresh", interrupt)
+    assert launch.run_local(study, out, launch.Room(jobs=2)) == 75
+    assert {s.status for s in states(study, out)} == {"preempted", "missing"}
+    assert launch.run_local(study, out, launch.Room(jobs=2)) in (0, 75)
+
+
+def run_once(words: list[str], log: Path, seconds: float | None = None) -> int | None:
+    """Runs it in a group of its own; after `seconds` the whole group is killed."""
+    with log.open("ab") as file:
+        process = subprocess.Popen(words, stdout=file, stderr=file, start_new_session=True)
+    try:
+        return process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        return None
+
+
+@pytest.mark.slow
+def test_killed_five_times_the_results_are_those_of_an_undisturbed_study(tmp_path: Path) -> None:
+    study = write(tmp_path, seeds=[0, 1, 2])
+    short = ["--trainer.max_epochs=12", "--trainer.accelerator=cpu", "--run.checkpoint_every_steps=20", "--jobs", "2"]
+    assert run_once(ablate("run", study, "--out", tmp_path / "calm", *short), tmp_path / "log") == 0
+    disturbed, rng = tmp_path / "disturbed", random.Random(0)
+    finished: dict[str, str] = {}
+    kills = 0
+    while kills < 5:
+        run_once(ablate("run", study, "--out", disturbed, *short), tmp_path / "log", rng.uniform(14, 30))
+        kills += 1
+        time.sleep(0.5)
+        for s in states(read_study(study, short[:3]), disturbed):
+            if s.status == "complete":
+                started = manifest(s.cell.folder)["attempts"][-1]["started"]
+                assert finished.setdefault(s.cell.name, started) == started, "a finished cell was run again"
+    assert run_once(ablate("run", study, "--out", disturbed, *short), tmp_path / "log") == 0
+    assert (disturbed / "results.csv").read_bytes() == (tmp_path / "calm/results.csv").read_bytes()
+    attempts = [len(manifest(c.folder)["attempts"]) for c in cells(read_study(study), disturbed)]
+    assert max(attempts) > 1, "no cell was ever hit"
