@@ -217,20 +217,20 @@ def spawn(*argv: str | Path, fault: Fault | None = None, **environ: str) -> Ende
     return ended([[sys.executable, __file__, words, *map(str, argv)]], environ)
 
 
-def torchrun(nodes: int, *argv: str | Path, fault: Fault | None = None, **environ: str) -> Ended:
+def torchrun(nodes: int, *argv: str | Path, cwd: Path, fault: Fault | None = None, **environ: str) -> Ended:
     """As `spawn`, with a torchrun of one process for each node, all of them on this machine."""
     words = " ".join(map(str, astuple(fault))) if fault else "-"
     with socket.create_server(("localhost", 0)) as free:
         meet = f"localhost:{free.getsockname()[1]}"
     group = ["--nnodes", str(nodes), "--nproc_per_node", "1", "--rdzv_backend", "c10d", "--rdzv_endpoint", meet]
     command = [sys.executable, "-m", "torch.distributed.run", *group, "--rdzv_id", "job7"]
-    return ended([[*command, __file__, words, *map(str, argv), f"--trainer.num_nodes={nodes}"]] * nodes, environ)
+    return ended([[*command, __file__, words, *map(str, argv), f"--trainer.num_nodes={nodes}"]] * nodes, environ, cwd)
 
 
-def ended(commands: list[list[str]], environ: dict[str, str]) -> Ended:
+def ended(commands: list[list[str]], environ: dict[str, str], cwd: Path = REPO) -> Ended:
     """Runs the commands side by side until all of their processes are gone; the status is that of the first."""
     with tempfile.TemporaryFile("w+") as log:
-        how: dict[str, Any] = {"stdout": log, "stderr": log, "env": {**os.environ, **environ}}
+        how: dict[str, Any] = {"stdout": log, "stderr": log, "env": {**os.environ, **environ}, "cwd": cwd}
         processes = [subprocess.Popen(command, start_new_session=True, **how) for command in commands]
         try:
             for process in processes:

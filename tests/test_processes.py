@@ -10,9 +10,24 @@ from pathlib import Path
 
 import pytest
 
-from runner import DIGITS, SHORT, TRAINING, VALIDATION, Ended, Fault, fit, manifest, metrics, spawn, traces
+from runner import (
+    DIGITS,
+    REPO,
+    SHORT,
+    TRAINING,
+    VALIDATION,
+    Ended,
+    Fault,
+    fit,
+    manifest,
+    metrics,
+    spawn,
+    torchrun,
+    traces,
+)
 
-TWO = ["--trainer.devices=2", "--trainer.strategy=ddp", "--model.ema_decay=0.9"]
+CPU = ["--trainer.accelerator=cpu", "--trainer.precision=32-true"]
+TWO = ["--config", str(REPO / "configs/trainer/ddp.yaml"), *CPU, "--trainer.devices=2", "--model.ema_decay=0.9"]
 # At the usual rate, 0.1, rounding alone parts two runs of this net in fp32 after some 10 steps (in fp64 it does not).
 GENTLE = ["--model.net.init_args.norm=group", "--model.optimizer.init_args.lr=0.002", "--trainer.log_every_n_steps=1"]
 COUNT = Fault(TRAINING, "count_collectives", 3)
@@ -79,6 +94,7 @@ def test_a_finished_run_is_evaluated_by_any_number_of_processes(undisturbed_two:
         assert [line for line in ended.output.splitlines() if line.startswith("test/")] == expected
 
 
+@pytest.mark.slow
 def test_a_batch_that_does_not_divide_is_refused(tmp_path: Path) -> None:
     ended = fit_two(tmp_path, "--data.batch_size=63")
     assert ended.status == 2 and ended.output.count("63 does not divide among 2 devices") == 2, ended.output
@@ -123,6 +139,56 @@ def test_one_process_that_fails_ends_all(tmp_path: Path, fault: Fault, message: 
     assert manifest(tmp_path)["status"] == "failed"
     assert ended.output.count("Traceback") <= 1  # of the one, not of those that it took along
     assert re.search(f"failed: {message}", manifest(tmp_path)["attempts"][0]["how"])
+
+
+FSDP = ["--config", str(REPO / "configs/trainer/fsdp.yaml"), *CPU]
+AVERAGE = ["--model.ema_decay=0.9", "--run.rule=best"]
+
+
+def fit_divided(folder: Path, *options: str, fault: Fault | None = None) -> Ended:
+    return spawn("fit", *DIGITS, *SHORT, *FSDP, *AVERAGE, "--run.dir", folder, *options, fault=fault)
+
+
+@pytest.mark.slow
+def test_a_divided_net_trains_as_a_whole_one_stops_and_resumes_to_the_same_bits(tmp_path: Path) -> None:
+    copied, whole, stopped = tmp_path / "copied", tmp_path / "whole", tmp_path / "stopped"
+    gentle = "--model.optimizer.init_args.lr=0.002"
+    assert fit_two(copied, *AVERAGE, gentle).status == 0
+    ended = fit_divided(whole, "--trainer.devices=2", gentle)
+    assert ended.status == 0, ended.output
+    assert max(relative(a, b, "train/loss") for a, b in zip(metrics(copied), metrics(whole), strict=True)) < 1e-5
+    assert fit_divided(stopped, "--trainer.devices=2", gentle, fault=Fault(TRAINING, "terminate", 26, 1)).status == 75
+    assert fit_divided(stopped, "--trainer.devices=2", gentle).status == 0
+    assert traces(stopped) == traces(whole)
+
+
+@pytest.mark.slow
+def test_divided_in_two_and_that_twice(tmp_path: Path) -> None:
+    halves = ["--trainer.strategy.data_parallel_size=2", "--trainer.strategy.tensor_parallel_size=2"]
+    ended = fit_divided(tmp_path, "--trainer.devices=4", *halves)
+    assert ended.status == 0, ended.output
+    assert manifest(tmp_path)["environment"]["world_size"] == 4
+
+
+@pytest.mark.slow
+def test_two_nodes_under_torchrun_share_one_folder(undisturbed_two: Path, tmp_path: Path) -> None:
+    argv = ["fit", *DIGITS, *SHORT, "--model.ema_decay=0.9", "--trainer.devices=1"]
+    ended = torchrun(2, *argv, cwd=tmp_path)
+    assert ended.status == 0, ended.output
+    [folder] = (tmp_path / "runs/digits").iterdir()
+    assert "job7" in folder.name and len(manifest(folder)["attempts"]) == 1
+    assert manifest(folder)["weights_sha256"] == manifest(undisturbed_two)["weights_sha256"]
+
+
+@pytest.mark.slow
+def test_under_torchrun_too_one_that_fails_ends_all(tmp_path: Path) -> None:
+    argv = ["fit", *DIGITS, *SHORT, "--trainer.devices=1", "--run.dir", tmp_path]
+    fault = Fault(TRAINING, "fail", 7, 1)
+    ended = torchrun(2, *argv, fault=fault, cwd=tmp_path, HURT_AT=str(tmp_path / "hurt_at"))
+    assert time.time() - float((tmp_path / "hurt_at").read_text()) < 12
+    assert ended.status == 1 and re.search(
+        "rank 1 on .*: ArithmeticError: planted", manifest(tmp_path)["attempts"][0]["how"]
+    )
 
 
 def test_another_number_of_processes_is_refused_unless_allowed(tmp_path: Path) -> None:

@@ -172,9 +172,7 @@ class Run:
         if status == "preempted" and self.writes:
             requeue()
         together = status in ("preempted", "diverged")
-        if (
-            together and dist.is_available() and dist.is_initialized()
-        ):  # Slurm and torchrun kill all when the first ends
+        if together and dist.is_available() and dist.is_initialized():  # Slurm and torchrun end all with the first
             dist.barrier()
         return EXIT[status]
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies.launchers import subprocess_script
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -59,20 +59,19 @@ def shard(net: nn.Module, mesh: DeviceMesh) -> None:
     """
     if isinstance(net, FSDPModule):
         return
-    copies, parts = mesh.shape
-    over = mesh if copies > 1 else mesh["tensor_parallel"]
+    over = mesh if mesh.shape[0] > 1 else mesh["tensor_parallel"]
     net.to(memory_format=torch.contiguous_format)  # FSDP2 cuts rows of dense memory
     for block in [module for module in net.modules() if isinstance(module, ResidualBlock)]:
         fully_shard(block, mesh=over)
     fully_shard(net, mesh=over)
 
 
-def whole_state(net: nn.Module) -> dict[str, Tensor]:
+def whole_state(net: nn.Module) -> dict[str, Any]:
     """The net's state dict on the CPU, of all processes' parts: to be called in all, empty but in rank 0."""
     return get_model_state_dict(net, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 
 
-def load_whole_state(net: nn.Module, state: dict[str, Tensor]) -> None:
+def load_whole_state(net: nn.Module, state: dict[str, Any]) -> None:
     """Puts a whole state dict, the same in every process, into a net that may be divided among them."""
     set_model_state_dict(net, state, options=StateDictOptions(full_state_dict=True))
 
