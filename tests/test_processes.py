@@ -78,7 +78,7 @@ def test_two_processes_give_the_answer_of_one(tmp_path: Path) -> None:
     assert max(relative(a, b, "train/loss") for a, b in steps) < 1e-5
     assert all(a[name] == b[name] for a, b in steps for name in ("lr", "epoch", "val/acc"))
 
-    data, model, settings = load_run(str(two), ["--trainer.devices=1"])
+    data, model, settings = load_run(str(two), ["--trainer.devices=1", "--trainer.strategy=auto"])
     Trainer(**settings).test(model, datamodule=data, verbose=False)  # the same weights: 359 images in one process
     tested = {name: value for name, value in manifest(two)["results"].items() if name.startswith("test/")}
     assert tested == model.latest

@@ -10,7 +10,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.optim import SGD, Optimizer
-from torchmetrics import MeanMetric, Metric, MetricCollection
+from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from reslab.data.loaders import Batch
@@ -45,19 +45,31 @@ def reseed(seed: int, device: torch.device) -> None:
         torch.cuda.default_generators[device.index or 0].manual_seed(seed)
 
 
-class EvaluationLoss(MeanMetric):
+class EvaluationLoss(Metric):
     """The mean cross-entropy over images, unsmoothed, padding left out; the same to the last bit in any order.
 
-    Each loss is rounded to a multiple of 2^-24, as float32 is at 1: float64 adds up to 2^29 of those without error.
+    Losses are added as integers, in units of 2^-24 (float32's step at 1). log_softmax rounds a row by its place in
+    the batch; in float64 that is far below the unit.
     """
+
+    total: Tensor
+    images: Tensor
+    infinite: Tensor
 
     def __init__(self) -> None:
         super().__init__()
-        self.set_dtype(torch.float64)
+        for name in ("total", "images", "infinite"):
+            self.add_state(name, torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
-    def update(self, logits: Tensor, labels: Tensor) -> None:  # type: ignore[override]
-        losses = F.cross_entropy(logits.float(), labels, ignore_index=PADDING, reduction="none")
-        super().update((losses.double() * 2**24).round() / 2**24, (labels != PADDING).double())
+    def update(self, logits: Tensor, labels: Tensor) -> None:
+        losses = F.cross_entropy(logits.double(), labels, ignore_index=PADDING, reduction="none")
+        self.total += (losses * 2**24).round().long().sum()
+        self.images += (labels != PADDING).sum()
+        self.infinite += (~losses.isfinite()).sum()
+
+    def compute(self) -> Tensor:
+        mean = self.total.double() / self.images / 2**24
+        return torch.where(self.infinite > 0, torch.nan, mean)
 
 
 def evaluation_metrics(num_classes: int, prefix: str) -> MetricCollection:
