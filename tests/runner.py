@@ -6,7 +6,6 @@ As a script it is `reslab` with a fault planted: `python tests/runner.py FAULT f
 
 import contextlib
 import csv
-import ctypes
 import functools
 import importlib
 import json
@@ -108,11 +107,6 @@ def count_collectives(module: Any, *args: Any) -> None:
     group = torch.distributed.distributed_c10d._get_default_group()
     file = Path(os.environ["COLLECTIVES"]).open("w", buffering=1)  # noqa: SIM115 - until the end
     module.net.register_forward_pre_hook(lambda *args: print(group._get_sequence_number_for_group(), file=file))
-
-
-def wait_for_ever(*args: Any) -> None:
-    """In C, as in a collective of NCCL's that nobody answers: no signal's handler runs."""
-    ctypes.CDLL(None).sem_wait(ctypes.create_string_buffer(64))
 
 
 def fill_disk(*args: Any) -> None:
