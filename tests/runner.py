@@ -14,6 +14,7 @@ import os
 import random
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -64,6 +65,16 @@ def interrupt_twice(*args: Any) -> None:
     signal.raise_signal(signal.SIGINT)
 
 
+def fail(*args: Any) -> None:
+    raise ArithmeticError("planted")
+
+
+def damage(*args: Any) -> None:
+    from reslab.data.datasets import DataError
+
+    raise DataError("the planted picture is damaged")
+
+
 def linger(*args: Any) -> None:
     time.sleep(3)
 
@@ -87,6 +98,15 @@ def halve_and_die(checkpoints: Path, *args: Any) -> None:
 
 def spoil(module: Any, batch: Any, *args: Any) -> None:
     batch.images.fill_(float("nan"))
+
+
+def count_collectives(module: Any, *args: Any) -> None:
+    """From now on writes down at each forward pass how many collectives there were so far, those of C++ too."""
+    import torch
+
+    group = torch.distributed.distributed_c10d._get_default_group()
+    file = Path(os.environ["COLLECTIVES"]).open("w", buffering=1)  # noqa: SIM115 - until the end
+    module.net.register_forward_pre_hook(lambda *args: print(group._get_sequence_number_for_group(), file=file))
 
 
 def fill_disk(*args: Any) -> None:
@@ -116,7 +136,7 @@ class Fault:
     rank: int = 0
 
     def plant(self) -> None:
-        if int(os.environ.get("LOCAL_RANK", "0")) != self.rank:
+        if int(os.environ.get("RANK") or os.environ.get("LOCAL_RANK", "0")) != self.rank:
             return
         module, _, path = self.target.partition(":")
         *outer, name = path.split(".")
@@ -128,6 +148,7 @@ class Fault:
             nonlocal calls
             calls += 1
             if calls == self.call:
+                Path(os.environ.get("HURT_AT", os.devnull)).write_text(str(time.time()))
                 act(*args)
             return original(*args, **kwargs)
 
@@ -184,20 +205,51 @@ def _main(argv: list[str], fault: Fault | None) -> None:
     sys.exit(main(argv))
 
 
-def spawn(*argv: str | Path, fault: Fault | None = None) -> Ended:
+def spawn(*argv: str | Path, fault: Fault | None = None, **environ: str) -> Ended:
     """As `reslab`, for runs of several processes: Lightning starts the others with the same command line."""
     words = " ".join(map(str, astuple(fault))) if fault else "-"
-    command = [sys.executable, __file__, words, *map(str, argv)]
+    return ended([[sys.executable, __file__, words, *map(str, argv)]], environ)
+
+
+def torchrun(nodes: int, *argv: str | Path, cwd: Path, fault: Fault | None = None, **environ: str) -> Ended:
+    """As `spawn`, with a torchrun of one process for each node, all of them on this machine."""
+    words = " ".join(map(str, astuple(fault))) if fault else "-"
+    with socket.create_server(("localhost", 0)) as free:
+        meet = f"localhost:{free.getsockname()[1]}"
+    group = ["--nnodes", str(nodes), "--nproc_per_node", "1", "--rdzv_backend", "c10d", "--rdzv_endpoint", meet]
+    command = [sys.executable, "-m", "torch.distributed.run", *group, "--rdzv_id", "job7"]
+    return ended([[*command, __file__, words, *map(str, argv), f"--trainer.num_nodes={nodes}"]] * nodes, environ, cwd)
+
+
+def ended(commands: list[list[str]], environ: dict[str, str], cwd: Path = REPO) -> Ended:
+    """Runs the commands side by side until all of their processes are gone; the status is that of the first."""
     with tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        how: dict[str, Any] = {"stdout": log, "stderr": log, "env": {**os.environ, **environ}, "cwd": cwd}
+        processes = [subprocess.Popen(command, start_new_session=True, **how) for command in commands]
         try:
-            status = process.wait(PATIENCE)
+            for process in processes:
+                process.wait(PATIENCE)
+            log.seek(0)
+            assert all_gone(processes), f"processes are left over:\n{log.read()}"
         finally:
-            time.sleep(1)  # for the others to end by themselves
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+            for process in processes:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
         log.seek(0)
-        return Ended(status, log.read())
+        return Ended(processes[0].returncode, log.read())
+
+
+def all_gone(leaders: list[subprocess.Popen[bytes]], patience: float = 10) -> bool:
+    """Whether nothing is soon left of the leaders' groups: a killed run's loader processes end by themselves."""
+    deadline = time.monotonic() + patience
+    while time.monotonic() < deadline:
+        with contextlib.suppress(ProcessLookupError):
+            for leader in leaders:
+                os.killpg(leader.pid, 0)
+            time.sleep(0.1)
+            continue
+        return True
+    return False
 
 
 def fit(folder: Path, *options: str | Path, **how: Any) -> Ended:

@@ -154,6 +154,33 @@ def test_flip_test_averages_an_image_and_its_mirror_image_in_evaluation_only() -
         assert torch.equal(model.train()(images), model.net(images))
 
 
+@given(size=st.integers(1, 100), by=st.permutations(range(100)))
+def test_the_evaluation_loss_does_not_depend_on_order_or_batches(size: int, by: list[int]) -> None:
+    logits, labels = torch.randn(100, 10, generator=torch.Generator().manual_seed(0)), torch.arange(100) % 10
+    whole, parts = evaluation_metrics(10, "val/").to("cpu"), evaluation_metrics(10, "val/").to("cpu")  # as trainers do
+    whole.update(logits, labels)
+    for start in range(0, 100, size):
+        parts.update(logits[by][start : start + size], labels[by][start : start + size])
+    assert whole.compute()["val/loss"].item() == parts.compute()["val/loss"].item()
+
+
+def test_one_infinite_loss_is_not_averaged_away() -> None:
+    metrics = evaluation_metrics(2, "val/")
+    metrics.update(torch.tensor([[0.0, 1.0], [torch.nan, 0.0]]), torch.tensor([0, 1]))
+    assert metrics.compute()["val/loss"].isnan()
+
+
+def test_batch_norms_of_net_and_average_can_be_synchronised() -> None:
+    model = Classifier(small_net(), ema_decay=0.9)
+    model.ema = EMA(model.net, 0.9)
+    keys = list(model.state_dict())
+    synchronised = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)  # what trainer.sync_batchnorm does
+    norms = [type(m) for m in synchronised.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
+    assert set(norms) == {torch.nn.SyncBatchNorm} and list(synchronised.state_dict()) == keys
+    synchronised.ema.update(synchronised.net, step=1)
+    assert synchronised.eval()(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
+
+
 def test_the_learning_rate_follows_the_global_batch() -> None:
     data = ImageData(Digits(), batch_size=64)
     sgd = lambda params: torch.optim.SGD(params, lr=0.1)  # noqa: E731

@@ -138,16 +138,19 @@ class Experiment(LightningCLI):
     def run_dir(self) -> Path:
         """The run's folder: as given, else runs/<name>/<id>.
 
-        A Slurm job has its number in the id, so that it finds its folder again when it is requeued.
+        A job of Slurm's or torchrun's has its own id in it, so that all its processes mean the same folder, and find
+        it again when the job is repeated.
         """
         if self.config.run.dir:
             return Path(self.config.run.dir)
         if rank() and "RESLAB_RUN_DIR" in os.environ:  # started by rank 0, which chose
             return Path(os.environ["RESLAB_RUN_DIR"])
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1 and "TORCHELASTIC_RUN_ID" in os.environ:
-            raise UserError("under torchrun give --run.dir: all processes have to mean the same folder")
         job = "_".join(os.environ[k] for k in ("SLURM_JOB_ID", "SLURM_ARRAY_TASK_ID") if k in os.environ)
         started = f"slurm{job}" if job else datetime.now().strftime("%Y%m%d-%H%M%S")
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            started = os.environ["TORCHELASTIC_RUN_ID"]
+            if started == "none":  # torchrun's default
+                raise UserError("give torchrun an --rdzv_id, or reslab a --run.dir: all processes mean one folder")
         digest = hashlib.sha256(self.dump().encode()).hexdigest()[:6]
         folder = Path("runs", self.config.run.name, f"{started}-seed{int(self.config.seed_everything)}-{digest}")
         os.environ["RESLAB_RUN_DIR"] = str(folder)

@@ -33,6 +33,7 @@ from reslab.training import Classifier
 from reslab.training.checkpoint import Checkpoints, TrustedIO, read_checkpoint, resume_point, weights_sha256
 from reslab.training.classifier import Diverged
 from reslab.training.preemption import Preempted, Preemption
+from reslab.training.processes import Failure, Lockstep, Watch, load_whole_state, lost_contact, whole_state
 from reslab.training.progress import ProgressReport
 
 EXIT = {"complete": 0, "failed": 1, "diverged": 1, "preempted": 75}
@@ -67,6 +68,7 @@ class Run:
         self.manifest: dict[str, Any] = {}
         self._began = time.monotonic()
         self.writes = rank() == 0  # one process keeps the folder
+        self.watch = Watch(folder.path, rank(), lambda failure: self._close("failed", failure.message))
 
     def execute(self, data: ImageData, model: Classifier, settings: dict[str, Any]) -> int:
         """Trains and tests; whatever happens, the manifest says how it ended."""
@@ -80,15 +82,26 @@ class Run:
             return self._close("preempted", str(stop))
         except Diverged as error:
             return self._close("diverged", str(error))
-        except (UserError, MisconfigurationException) as error:
-            self._close("failed", str(error))
-            raise UserError(str(error)) from error
         except Exception as error:
-            cause = known_failure(error)
+            return self._fail(error)
+        return EXIT["complete"]
+
+    def _fail(self, error: Exception) -> int:
+        """Says why, and ends all processes; of several, those whose connection breaks are not the ones to blame."""
+        wrong_use = isinstance(error, UserError | MisconfigurationException)
+        failure = None if wrong_use else self.watch.blame()
+        if failure is None:
+            cause = str(error) if wrong_use else known_failure(error)
             if cause is None:
                 traceback.print_exc()
-            return self._close("failed", cause or f"{type(error).__name__}: {error}")
-        return EXIT["complete"]
+            failure = Failure(cause or f"{type(error).__name__}: {error}", 2 if wrong_use else EXIT["failed"])
+            if not lost_contact(error):
+                self.watch.note(failure)
+        self._close("failed", failure.message)
+        self.watch.end_others(failure.status)
+        if failure.status == 2 and self.writes:
+            raise UserError(failure.message) from error
+        return failure.status
 
     # The manifest
 
@@ -146,6 +159,7 @@ class Run:
             manifests.write(self.folder.manifest, self.manifest)
 
     def _close(self, status: str, how: str) -> int:
+        self.watch.take_last_word()
         attempt = self.manifest["attempts"][-1]
         attempt.update(ended=manifests.now(), how=status if status == "complete" else f"{status}: {how}")
         self.manifest["wall_seconds"] += round(time.monotonic() - self._began, 1)
@@ -155,11 +169,11 @@ class Run:
             self._write(status=status)
         except OSError as error:  # a full disk takes the manifest's last word, but not the exit status
             print(f"the manifest could not be closed: {error}", flush=True)
-        if status == "preempted":
-            if self.writes:
-                requeue()
-            if dist.is_available() and dist.is_initialized():  # Slurm and torchrun kill all when the first one ends
-                dist.barrier()
+        if status == "preempted" and self.writes:
+            requeue()
+        together = status in ("preempted", "diverged")
+        if together and dist.is_available() and dist.is_initialized():  # Slurm and torchrun end all with the first
+            dist.barrier()
         return EXIT[status]
 
     # The work
@@ -171,7 +185,8 @@ class Run:
         progress, saver = ProgressReport(), Checkpoints(self.folder.checkpoints, options.monitor, options.mode, *every)
         with Preemption(saver) as preemption:
             # In this order: what is saved at a step's end knows what was logged in it.
-            trainer = self._trainer(settings, [progress, saver, preemption])
+            trainer = self._trainer(settings, [Lockstep(), progress, saver, preemption])
+            self.watch.guard(trainer)
             self._note_environment(trainer, resumed=checkpoint is not None)
             if self.writes:
                 data.prepare_data()
@@ -186,7 +201,7 @@ class Run:
                 tracker.conclude(self.manifest["results"], pictures)
 
     def _resume_point(self) -> Path | None:
-        checkpoint, messages = resume_point(self.folder.checkpoints)
+        checkpoint, messages = resume_point(self.folder.checkpoints, mend=self.writes)
         step = read_checkpoint(checkpoint)["global_step"] if checkpoint else 0
         if checkpoint:
             messages.append(f"resuming at step {step} from {checkpoint}")
@@ -200,6 +215,8 @@ class Run:
         self.trackers = [logger for logger in settings["logger"] if isinstance(logger, WandB)]
         if self.writes:
             self._attach_wandb()
+        if getattr(settings["strategy"], "_save_distributed_checkpoint", False):
+            raise UserError("a checkpoint is one file here: --trainer.strategy.save_distributed_checkpoint false")
         return Trainer(
             **{
                 **settings,
@@ -239,13 +256,14 @@ class Run:
         """Tests the weights that the protocol names, once, and keeps them with what they answered."""
         results = dict(model.latest)
         if self.options.rule == "best":
-            model.load_state_dict(read_checkpoint(self.folder.checkpoints / "best.ckpt")["state_dict"])
+            load_whole_state(model, read_checkpoint(self.folder.checkpoints / "best.ckpt")["state_dict"])
             results.update(saver.best_metrics)
         trainer.test(model, datamodule=data, verbose=False, weights_only=True)
         results.update({name: model.latest[name] for name in model.latest if name.startswith("test/")})
+        state = whole_state(model.evaluated_net())
         if not self.writes:
             return
-        weights = {k: v.detach().cpu().contiguous() for k, v in model.evaluated_net().state_dict().items()}
+        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
         with replacing(self.folder.weights) as part:
             part.write_bytes(save(weights))
         with replacing(self.folder.predictions) as part, part.open("wb") as file:
@@ -288,6 +306,8 @@ def known_failure(error: Exception) -> str | None:
     if "DataLoader worker" in text or isinstance(error, ConnectionError | EOFError):
         remedy = "run the same command again to go on, with fewer --data.num_workers if memory was short"
         return f"a loader process died ({text or type(error).__name__}): {remedy}"
+    if lost_contact(error):
+        return f"another process of the run is gone ({text.splitlines()[0]}): see what it said last"
     return None
 
 

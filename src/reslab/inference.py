@@ -40,8 +40,9 @@ def evaluate(run: str, split: str, overrides: list[str]) -> None:
     data, model, settings = load_run(run, overrides)
     trainer = Trainer(**settings)
     (trainer.test if split == "test" else trainer.validate)(model, datamodule=data, verbose=False, weights_only=True)
-    for name, value in model.latest.items():
-        print(f"{name} {value:.6f}")
+    if trainer.is_global_zero:
+        for name, value in model.latest.items():
+            print(f"{name} {value:.6f}")
 
 
 @torch.inference_mode()

@@ -56,9 +56,10 @@ class RunFolder:
             raise UserError(f"{room}: make room, or give another --run.dir")
 
     def clear_leftovers(self) -> None:
-        """Removes what a killed run left half written."""
-        for part in [*self.path.glob(".*.part"), *self.path.glob("*/.*.part")]:
-            part.unlink()
+        """Removes what a killed run left half written, and the notes of processes that failed."""
+        for pattern in (".*.part", "*/.*.part", ".failed-*"):
+            for path in self.path.glob(pattern):
+                path.unlink()
 
     def busy(self) -> bool:
         """Whether a process holds the folder."""

@@ -100,21 +100,24 @@ class TrustedIO(CheckpointIO):
         Path(path).unlink(missing_ok=True)
 
 
-def resume_point(folder: Path) -> tuple[Path | None, list[str]]:
+def resume_point(folder: Path, mend: bool = True) -> tuple[Path | None, list[str]]:
     """The newest whole checkpoint to resume from, and what had to be set aside to find it.
 
-    A damaged file is renamed to `<name>.damaged`, never deleted. Returns None where no checkpoint was ever
-    written. Raises UserError where there were some and none is whole.
+    A damaged file is renamed to `<name>.damaged`, never deleted; of several processes, one has to `mend`, and all
+    come to the same answer. Returns None where no checkpoint was ever written. Raises UserError where there were
+    some and none is whole.
     """
     messages: list[str] = []
     for name in ("last.ckpt", "previous.ckpt"):
         path = folder / name
         if not path.exists():
             continue
-        if is_whole(path):
-            return path, messages
+        with contextlib.suppress(FileNotFoundError):  # set aside by the process that mends
+            if is_whole(path):
+                return path, messages
         aside = path.with_name(name + ".damaged")
-        path.replace(aside)
+        if mend:
+            path.replace(aside)
         messages.append(f"{path} is damaged (its SHA-256 is not the one on record): set aside as {aside.name}")
     if messages:
         raise UserError(

@@ -10,7 +10,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.optim import SGD, Optimizer
-from torchmetrics import MeanMetric, Metric, MetricCollection
+from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from reslab.data.loaders import Batch
@@ -21,6 +21,7 @@ from reslab.models.zoo import load_weights
 from reslab.training.ema import EMA
 from reslab.training.losses import binary_cross_entropy, cross_entropy
 from reslab.training.optimizers import Cosine, Schedule, parameter_groups
+from reslab.training.processes import shard
 
 PADDING = -1  # the label of an image that only fills up a batch: it counts nowhere
 CHECK_FINITE_EVERY = 50  # steps: the longest that a diverged run trains on
@@ -45,16 +46,31 @@ def reseed(seed: int, device: torch.device) -> None:
         torch.cuda.default_generators[device.index or 0].manual_seed(seed)
 
 
-class EvaluationLoss(MeanMetric):
-    """The mean cross-entropy over images, unsmoothed, padding left out; summed in float64."""
+class EvaluationLoss(Metric):
+    """The mean cross-entropy over images, unsmoothed, padding left out; the same to the last bit in any order.
+
+    Losses are added as integers, in units of 2^-24 (float32's step at 1). log_softmax rounds a row by its place in
+    the batch; in float64 that is far below the unit.
+    """
+
+    total: Tensor
+    images: Tensor
+    infinite: Tensor
 
     def __init__(self) -> None:
         super().__init__()
-        self.set_dtype(torch.float64)
+        for name in ("total", "images", "infinite"):
+            self.add_state(name, torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
-    def update(self, logits: Tensor, labels: Tensor) -> None:  # type: ignore[override]
-        losses = F.cross_entropy(logits.float(), labels, ignore_index=PADDING, reduction="none")
-        super().update(losses.double(), (labels != PADDING).double())
+    def update(self, logits: Tensor, labels: Tensor) -> None:
+        losses = F.cross_entropy(logits.double(), labels, ignore_index=PADDING, reduction="none")
+        self.total += (losses * 2**24).round().long().sum()
+        self.images += (labels != PADDING).sum()
+        self.infinite += (~losses.isfinite()).sum()
+
+    def compute(self) -> Tensor:
+        mean = self.total.double() / self.images / 2**24
+        return torch.where(self.infinite > 0, torch.nan, mean)
 
 
 def evaluation_metrics(num_classes: int, prefix: str) -> MetricCollection:
@@ -155,6 +171,9 @@ class Classifier(LightningModule):
             self.weights = None
         if self.ema_decay is not None and self.ema is None:
             self.ema = EMA(self.net, self.ema_decay)
+        if self.device_mesh is not None:
+            for net in (self.net, *([self.ema.module] if self.ema else [])):
+                shard(net, self.device_mesh)
         if self.compile_net:
             self.net.compile()
 

@@ -4,6 +4,7 @@ import copy
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
@@ -31,10 +32,16 @@ class EMA(nn.Module):
     def update(self, net: nn.Module, step: int) -> None:
         """Moves the average towards `net` after optimizer step number `step` (from 1)."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        pairs = list(zip(self.module.state_dict().values(), net.state_dict().values(), strict=True))
+        states = (map(_own_part, module.state_dict().values()) for module in (self.module, net))
+        pairs = list(zip(*states, strict=True))
         averaged: list[Tensor] = [a for a, _ in pairs if a.is_floating_point()]
         current: list[Tensor] = [w for a, w in pairs if a.is_floating_point()]
         get_ema_multi_avg_fn(decay)(averaged, current, 0)
         for a, w in pairs:
             if not a.is_floating_point():  # num_batches_tracked
                 a.copy_(w)
+
+
+def _own_part(tensor: Tensor) -> Tensor:
+    """Of a parameter that is divided among processes (FSDP2) the memory of this one's part."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

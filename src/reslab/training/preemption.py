@@ -30,24 +30,18 @@ class Preemption(Callback):
     def __init__(self, saver: Checkpoints) -> None:
         self.saver = saver
         self._received = 0
-        self._batches = 0  # of evaluation, since it began
 
     def __enter__(self) -> "Preemption":
-        self._before = {number: signal.getsignal(number) for number in SIGNALS}
-        self.listen()
+        self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
         return self
 
     def __exit__(self, *exception: Any) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def listen(self, *args: Any) -> None:
-        """Takes the signals. Lightning installs its own handlers at each start, so this is said again after it."""
-        self._batches = 0
-        for number in SIGNALS:
-            signal.signal(number, self._note)
-
-    on_train_start = on_validation_start = on_test_start = listen  # type: ignore[assignment]
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        # Lightning would put handlers of its own in place of these: one that broadcasts from within a handler.
+        trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self._received == number == signal.SIGINT:
@@ -61,15 +55,21 @@ class Preemption(Callback):
         if at_step_end(trainer, batch_idx) and (number := agreed(trainer, self._received, trainer.global_step)):
             self._stop(trainer, number)
 
-    def on_validation_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
-        self._batches += 1
-        if trainer.state.fn == "fit" and (number := agreed(trainer, self._received, self._batches)):
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *args: Any
+    ) -> None:
+        if trainer.state.fn == "fit" and (number := self._agreed_within(trainer, batch_idx, trainer.num_val_batches)):
             self._stop(trainer, number)
 
-    def on_test_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
-        self._batches += 1
-        if number := agreed(trainer, self._received, self._batches):
+    def on_test_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *args: Any
+    ) -> None:
+        if number := self._agreed_within(trainer, batch_idx, trainer.num_test_batches):
             raise Preempted(f"{signal.Signals(number).name} during the test: run the same command again to repeat it")
+
+    def _agreed_within(self, trainer: Trainer, batch_idx: int, batches: list[int | float]) -> int:
+        done = batch_idx + 1
+        return agreed(trainer, self._received, 0 if done == batches[0] else done)  # 0: now, however few they are
 
     def _stop(self, trainer: Trainer, number: int) -> None:
         self.saver.write(trainer)
