@@ -66,7 +66,7 @@ def export(run: str, format: Format, out: Path, with_normalization: bool, overri
     if format == "onnx" and (missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]):
         raise UserError(f"ONNX needs {', '.join(missing)}: pip install {' '.join(missing)}")
     data, model, _ = load_run(run, overrides, data_needed=False)
-    net = model.net.float().eval().to(memory_format=torch.contiguous_format)
+    net = model.net.float().eval().requires_grad_(False).to(memory_format=torch.contiguous_format)
     images, source = _images(data)
     said = {**_provenance(run), **_description(data, with_normalization)}
     graph = Normalized(net, data.dataset.mean, data.dataset.std).eval() if with_normalization else net
