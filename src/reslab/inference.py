@@ -99,11 +99,11 @@ def predict(run: str, images: Path, out: Path, all_classes: bool, overrides: lis
 @torch.inference_mode()
 def _answers(data: ImageData, model: Classifier, images: Path, device: torch.device) -> Iterator[Answer]:
     for batch, paths, unreadable in data.folder_dataloader(images, skip_unreadable=True):
+        answers = [Answer(path, None, reason) for path, reason in unreadable]
         if paths:
             batch = data.on_after_batch_transfer(batch._replace(images=batch.images.to(device)))
-            yield from map(Answer, paths, model.predict_step(batch, 0).cpu())
-        for path, reason in unreadable:
-            yield Answer(path, None, reason)
+            answers += map(Answer, paths, model.predict_step(batch, 0).cpu())
+        yield from sorted(answers, key=lambda answer: answer.path)
 
 
 def _row(answer: Answer, classes: list[str], all_classes: bool) -> list[str]:
