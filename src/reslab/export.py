@@ -69,14 +69,15 @@ def export(run: str, format: Format, out: Path, with_normalization: bool, overri
     net = model.net.float().eval().requires_grad_(False).to(memory_format=torch.contiguous_format)
     images, source = _images(data)
     said = {**_provenance(run), **_description(data, with_normalization)}
-    graph = Normalized(net, data.dataset.mean, data.dataset.std).eval() if with_normalization else net
-    given = images.permute(0, 3, 1, 2).contiguous()
-    if not with_normalization:
-        given = normalize(images, data.dataset.mean, data.dataset.std).contiguous()
+    statistics = data.dataset.mean, data.dataset.std
+    graph: nn.Module = net
+    given = normal = normalize(images, *statistics).contiguous()
+    if with_normalization:
+        graph, given = Normalized(net, *statistics).eval(), images.permute(0, 3, 1, 2).contiguous()
     out.parent.mkdir(parents=True, exist_ok=True)
     with replacing(out) as part:
         WRITERS[format](graph, given, said, part)
-        difference, greatest = _difference(net, READERS[format](net, part), images, given, data)
+        difference, greatest = _difference(net, normal, READERS[format](net, part), given)
         told = f"max abs difference {difference:.1e} of {greatest:.3g}, on {len(given)} {source}"
         if not difference <= TOLERANCE * greatest:
             raise UserError(f"{out} was not written: its outputs are not the network's ({told})")
@@ -125,20 +126,17 @@ def _description(data: ImageData, with_normalization: bool) -> dict[str, Any]:
     }
 
 
+@torch.inference_mode()
 def _difference(
-    net: nn.Module, exported: Callable[[Tensor], Tensor], images: Tensor, given: Tensor, data: ImageData
+    net: nn.Module, normal: Tensor, exported: Callable[[Tensor], Tensor], given: Tensor
 ) -> tuple[float, float]:
     """The greatest difference between the logits of a network and of its export, and the greatest logit."""
-    with torch.inference_mode():
-        normal = normalize(images, data.dataset.mean, data.dataset.std).contiguous()
-        pairs = [(net(normal[:n]), exported(given[:n])) for n in (1, len(given))]  # batches of two sizes
+    pairs = [(net(normal[:n]), exported(given[:n])) for n in (1, len(given))]  # batches of two sizes
     return max(float((a - b).abs().max()) for a, b in pairs), max(float(a.abs().max()) for a, _ in pairs)
 
 
-def _flat(said: dict[str, Any]) -> dict[str, str]:
-    return {
-        key: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False) for key, value in said.items()
-    }
+def _texts(said: dict[str, Any]) -> dict[str, str]:
+    return {key: value if isinstance(value, str) else json.dumps(value) for key, value in said.items()}
 
 
 # Each writes a network that takes the images given, with a description, to a path.
@@ -159,7 +157,7 @@ def _write_onnx(graph: nn.Module, given: Tensor, said: dict[str, Any], path: Pat
     assert program is not None  # it is with dynamo=True
     for node in program.model.graph:
         node.metadata_props.clear()  # stack traces: the paths of this machine are nobody's business
-    program.model.metadata_props.update(_flat(said))
+    program.model.metadata_props.update(_texts(said))
     program.save(path, external_data=False)
 
 
@@ -168,11 +166,11 @@ def _write_pt2(graph: nn.Module, given: Tensor, said: dict[str, Any], path: Path
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)
     with path.open("wb") as file:
-        torch.export.save(program, file, extra_files={"reslab.json": json.dumps(said, ensure_ascii=False)})
+        torch.export.save(program, file, extra_files={"reslab.json": json.dumps(said)})
 
 
 def _write_safetensors(net: nn.Module, given: Tensor, said: dict[str, Any], path: Path) -> None:
-    path.write_bytes(save(net.state_dict(), _flat(said)))
+    path.write_bytes(save(net.state_dict(), _texts(said)))
 
 
 def _pair(given: Tensor) -> Tensor:

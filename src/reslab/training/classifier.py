@@ -166,6 +166,7 @@ class Classifier(LightningModule):
         return [module for part in self.frozen for module in parts[part]]
 
     def train(self, mode: bool = True) -> Self:
+        """As ever, but for the frozen parts, which stay in eval mode."""
         super().train(mode)
         for module in self._frozen_modules():
             module.eval()
