@@ -16,7 +16,9 @@ def in_the_repository(repo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(repo)
 
 
-@pytest.mark.parametrize("command", [["--help"], ["list"], ["list", "models"], ["predict", "--help"]])
+@pytest.mark.parametrize(
+    "command", [["--help"], ["list"], ["list", "models"], ["predict", "--help"], ["export", "--help"]]
+)
 def test_help_and_lists_import_no_torch(command: list[str]) -> None:
     code = (
         "import sys\nfrom reslab.cli import main\n"
@@ -70,6 +72,7 @@ MISTAKES = [
     (["summary", "resnet50", "--inputs", "3,32,32"], "--inputs"),
     (["test", "no/such/run"], "no run folder"),
     (["predict", "no/such/run", "--images", ".", "--out", "x.csv"], "no run folder"),
+    (["export", "no/such/run", "--format", "pt2", "--out", "x.pt2"], "no run folder"),
     (["fit", "--config", "no/such/file.yaml"], "no/such/file.yaml"),
     (["fit", "--config", DIGITS, "--trainer.max_epoch", "3"], "trainer.max_epochs"),
     (["fit", "--config", DIGITS, "--trainer.max_epochs", "many"], "trainer.max_epochs"),

@@ -199,6 +199,7 @@ OUT_OF_RANGE = [
     ("data: {augment: {crop_padding: -1}}", "crop_padding", "0 or more"),
     ("model: {label_smoothing: 1.5}", "label_smoothing", "[0, 1)"),
     ("model: {ema_decay: 2.0}", "ema_decay", "between 0 and 1"),
+    ("model: {freeze: [stem, stage9]}", "freeze", "stem, stage1, stage2, stage3"),
     (
         "model: {schedule: {class_path: MultiStep, init_args: {milestones: [0.5, 3]}}}",
         "milestones",

@@ -365,8 +365,11 @@ def test_unreadable_images_of_a_folder_are_reported_or_refused(tmp_path):
     assert sum(len(batch.paths) for batch in found) == 12
     with pytest.raises(DataError, match=r"0bad\.png"):
         list(batches_of(data, folder))
-    with pytest.raises(DataError, match="holds no image files, or is not there"):
+    with pytest.raises(DataError, match="is no folder, or not there"):
         data.folder_dataloader(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="holds no image files"):
+        list(batches_of(data, tmp_path / "empty"))
 
 
 def test_files_give_the_same_batches_with_any_number_of_workers(tmp_path):

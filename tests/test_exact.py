@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from runner import (
     EPOCH_END,
@@ -107,6 +109,17 @@ def test_in_every_situation(undisturbed: Undisturbed, tmp_path: Path, options: l
     assert metrics(tmp_path) == metrics(whole)
     assert manifest(tmp_path)["weights_sha256"] == manifest(whole)["weights_sha256"]
     assert manifest(tmp_path)["results"] == manifest(whole)["results"]
+
+
+def test_fine_tuning_killed_and_resumed(undisturbed: Undisturbed, tmp_path: Path) -> None:
+    start = undisturbed()
+    options = [f"--model.weights={start}", "--model.freeze=[stem,stage1]", "--model.backbone_lr_scale=0.1"]
+    whole = undisturbed(*options)
+    killed_and_resumed(tmp_path, *options, faults=[Fault(TRAINING, call=17), Fault(VALIDATION, call=2)])
+    assert traces(tmp_path) == traces(whole)
+    before, after = (load_file(folder / "weights.safetensors") for folder in (start, tmp_path))
+    kept = {name for name in before if torch.equal(before[name], after[name])}
+    assert kept == {name for name in before if name.startswith(("conv1.", "bn1.", "layer1."))}
 
 
 # The step that each signal comes in, and the step that the run goes on from.

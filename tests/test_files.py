@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from reslab.data import DataError, files
-from reslab.data.files import Files, labelled, unlabelled
+from reslab.data.files import Files, labelled
 
 CLASSES = ["cat", "dog"]
 
@@ -164,12 +164,3 @@ def test_a_link_to_nowhere_is_named(top):
     (top / "cat" / "lost.jpg").symlink_to(top / "nowhere.jpg")
     with pytest.raises(DataError, match=r"cat/lost\.jpg cannot be read \(No such file"):
         labelled(top, CLASSES)
-
-
-def test_any_folder_can_be_listed_without_classes(top):
-    write(top / ".hidden.jpg")
-    write(top / "notes.txt")
-    found = unlabelled(top)
-    assert [found.name(i) for i in range(len(found))] == sorted(found.name(i) for i in range(len(found)))
-    assert len(found) == 20 and set(found.labels) == {-1}
-    assert len(unlabelled(top / "nowhere")) == 0

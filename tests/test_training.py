@@ -98,6 +98,34 @@ def test_weight_decay_spares_norms_and_biases_unless_told_otherwise() -> None:
     assert len(everything["params"]) == len(list(net.parameters()))
 
 
+def test_the_backbone_is_trained_with_its_share_of_the_rate() -> None:
+    sgd = lambda params: torch.optim.SGD(params, lr=0.2)  # noqa: E731
+    model = Classifier(small_net(), sgd, Constant(), backbone_lr_scale=0.1, freeze=["stem"])
+    trainer = quiet_trainer(max_epochs=1, limit_train_batches=1, limit_val_batches=0)
+    trainer.fit(model, datamodule=ImageData(Digits(), batch_size=64))
+    rates = {id(p): group["lr"] for group in trainer.optimizers[0].param_groups for p in group["params"]}
+    for part, modules in model.net.parts().items():
+        expected = {"stem": None, "head": 0.2}.get(part, 0.1 * 0.2)
+        assert {rates.get(id(p)) for module in modules for p in module.parameters()} == {expected}
+    assert trainer.optimizers[0].param_groups[0]["lr"] == 0.2  # the rate that is logged
+
+
+def test_frozen_parts_stay_as_they_are_and_the_rest_is_trained() -> None:
+    model = Classifier(small_net(), freeze=["stem", "stage2"], ema_decay=0.5)
+    before = {name: value.clone() for name, value in model.net.state_dict().items()}
+    trainer = quiet_trainer(max_epochs=2)  # validation comes between
+    trainer.fit(model, datamodule=ImageData(Digits(), batch_size=64))
+    model.train()  # as a loop of one's own would
+    assert not model.net.bn1.training and not model.net.layer2.training and model.net.layer1.training
+    for net in (model.net, model.ema.module):
+        same = {name for name, value in net.state_dict().items() if torch.equal(value, before[name])}
+        assert same == {name for name in before if name.startswith(("conv1.", "bn1.", "layer2."))}
+    frozen = {name for name, p in model.net.named_parameters() if not p.requires_grad}
+    assert frozen == {
+        name for name, _ in model.net.named_parameters() if name.startswith(("conv1.", "bn1.", "layer2."))
+    }
+
+
 def test_the_average_follows_the_rule_and_the_running_statistics() -> None:
     net = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
     ema = EMA(net, decay=0.9)
@@ -279,11 +307,19 @@ def test_predict_step_gives_probabilities() -> None:
     torch.testing.assert_close(probabilities.sum(1), torch.ones(3))
 
 
-@pytest.mark.parametrize(
-    ("knob", "value"),
-    [("label_smoothing", 1.0), ("ema_decay", 1.5), ("lr_reference_batch", 0), ("target_threshold", 0.2)],
-)
-def test_values_out_of_range_are_refused_by_name(knob: str, value: float) -> None:
+VALUES_OUT_OF_RANGE = [
+    ("label_smoothing", 1.0),
+    ("ema_decay", 1.5),
+    ("lr_reference_batch", 0),
+    ("target_threshold", 0.2),
+    ("backbone_lr_scale", 0.0),
+    ("freeze", ["stage4"]),  # the net has three
+    ("freeze", ["head"]),
+]
+
+
+@pytest.mark.parametrize(("knob", "value"), VALUES_OUT_OF_RANGE)
+def test_values_out_of_range_are_refused_by_name(knob: str, value: Any) -> None:
     with pytest.raises(ValueError, match=knob):
         Classifier(small_net(), **{knob: value})
 

@@ -105,6 +105,16 @@ def test_other_channels_make_the_stem_new(tmp_path: Path) -> None:
     assert "the stem is new: 3 channels" in messages[-1]
 
 
+def test_a_runs_folder_means_its_weights(tmp_path: Path) -> None:
+    trained, net = tiny(), tiny()
+    save_file(trained.state_dict(), tmp_path / "weights.safetensors")
+    assert "weights.safetensors" in load_weights(net, tmp_path)[0]
+    assert equal(net, trained)
+    with pytest.raises(UserError, match=r"there is no weights file .*empty/weights\.safetensors"):
+        (tmp_path / "empty").mkdir()
+        load_weights(net, tmp_path / "empty")
+
+
 def test_any_other_mismatch_lists_the_keys(tmp_path: Path) -> None:
     torch.save(create_model("resnet8", num_classes=4, width=8, shortcut="identity").state_dict(), tmp_path / "w.pth")
     with pytest.raises(UserError) as caught:
@@ -190,3 +200,33 @@ def test_a_download_that_fails_says_what_to_fetch(hub: Path, monkeypatch: pytest
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # nobody listens there
     with pytest.raises(UserError, match=r"resnet34-b627a593\.pth"):
         create_model("resnet34", weights="IMAGENET1K_V1")
+
+
+# ---- torch.hub
+
+
+HUB = """
+import sys, torch
+repo, weights = sys.argv[1:]
+net = torch.hub.load(repo, "resnet20", source="local", weights=weights, num_classes=4)
+sys.path.insert(0, repo)
+import hubconf, reslab
+assert {"resnet18", "resnet152", "resnet20", "resnet110", "resnext50_32x4d"} <= {*vars(hubconf)}
+print(reslab.__file__, sum(p.double().sum().item() for p in net.parameters()))
+"""
+
+
+def test_torch_hub_finds_the_networks_without_an_installation(tmp_path: Path, repo: Path) -> None:
+    net = create_model("resnet20", num_classes=4)
+    torch.save(net.state_dict(), tmp_path / "w.pth")
+    bare = [
+        sys.executable,
+        "-S",
+        "-c",
+        f"import sys; sys.path += {[p for p in sys.path if 'site-packages' in p]}\n{HUB}",
+    ]
+    done = subprocess.run([*bare, repo, tmp_path / "w.pth"], capture_output=True, text=True, env={}, check=False)
+    assert done.returncode == 0, done.stderr
+    file, total = done.stdout.split("\n")[-2].split()
+    assert file == str(repo / "src/reslab/__init__.py")
+    assert float(total) == sum(p.double().sum().item() for p in net.parameters())

@@ -80,6 +80,13 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--images", required=True, metavar="DIR", help="image files, in any folders below DIR")
     command.add_argument("--out", required=True, metavar="FILE.csv", help="a row an image: prediction, probability")
     command.add_argument("--all", action="store_true", help="a column for the probability of every class, too")
+    command = add("export", _export, "write a run's network as ONNX, PyTorch program or safetensors", takes_config=True)
+    command.add_argument("folder", metavar="RUN", help="a run folder")
+    command.add_argument("--format", required=True, choices=["onnx", "pt2", "safetensors"])
+    command.add_argument("--out", required=True, metavar="FILE", help="FILE.json beside it says how to use it")
+    command.add_argument(
+        "--with-normalization", action="store_true", help="the graph takes uint8 images, 0 to 255, not normalised ones"
+    )
     command = add("verify", _verify, "check a run against its hashes: RUN [--data.root DIR]", takes_config=True)
     command.add_argument("folder", metavar="RUN", help="a run folder")
     command = add(
@@ -188,6 +195,12 @@ def _predict(args: argparse.Namespace, rest: list[str]) -> None:
     from reslab.inference import predict
 
     predict(args.folder, Path(args.images), Path(args.out), args.all, rest)
+
+
+def _export(args: argparse.Namespace, rest: list[str]) -> None:
+    from reslab.export import export
+
+    export(args.folder, args.format, Path(args.out), args.with_normalization, rest)
 
 
 def _verify(args: argparse.Namespace, rest: list[str]) -> int:

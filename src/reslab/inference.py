@@ -1,13 +1,17 @@
 """Using a finished run: evaluate its weights again, classify a folder of images."""
 
 import csv
+import json
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import Trainer
 from safetensors.torch import load_file
+from torch import Tensor
 
 from reslab.config import Experiment
 from reslab.data import ImageData
@@ -18,18 +22,26 @@ from reslab.runs.folder import RunFolder
 from reslab.training import Classifier
 
 
-def load_run(run: str, overrides: list[str]) -> tuple[ImageData, Classifier, dict[str, Any]]:
+def load_run(run: str, overrides: list[str], data_needed: bool = True) -> tuple[ImageData, Classifier, dict[str, Any]]:
     """A finished run's data, its model with the weights that were tested, and a trainer's settings that write nothing.
+
+    Args:
+        run: The run folder.
+        overrides: Of the run's config.
+        data_needed: Ask the data for the names of the classes; else take those that the run noted, so that the data
+            need not be there.
 
     Raises:
         UserError: it is no run folder, or the run has not come to its weights yet.
     """
     folder = RunFolder.existing(run)
+    manifest = manifests.read(folder.manifest)
     if not folder.weights.exists():
-        status = manifests.read(folder.manifest)["status"]
-        raise UserError(f"{run} has no {folder.weights.name} yet: its status is {status}")
+        raise UserError(f"{run} has no {folder.weights.name} yet: its status is {manifest['status']}")
     # The file holds the weights that were evaluated: of the average, where there was one.
     once = ["--model.ema_decay", "null", "--model.weights", "null", "--model.compile", "false"]
+    if not data_needed:
+        once += ["--data.classes", json.dumps(manifest["data"]["class_names"])]
     data, model, settings = Experiment(["--config", str(folder.config), *once, *overrides]).build()
     model.net.load_state_dict(load_file(folder.weights))
     return data, model, {**settings, "logger": False, "callbacks": []}
@@ -45,9 +57,18 @@ def evaluate(run: str, split: str, overrides: list[str]) -> None:
             print(f"{name} {value:.6f}")
 
 
-@torch.inference_mode()
+class Answer(NamedTuple):
+    """What a network says about an image file: its classes' probabilities (num_classes,), or why there are none."""
+
+    path: str
+    probabilities: Tensor | None
+    error: str = ""
+
+
 def predict(run: str, images: Path, out: Path, all_classes: bool, overrides: list[str]) -> None:
     """Writes a CSV row an image: file, prediction, probability, error; unreadable files have only the last.
+
+    Rows are written as they come, so that a folder may be of any size.
 
     Args:
         run: The run folder.
@@ -56,25 +77,39 @@ def predict(run: str, images: Path, out: Path, all_classes: bool, overrides: lis
         all_classes: Adds the probability of every class.
         overrides: Of the run's config, such as --data.num_workers 4.
     """
-    data, model, settings = load_run(run, overrides)
+    data, model, settings = load_run(run, overrides, data_needed=False)
     device = torch.device("cuda" if torch.cuda.is_available() and settings["accelerator"] != "cpu" else "cpu")
-    model.to(device).eval()
-    failed = 0
     names = data.class_names if all_classes else []
-    with replacing(out) as part, part.open("w", newline="", encoding="utf-8") as file:
+    count = failed = 0
+    began = time.monotonic()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    # Names of files are bytes, not always UTF-8: they are written as they are.
+    with replacing(out) as part, part.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.writer(file)
         writer.writerow(["file", "prediction", "probability", "error", *names])
-        for batch, paths, unreadable in data.folder_dataloader(images, skip_unreadable=True):
-            if paths:
-                batch = data.on_after_batch_transfer(batch._replace(images=batch.images.to(device)))
-                probabilities = model.predict_step(batch, 0).cpu()
-                for path, row in zip(paths, probabilities, strict=True):
-                    best = int(row.argmax())
-                    rest = [f"{p:.6f}" for p in row] if all_classes else []
-                    writer.writerow([path, data.class_names[best], f"{row[best]:.6f}", "", *rest])
-            for path, reason in unreadable:
-                failed += 1
-                writer.writerow([path, "", "", reason])
-    print(f"predictions: {out}")
+        for answer in _answers(data, model.to(device).eval(), images, device):
+            writer.writerow(_row(answer, data.class_names, all_classes))
+            count += 1
+            failed += answer.probabilities is None
+    rate = count / (time.monotonic() - began)
+    print(f"{count} images ({rate:.0f}/s)\npredictions: {out}")
     if failed:
         print(f"{failed} files could not be read: their rows say why", file=sys.stderr)
+
+
+@torch.inference_mode()
+def _answers(data: ImageData, model: Classifier, images: Path, device: torch.device) -> Iterator[Answer]:
+    for batch, paths, unreadable in data.folder_dataloader(images, skip_unreadable=True):
+        answers = [Answer(path, None, reason) for path, reason in unreadable]
+        if paths:
+            batch = data.on_after_batch_transfer(batch._replace(images=batch.images.to(device)))
+            answers += map(Answer, paths, model.predict_step(batch, 0).cpu())
+        yield from sorted(answers, key=lambda answer: answer.path)
+
+
+def _row(answer: Answer, classes: list[str], all_classes: bool) -> list[str]:
+    if answer.probabilities is None:
+        return [answer.path, "", "", answer.error]
+    values = answer.probabilities.tolist()
+    best = max(range(len(values)), key=values.__getitem__)
+    return [answer.path, classes[best], f"{values[best]:.6f}", "", *(f"{p:.6f}" for p in values if all_classes)]

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from reslab.data.augment import Augment, mix, normalize
 from reslab.data.datasets import Arrays, DataError, ImageSource
 from reslab.data.decode import simplejpeg
-from reslab.data.files import Files, unlabelled
+from reslab.data.files import Files
 from reslab.data.loaders import (
     ArrayBatches,
     Batch,
@@ -26,6 +26,7 @@ from reslab.data.loaders import (
     FileBatches,
     FolderBatch,
     FolderBatches,
+    FolderOrder,
     LateLoader,
     TrainOrder,
     leave_signals_to_the_run,
@@ -44,6 +45,7 @@ class ImageData(LightningDataModule):
     Args:
         dataset: The data set; see configs/data.
         root: Folder that holds the data sets; by default $RESLAB_DATA, else `data`.
+        classes: Names of the classes in the order of their labels, in place of the data set's own.
         batch_size: Samples of one optimizer step, over all devices and accumulated micro-batches.
         eval_batch_size: Samples of one evaluation batch on one device; by default those of a training batch.
         val_split: Share (below 1) or number of the training images kept for validation, of every class alike;
@@ -61,6 +63,7 @@ class ImageData(LightningDataModule):
         self,
         dataset: ImageSource,
         root: str | None = None,
+        classes: list[str] | None = None,
         batch_size: int = 128,
         eval_batch_size: int | None = None,
         val_split: int | float = 0.1,
@@ -76,6 +79,7 @@ class ImageData(LightningDataModule):
             if size is not None and size < 1:
                 raise UserError(f"data.{name} must be 1 or more, not {size}")
         self.dataset, self.augment, self.view = dataset, augment, view
+        self.classes = classes
         self.root = Path(root or os.environ.get("RESLAB_DATA") or "data").expanduser()
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.val_split, self.split_seed, self.seed = val_split, split_seed, seed
@@ -83,7 +87,7 @@ class ImageData(LightningDataModule):
 
     @cached_property
     def class_names(self) -> list[str]:
-        return self.dataset.classes(self.root)
+        return self.classes or self.dataset.classes(self.root)
 
     @property
     def num_classes(self) -> int:
@@ -116,8 +120,10 @@ class ImageData(LightningDataModule):
 
         Raises:
             DataError: data that are missing, damaged, or labelled outside the classes.
-            UserError: a batch size or validation split that does not fit the data or the devices.
+            UserError: a batch size, validation split or list of classes that does not fit the data or the devices.
         """
+        if self.classes and len(self.classes) != (found := len(self.dataset.classes(self.root))):
+            raise UserError(f"data.classes names {len(self.classes)} classes, the data set has {found}")
         if stage in (None, "fit"):
             self._check_batch_size()
             self._check_view()
@@ -236,17 +242,16 @@ class ImageData(LightningDataModule):
     def folder_dataloader(self, folder: str | Path, skip_unreadable: bool = False) -> DataLoader[FolderBatch]:
         """All image files below a folder, sorted by name, cut to the data set's size as in evaluation.
 
+        They are looked up as they are needed: of many files the names alone, of one folder, are in memory.
+
         Args:
             folder: With any folders in it.
             skip_unreadable: Report an unreadable file in its batch instead of raising its DataError.
         """
-        files = unlabelled(Path(folder))
-        if not len(files):
-            raise DataError(f"{folder} holds no image files, or is not there")
-        size = self._eval_size
-        slices = [range(start, min(start + size, len(files))) for start in range(0, len(files), size)]
-        batches = FolderBatches(files, self.channels, self._test_size, self._test_resize, skip_unreadable)
-        return self._loader(batches, slices)
+        if not Path(folder).is_dir():
+            raise DataError(f"{folder} is no folder, or not there")
+        batches = FolderBatches(Path(folder), self.channels, self._test_size, self._test_resize, skip_unreadable)
+        return self._loader(batches, FolderOrder(Path(folder), self._eval_size))
 
     @property
     def _eval_size(self) -> int:

@@ -112,11 +112,6 @@ def labelled(top: Path, classes: list[str]) -> Files:
     return files
 
 
-def unlabelled(folder: Path) -> Files:
-    """All image files below a folder, sorted by name; their labels are -1."""
-    return _table(folder, [(-1, sorted(_below(str(folder), "", {})))] if folder.is_dir() else [])
-
-
 def _listed(top: Path, classes: list[str]) -> tuple[Files, Folders]:
     folders = {"": top.stat().st_mtime_ns}
     files = _table(top, ((label, _of_class(top, name, folders)) for label, name in enumerate(classes)))

@@ -9,7 +9,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, get_worker_info
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from reslab.data import order
 from reslab.data.augment import Augment
@@ -280,28 +281,60 @@ class FileBatches(Dataset[Batch]):
             return self.crop(path.read_bytes(), u, size)
 
 
-class FolderBatches(Dataset[FolderBatch]):
-    """Image files without labels, upright and seen as in evaluation; a key is a slice of the table of files."""
+class FolderOrder:
+    """Keys of the batches of a folder: how many images came before, and the names of the next ones, sorted."""
 
-    def __init__(self, files: Files, channels: int, size: int, resize: int, skip_unreadable: bool) -> None:
-        self.files = files
+    def __init__(self, folder: Path, batch_size: int) -> None:
+        self.folder, self.batch_size = folder, batch_size
+
+    def __iter__(self) -> Iterator[tuple[int, list[str]]]:
+        names = image_paths(self.folder)
+        count = 0
+        while some := list(islice(names, self.batch_size)):
+            yield count, some
+            count += len(some)
+        if not count:
+            raise DataError(f"{self.folder} holds no image files ({', '.join(IMG_EXTENSIONS)})")
+
+
+def image_paths(folder: Path, prefix: str = "") -> Iterator[str]:
+    """Relative names of the image files below a folder, in the order of all names sorted."""
+    try:
+        with os.scandir(folder / prefix) as entries:
+            found = sorted(entry.name + "/" if entry.is_dir() else entry.name for entry in entries)
+    except OSError as error:
+        raise DataError(f"{folder / prefix} cannot be listed ({error.strerror})") from error
+    for name in found:
+        if name.endswith("/"):
+            yield from image_paths(folder, prefix + name)
+        elif name.lower().endswith(IMG_EXTENSIONS) and name[0] != ".":
+            yield prefix + name
+
+
+class FolderBatches(Dataset[FolderBatch]):
+    """Image files without labels, upright and seen as in evaluation; a key is one of FolderOrder's."""
+
+    def __init__(self, folder: Path, channels: int, size: int, resize: int, skip_unreadable: bool) -> None:
+        self.folder = folder
         self.channels, self.size, self.resize = channels, size, resize
         self.skip_unreadable = skip_unreadable
 
-    def __getitem__(self, key: range) -> FolderBatch:
+    def __getitem__(self, key: tuple[int, list[str]]) -> FolderBatch:
+        first, names = key
         images, indices, unreadable = [], [], []
-        for index in key:
+        for index, name in enumerate(names):
             try:
-                image = decode(self.files.path(index), self.channels)
+                image = decode(self.folder / name, self.channels)
             except DataError as error:
                 if not self.skip_unreadable:
                     raise
-                unreadable.append((self.files.name(index), str(error)))
+                unreadable.append((name, str(error)))
                 continue
             images.append(resize_and_crop(image, self.resize, self.size).permute(1, 2, 0))
             indices.append(index)
         none = torch.empty((0, self.size, self.size, self.channels), dtype=torch.uint8)
         labels = torch.full((len(indices),), -1)
         draws = torch.empty((len(indices), 0), dtype=torch.int32)
-        batch = Batch(torch.stack(images) if images else none, labels, torch.tensor(indices), draws)
-        return FolderBatch(batch, [self.files.name(i) for i in indices], unreadable)
+        places = first + torch.tensor(indices, dtype=torch.int64)
+        batch = Batch(torch.stack(images) if images else none, labels, places, draws)
+        return FolderBatch(batch, [names[i] for i in indices], unreadable)

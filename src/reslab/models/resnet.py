@@ -247,6 +247,11 @@ class ResNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.fc(self.forward_features(x))
 
+    def parts(self) -> dict[str, list[nn.Module]]:
+        """What it is made of, from the images to the logits: stem, stage1, stage2 …, head."""
+        stages = {f"stage{i + 1}": [getattr(self, f"layer{i + 1}")] for i in range(len(self.layers))}
+        return {"stem": [self.conv1, self.bn1], **stages, "head": [self.fc]}
+
 
 def _check(net: ResNet) -> None:
     for name, known in (("block", Block), ("stem", Stem), ("shortcut", Shortcut), ("norm", Norm)):

@@ -107,13 +107,15 @@ def load_weights(net: "ResNet", weights: str | Path) -> list[str]:
 
     Args:
         net: The network; changed in place.
-        weights: A file (.safetensors; .pth or .pt, of which tensors alone are read, never code), or a name of
-            torchvision's: "IMAGENET1K_V2" (of the network's own variant), "ResNet50_Weights.IMAGENET1K_V2".
+        weights: A file (.safetensors; .pth or .pt, of which tensors alone are read, never code), a run's folder, or
+            a name of torchvision's: "IMAGENET1K_V2" (of the network's own variant), "ResNet50_Weights.IMAGENET1K_V2".
 
     Raises:
         ModelError: No such weights, a file that holds more than weights, or keys or shapes that do not fit
             (all of them are listed).
     """
+    if Path(weights).is_dir():
+        weights = Path(weights) / "weights.safetensors"
     is_file = Path(weights).is_file() or Path(weights).suffix in (".pth", ".pt", ".ckpt", ".safetensors")
     state = _unwrap(_read_file(Path(weights)) if is_file else _download(net, str(weights)), weights)
     own = net.state_dict()

@@ -1,7 +1,8 @@
 """The LightningModule: a network, its loss, its metrics and its optimizer."""
 
 import math
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -102,7 +103,10 @@ class Classifier(LightningModule):
         ema_decay: The decay per step of an exponential moving average of the weights; evaluation uses the
             average. Without it the weights themselves are evaluated.
         flip_test: Whether evaluation averages the logits of an image and its mirror image.
-        weights: Pretrained weights to start from: a name of torchvision's (IMAGENET1K_V2), or a file.
+        weights: Pretrained weights to start from: a name of torchvision's (IMAGENET1K_V2), a file, or a run's folder.
+        freeze: Parts of the network that stay as they are, of stem, stage1, stage2 …: their weights are not trained,
+            their norms use and keep the statistics they have.
+        backbone_lr_scale: The share of the learning rate that all but the head are trained with.
         compile: Whether to run the network through torch.compile.
         channels_last: Whether to keep weights and activations in the channels-last layout.
         seed: The seed of the randomness inside the network (dropout, stochastic depth).
@@ -121,6 +125,8 @@ class Classifier(LightningModule):
         ema_decay: float | None = None,
         flip_test: bool = False,
         weights: str | None = None,
+        freeze: Sequence[str] = (),
+        backbone_lr_scale: float = 1.0,
         compile: bool = False,
         channels_last: bool = True,
         seed: int = 0,
@@ -136,6 +142,12 @@ class Classifier(LightningModule):
             raise ValueError(f"ema_decay must lie between 0 and 1, not {ema_decay}; null turns the average off")
         if lr_reference_batch is not None and lr_reference_batch < 1:
             raise ValueError(f"lr_reference_batch must be at least 1, not {lr_reference_batch}")
+        if backbone_lr_scale <= 0:
+            raise ValueError(
+                f"backbone_lr_scale must be more than 0, not {backbone_lr_scale}; freeze keeps parts as is"
+            )
+        if unknown := [part for part in freeze if part not in list(net.parts())[:-1]]:
+            raise ValueError(f"freeze: {', '.join(unknown)} is none of {', '.join(list(net.parts())[:-1])}")
         if net.num_classes == 0:
             raise ValueError("a classifier needs num_classes >= 1: num_classes=0 is the network without its head")
         self.net = net.to(memory_format=torch.channels_last) if channels_last else net
@@ -148,6 +160,10 @@ class Classifier(LightningModule):
         self.ema: EMA | None = None
         self.flip_test = flip_test
         self.weights = weights
+        self.frozen = list(freeze)
+        self.backbone_lr_scale = backbone_lr_scale
+        for module in self._frozen_modules():
+            module.requires_grad_(False).eval()
         self.compile_net = compile
         self.seed = seed
         self.val_metrics = evaluation_metrics(net.num_classes, "val/")
@@ -177,6 +193,18 @@ class Classifier(LightningModule):
         if self.compile_net:
             self.net.compile()
 
+    def _frozen_modules(self) -> list[torch.nn.Module]:
+        # Looked up each time: converting to SyncBatchNorm puts other modules in their places.
+        parts = self.net.parts()
+        return [module for part in self.frozen for module in parts[part]]
+
+    def train(self, mode: bool = True) -> Self:
+        """As ever, but for the frozen parts, which stay in eval mode."""
+        super().train(mode)
+        for module in self._frozen_modules():
+            module.eval()
+        return self
+
     def forward(self, images: Tensor) -> Tensor:
         """Logits (N, num_classes) of images (N, C, H, W); in eval mode by the averaged weights, if there are."""
         if self.training:
@@ -191,9 +219,10 @@ class Classifier(LightningModule):
     # Training
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        optimizer = self.make_optimizer(parameter_groups(self.net, self.decay_norm_and_bias))
+        groups = parameter_groups(self.net, self.decay_norm_and_bias, self.backbone_lr_scale)
+        optimizer = self.make_optimizer(groups)
         for group in optimizer.param_groups:
-            group["lr"] *= self._lr_scale()
+            group["lr"] *= self._lr_scale() * group["lr_scale"]
         self.trainer.fit_loop.setup_data()  # or the number of batches is not known yet where max_steps is given
         total_steps = self.trainer.estimated_stepping_batches
         if math.isinf(total_steps):

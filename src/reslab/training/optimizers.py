@@ -5,24 +5,28 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from reslab.models.resnet import ResNet
 
-def parameter_groups(net: nn.Module, decay_norm_and_bias: bool) -> list[dict[str, Any]]:
-    """Splits parameters in two: those that weight decay acts on, and norms and biases, which it leaves alone.
+
+def parameter_groups(net: ResNet, decay_norm_and_bias: bool, backbone_lr_scale: float = 1.0) -> list[dict[str, Any]]:
+    """Splits the parameters that are trained: weight decay leaves norms and biases alone, the backbone may be slower.
 
     Vectors and scalars are the norms' weights and all biases; weight decay on them costs accuracy without
-    regularising anything (He et al. 2019, "Bag of tricks", section 3.1).
+    regularising anything (He et al. 2019, "Bag of tricks", section 3.1). Each group says in `lr_scale` which share
+    of the learning rate is its own; the first group's is 1.
     """
-    trained = [p for p in net.parameters() if p.requires_grad]
-    if decay_norm_and_bias:
-        return [{"params": trained}]
-    decayed = [p for p in trained if p.ndim > 1]
-    spared = [p for p in trained if p.ndim <= 1]
-    groups: list[dict[str, Any]] = [{"params": decayed}, {"params": spared, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+    head = {id(p) for p in net.fc.parameters()}
+    groups: dict[tuple[bool, bool], dict[str, Any]] = {}
+    for p in net.parameters():
+        slower, spared = backbone_lr_scale != 1 and id(p) not in head, p.ndim <= 1 and not decay_norm_and_bias
+        if p.requires_grad:
+            options = {"weight_decay": 0.0} if spared else {}
+            new = {"params": [], "lr_scale": backbone_lr_scale if slower else 1.0, **options}
+            groups.setdefault((slower, spared), new)["params"].append(p)
+    return [groups[key] for key in sorted(groups)]
 
 
 class Schedule(ABC):
