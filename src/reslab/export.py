@@ -119,7 +119,7 @@ def _description(data: ImageData, with_normalization: bool) -> dict[str, Any]:
             "values": values,
             "mean": source.mean,
             "std": source.std,
-            "resize": f"the shorter side to {source.resize}, antialiased, then the centre {shape[1]} × {shape[2]}",
+            "resize": f"the shorter side to {data.test_resize}, antialiased, then the centre {shape[1]} × {shape[2]}",
         },
         "output": {"name": "logits", "dtype": "float32", "shape": ["batch", data.num_classes]},
         "classes": data.class_names,

@@ -107,7 +107,7 @@ class ImageData(LightningDataModule):
         return self.view.test_size or self.dataset.image_size
 
     @property
-    def _test_resize(self) -> int:
+    def test_resize(self) -> int:
         if self.view.test_size is None and self.view.test_resize is None:
             return self.dataset.resize
         return self.view.test_resize or round(self._test_size * 256 / 224)
@@ -169,8 +169,8 @@ class ImageData(LightningDataModule):
             raise UserError("data.view is for data sets of image files: the images of this one have their size")
         if self.view.scaled_decode and simplejpeg is None:
             raise UserError("data.view.scaled_decode needs simplejpeg: pip install 'reslab[fast]', or leave it out")
-        if self._test_resize < self._test_size:
-            raise UserError(f"data.view.test_resize {self._test_resize} is less than the test size {self._test_size}")
+        if self.test_resize < self._test_size:
+            raise UserError(f"data.view.test_resize {self.test_resize} is less than the test size {self._test_size}")
 
     @property
     def _world(self) -> int:
@@ -212,7 +212,7 @@ class ImageData(LightningDataModule):
         data = self.train_data
         if isinstance(data, Arrays):
             return ArrayBatches(data, Draws(self.augment, self.seed, len(data), self.dataset.image_size))
-        cut = self._train_sizes(), self._test_resize, self.dataset.upright
+        cut = self._train_sizes(), self.test_resize, self.dataset.upright
         return FileBatches(data, self.channels, *cut, self.augment, self.seed, self.view.scaled_decode)
 
     def _train_sizes(self) -> tuple[int, ...]:
@@ -250,7 +250,7 @@ class ImageData(LightningDataModule):
         """
         if not Path(folder).is_dir():
             raise DataError(f"{folder} is no folder, or not there")
-        batches = FolderBatches(Path(folder), self.channels, self._test_size, self._test_resize, skip_unreadable)
+        batches = FolderBatches(Path(folder), self.channels, self._test_size, self.test_resize, skip_unreadable)
         return self._loader(batches, FolderOrder(Path(folder), self._eval_size))
 
     @property
@@ -261,7 +261,7 @@ class ImageData(LightningDataModule):
         sampler = EvalOrder(indices, self._eval_size, self._world, self._rank)
         if isinstance(data, Arrays):
             return self._loader(ArrayBatches(data), sampler)
-        cut = (self._test_size,), self._test_resize, self.dataset.upright
+        cut = (self._test_size,), self.test_resize, self.dataset.upright
         return self._loader(FileBatches(data, self.channels, *cut), sampler)
 
     def _loader(self, batches: Any, sampler: Iterable[Any]) -> DataLoader[Any]:
