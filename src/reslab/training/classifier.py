@@ -25,7 +25,7 @@ from reslab.training.optimizers import Cosine, Schedule, parameter_groups
 from reslab.training.processes import shard
 
 PADDING = -1  # the label of an image that only fills up a batch: it counts nowhere
-CHECK_FINITE_EVERY = 50  # steps: the longest that a diverged run trains on
+CHECK_FINITE_EVERY = 100  # steps: the longest that a diverged run trains on
 
 
 class Diverged(Exception):

@@ -1,0 +1,286 @@
+"""What a GPU does with reslab: `make gpu-check`, or python benchmarks/gpu_check.py [--parts loop jpeg …] [--tiny].
+
+    loop           ResNet-50 at 224 pixels on images in memory: reslab against a plain loop with the same settings
+    jpeg           the same from JPEG files: images/s, and the share of the time that training waits for data
+    sync           50 training steps under torch.cuda.set_sync_debug_mode("error")
+    accuracy       ResNet-18 on CIFAR-10, one cycle: the time to 94 % (needs the data: --root DIR)
+    deterministic  what configs/trainer/deterministic.yaml costs a step of ResNet-50
+
+Each part is a process of its own and prints one line for docs/performance.md, with the card's name. --tiny goes through
+all of it in small, on a CPU too: a test of this script, not a measurement.
+"""
+
+import argparse
+import contextlib
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.profilers import SimpleProfiler
+from PIL import Image
+
+from reslab import Classifier, ImageData, create_model
+from reslab.config import CONFIGS, Experiment
+from reslab.data import Augment, ImageFolder
+from reslab.data.datasets import Arrays, ImageSource, Split
+from reslab.experiment import Run
+from reslab.runs.folder import RunFolder
+
+PARTS = ("loop", "jpeg", "sync", "accuracy", "deterministic")
+GPU = torch.cuda.is_available()
+NAME = torch.cuda.get_device_name() if GPU else "CPU"
+TARGET = 0.94
+
+
+class Noise(ImageSource):
+    """Images of noise in memory, as many as are asked for."""
+
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+    def __init__(self, count: int, size: int) -> None:
+        self.count, self.image_size, self.resize = count, size, size
+
+    def classes(self, root: Path) -> list[str]:
+        return [f"class{i}" for i in range(10)]
+
+    def load(self, root: Path, split: Split) -> Arrays:
+        rng = np.random.default_rng(0)
+        images = rng.integers(0, 256, (self.count, self.image_size, self.image_size, 3), dtype=np.uint8)
+        return Arrays(images, np.arange(self.count) % 10)
+
+
+class Sizes:
+    """What is measured: the real thing, or a tiny one."""
+
+    def __init__(self, tiny: bool) -> None:
+        self.net, self.size, self.batch = ("resnet18", 32, 8) if tiny else ("resnet50", 224, 256)
+        self.steps, self.blocks = (3, 2) if tiny else (50, 7)
+        self.images = self.batch * (self.steps + 2) if tiny else 5120
+
+    def classifier(self) -> Classifier:
+        torch.manual_seed(0)
+        return Classifier(create_model(self.net, num_classes=10))
+
+    def in_memory(self) -> ImageData:
+        return ImageData(
+            Noise(self.images, self.size), batch_size=self.batch, val_split=0, augment=Augment(flip="random")
+        )
+
+
+def trainer(callback: Callback, **options: Any) -> Trainer:
+    settings: dict[str, Any] = {
+        "max_epochs": 10_000, "precision": "bf16-mixed", "benchmark": True, "callbacks": [callback], "logger": False,
+        "log_every_n_steps": 10_000, "enable_checkpointing": False, "enable_progress_bar": False,
+        "enable_model_summary": False, "use_distributed_sampler": False, "devices": 1,
+    }  # fmt: skip
+    return Trainer(**{**settings, **options})
+
+
+def synchronize() -> None:
+    if GPU:
+        torch.cuda.synchronize()
+
+
+class Blocks(Callback):
+    """Times blocks of steps, and stops after enough; between them `other` may run."""
+
+    def __init__(self, sizes: Sizes, other: Any = None) -> None:
+        self.sizes, self.other = sizes, other
+        self.seconds: list[float] = []
+        self.other_seconds: list[float] = []
+        self.step = 0
+
+    def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
+        if self.step % self.sizes.steps == 0:
+            synchronize()
+            if self.step:
+                self.seconds.append(time.perf_counter() - self.started)
+                if self.other:
+                    self.other_seconds.append(self.other())
+            trainer.should_stop = len(self.seconds) > self.sizes.blocks
+            self.started = time.perf_counter()
+        self.step += 1
+
+    def speed(self, seconds: list[float]) -> float:
+        """Images/s of the median block; the first warms up."""
+        return self.sizes.batch * self.sizes.steps / statistics.median(seconds[1:])
+
+
+class PlainLoop:
+    """The training loop that one would write without Lightning and reslab, on batches that are there already."""
+
+    def __init__(self, sizes: Sizes) -> None:
+        self.steps, self.device = sizes.steps, torch.device("cuda" if GPU else "cpu")
+        self.net = create_model(sizes.net, num_classes=10).to(self.device, memory_format=torch.channels_last)
+        self.optimizer = torch.optim.SGD(self.net.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
+        images = torch.randn(sizes.batch, 3, sizes.size, sizes.size, device=self.device)
+        self.images = images.to(memory_format=torch.channels_last)
+        self.labels = torch.arange(sizes.batch, device=self.device) % 10
+
+    def __call__(self) -> float:
+        start = time.perf_counter()
+        for _ in range(self.steps):
+            with torch.autocast(self.device.type, torch.bfloat16):
+                loss = F.cross_entropy(self.net(self.images), self.labels)
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+        synchronize()
+        return time.perf_counter() - start
+
+
+def loop(sizes: Sizes, root: str) -> str:
+    blocks = Blocks(sizes, PlainLoop(sizes))
+    trainer(blocks).fit(sizes.classifier(), datamodule=sizes.in_memory())
+    pairs = list(zip(blocks.seconds, blocks.other_seconds, strict=False))[1:]
+    ratio = statistics.median(ours / plain for ours, plain in pairs)
+    return (
+        f"{sizes.net} at {sizes.size}, batch {sizes.batch}, images in memory: {blocks.speed(blocks.seconds):,.0f} "
+        f"images/s, {ratio:.3f} times the time of a plain loop without input (median of {len(pairs)} pairs of "
+        f"{sizes.steps} steps)"
+    )
+
+
+@contextlib.contextmanager
+def photographs(count: int) -> Iterator[Path]:
+    """A folder of JPEGs of ImageNet's usual size, smooth enough to take some 100 KB each."""
+    rng = np.random.default_rng(0)
+    with tempfile.TemporaryDirectory() as scratch:
+        for split, many in (("train", count), ("val", 10)):
+            for i in range(many):
+                coarse = Image.fromarray(rng.integers(0, 256, (94, 125, 3), dtype=np.uint8))
+                path = Path(scratch, "photographs", split, f"class{i % 10}", f"{i}.jpg")
+                path.parent.mkdir(parents=True, exist_ok=True)
+                coarse.resize((500, 375), Image.Resampling.BICUBIC).save(path, quality=90)
+        yield Path(scratch)
+
+
+def jpeg(sizes: Sizes, root: str) -> str:
+    profiler = SimpleProfiler()
+    blocks = Blocks(sizes)
+    workers = len(os.sched_getaffinity(0))
+    with photographs(sizes.images) as folder:
+        data = ImageData(
+            ImageFolder("photographs", image_size=sizes.size),
+            str(folder), batch_size=sizes.batch, val_split=0, num_workers=workers, augment=Augment(flip="random"),
+        )  # fmt: skip
+        trainer(blocks, profiler=profiler).fit(sizes.classifier(), datamodule=data)
+    waited = sum(profiler.recorded_durations["[_TrainingEpochLoop].train_dataloader_next"][sizes.steps :])
+    share = waited / sum(blocks.seconds[1:])
+    return (
+        f"{sizes.net} at {sizes.size}, batch {sizes.batch}, from JPEGs of 500 × 375, {workers} loaders: "
+        f"{blocks.speed(blocks.seconds):,.0f} images/s, {100 * share:.0f} % of the time waiting for data "
+        f"(median of {len(blocks.seconds) - 1} blocks of {sizes.steps} steps)"
+    )
+
+
+class NoSync(Callback):
+    """Makes every synchronisation with the device an error during 50 steps."""
+
+    first, last = 5, 55
+
+    def on_train_batch_start(self, trainer: Trainer, model: Any, batch: Any, batch_idx: int) -> None:
+        if GPU and batch_idx == self.first:
+            torch.cuda.set_sync_debug_mode("error")
+        if batch_idx == self.last:
+            if GPU:
+                torch.cuda.set_sync_debug_mode("default")
+            trainer.should_stop = True
+
+
+def sync(sizes: Sizes, root: str) -> str:
+    sizes.images = sizes.batch * 60 if sizes.size < 224 else 64 * 60
+    sizes.batch = min(sizes.batch, 64)
+    augment = Augment(flip="random", crop_padding=4, cutout=8, mixup=0.2, cutmix=1.0)
+    data = ImageData(Noise(sizes.images, sizes.size), batch_size=sizes.batch, val_split=0, augment=augment)
+    trainer(NoSync()).fit(sizes.classifier(), datamodule=data)
+    return f"{sizes.net}: {NoSync.last - NoSync.first} steps without a synchronisation" + (
+        "" if GPU else " (not on a CPU)"
+    )
+
+
+class Clock(Callback):
+    """When validation first reached the target."""
+
+    reached: float | None = None
+
+    def on_train_start(self, *args: Any) -> None:
+        self.started = time.perf_counter()
+
+    def on_validation_end(self, trainer: Trainer, model: Classifier) -> None:  # type: ignore[override]
+        if self.reached is None and model.latest.get("val/acc", 0) >= TARGET:
+            self.reached = time.perf_counter() - self.started
+
+
+def accuracy(sizes: Sizes, root: str) -> str:
+    tiny = sizes.size < 224
+    experiment = "digits" if tiny else "cifar10_resnet18"
+    files = [CONFIGS / f"experiment/{experiment}.yaml", CONFIGS / "recipe/onecycle.yaml"]
+    files += [CONFIGS / "trainer/gpu.yaml"] if GPU else []
+    argv = [word for file in files for word in ("--config", str(file))]
+    argv += [f"--trainer.max_epochs={2 if tiny else 24}", "--trainer.max_steps=-1", "--data.root", root]
+    clock = Clock()
+    with tempfile.TemporaryDirectory() as scratch:
+        data, model, settings = Experiment(argv).build()
+        settings["callbacks"].append(clock)
+        folder = RunFolder(Path(scratch, "run"))
+        folder.probe()
+        run = Run(Experiment(argv), folder, argv)
+        run.execute(data, model, settings)
+        results, wall = run.manifest["results"], run.manifest["wall_seconds"]
+    when = "not reached" if clock.reached is None else f"of validation after {clock.reached:.0f} s"
+    found = f"test/acc {results['test/acc']:.4f} after {wall:.0f} s in all (seed 0)"
+    return f"{experiment}, one cycle: {TARGET:.0%} {when}; {found}"
+
+
+def step_seconds(sizes: Sizes, deterministic: bool) -> float:
+    blocks = Blocks(sizes)
+    options = {"deterministic": True, "benchmark": False} if deterministic else {}
+    trainer(blocks, **options).fit(sizes.classifier(), datamodule=sizes.in_memory())
+    return statistics.median(blocks.seconds[1:]) / sizes.steps
+
+
+def deterministic(sizes: Sizes, root: str) -> str:
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    ratios = []
+    for _ in range(2 if sizes.size < 224 else 5):
+        fast = step_seconds(sizes, False)
+        ratios.append(step_seconds(sizes, True) / fast)
+        torch.use_deterministic_algorithms(False)
+    return f"{sizes.net}: a deterministic step takes {statistics.median(ratios):.3f} times as long (n = {len(ratios)})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--root", default=os.environ.get("RESLAB_DATA", "data"), help="where CIFAR-10 lies")
+    parser.add_argument("--tiny", action="store_true")
+    args = parser.parse_args()
+    if not GPU and not args.tiny:
+        sys.exit("there is no GPU here; --tiny goes through the script on a CPU")
+    if len(args.parts) == 1:
+        print(f"{NAME}: {globals()[args.parts[0]](Sizes(args.tiny), args.root)}", flush=True)
+        return
+    tiny = ["--tiny"] if args.tiny else []
+    failed = [
+        part
+        for part in args.parts
+        if subprocess.run(
+            [sys.executable, __file__, "--parts", part, "--root", args.root, *tiny], check=False
+        ).returncode
+    ]
+    sys.exit(f"failed: {', '.join(failed)}" if failed else 0)
+
+
+if __name__ == "__main__":
+    main()
