@@ -7,7 +7,6 @@ turn. What `ablate` adds is split into what it costs once (the check of every ar
 """
 
 import argparse
-import os
 import statistics
 import subprocess
 import sys
@@ -27,12 +26,14 @@ seeds: {seeds}
 """
 
 
-def reslab(*words: str | Path, **environ: str) -> tuple[float, str]:
-    """Seconds of the whole process, and what it printed."""
+def reslab(*words: str | Path) -> float:
+    """Seconds of the whole process."""
     began = time.perf_counter()
     command = [sys.executable, "-m", "reslab", *map(str, words)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, **environ})
-    return time.perf_counter() - began, done.stdout
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"{' '.join(command)} failed:\n{done.stdout}")
+    return time.perf_counter() - began
 
 
 def loop(study: Path, out: Path, seeds: int) -> float:
@@ -41,7 +42,7 @@ def loop(study: Path, out: Path, seeds: int) -> float:
     for seed in range(seeds):
         for arm in ("A", "none"):
             words = ["--config", out.parent / "checked" / arm / "arm.yaml", "--seed_everything", str(seed)]
-            seconds += reslab("fit", *words, "--run.dir", out / arm / str(seed))[0]
+            seconds += reslab("fit", *words, "--run.dir", out / arm / str(seed))
     return seconds
 
 
@@ -60,11 +61,11 @@ def main() -> None:
         reslab("ablate", "run", study, "--out", Path(scratch, "checked"))
         for repeat in range(options.repeats):
             # All is done there already: what is left is the check of the arms and the report.
-            times["once"].append(reslab("ablate", "run", study, "--out", Path(scratch, "checked"))[0])
+            times["once"].append(reslab("ablate", "run", study, "--out", Path(scratch, "checked")))
             times["loop"].append(loop(study, Path(scratch, f"loop{repeat}"), options.seeds))
             for jobs in (1, 2):
                 out = Path(scratch, f"jobs{jobs}-{repeat}")
-                times[f"jobs {jobs}"].append(reslab("ablate", "run", study, "--out", out, "--jobs", str(jobs))[0])
+                times[f"jobs {jobs}"].append(reslab("ablate", "run", study, "--out", out, "--jobs", str(jobs)))
             print(f"repeat {repeat}:", *(f"{name} {t[-1]:.1f} s" for name, t in times.items()), sep="  ", flush=True)
     median = {name: statistics.median(values) for name, values in times.items()}
     each = statistics.median(

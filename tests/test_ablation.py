@@ -351,7 +351,7 @@ def test_killed_five_times_the_results_are_those_of_an_undisturbed_study(tmp_pat
     finished: dict[str, str] = {}
     kills = 0
     while kills < 5:
-        run_once(ablate("run", study, "--out", disturbed, *short), tmp_path / "log", rng.uniform(14, 30))
+        run_once(ablate("run", study, "--out", disturbed, *short), tmp_path / "log", rng.uniform(10, 22))
         kills += 1
         time.sleep(0.5)
         for s in states(read_study(study, short[:3]), disturbed):

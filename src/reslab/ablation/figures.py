@@ -234,7 +234,8 @@ def cost(report: Report, unit: Unit) -> Figure | None:
     if not found:
         return None
     seconds = np.array([arm["wall_seconds"] for arm in found.values()])
-    scale, clock = next((s, u) for s, u in ((3600, "hours"), (60, "minutes"), (1, "seconds")) if seconds.max() >= 2 * s)
+    units = [(3600, "hours"), (60, "minutes"), (1, "seconds")]
+    scale, clock = next((unit for unit in units if seconds.max() >= 2 * unit[0]), units[-1])
     figure = Figure(figsize=(WIDTH, max(3.0, 0.3 * len(found) + 0.8)), layout="constrained")
     ax = figure.subplots()
     rows = np.array([_interval(arm, "mean", "ci", unit) for arm in found.values()])
