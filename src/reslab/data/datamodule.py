@@ -63,7 +63,6 @@ class ImageData(LightningDataModule):
         self,
         dataset: ImageSource,
         root: str | None = None,
-        classes: list[str] | None = None,
         batch_size: int = 128,
         eval_batch_size: int | None = None,
         val_split: int | float = 0.1,
@@ -73,6 +72,7 @@ class ImageData(LightningDataModule):
         augment: Augment = Augment(),  # noqa: B008 - frozen
         view: View = View(),  # noqa: B008 - frozen
         download: bool = True,
+        classes: list[str] | None = None,
     ) -> None:
         super().__init__()
         for name, size in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
