@@ -113,7 +113,9 @@ def progress(cell: Cell, metric: str) -> str:
     if not rows:
         return "starting"
     epochs = read_config(cell.config).get("trainer", {}).get("max_epochs")
-    epoch = int(float(rows[-1].get("epoch") or 0)) + 1
+    epoch = int(float(rows[-1].get("epoch") or 0)) + 1  # in the test one more than there are
+    if epochs and 0 < epochs < epoch:
+        return "testing"
     values = [row[wanted] for row in rows if row.get(wanted)]
     shown = f", {wanted} {float(values[-1]):.4f}" if values else ""
     return f"epoch {epoch}{f' of {epochs}' if epochs and epochs > 0 else ''}{shown}"
