@@ -47,6 +47,7 @@ def _quiet() -> None:
         r".*smaller than the logging interval.*",
         r".*in eval mode at the start of training.*",
         r".*is intended to run from within Python.*",
+        r".*`srun` command is available on your system but is not used.*",
         r".*distributed.nn.functional.all_gather is deprecated.*",  # Lightning's own call
         r".*It is recommended to use `self.log\(.*sync_dist=True.*",  # torchmetrics has synchronised them
     ):
