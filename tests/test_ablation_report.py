@@ -377,7 +377,6 @@ def test_two_hundred_cells_take_less_than_ten_seconds_of_one_core(tmp_path: Path
 
 def test_cells_of_a_second_are_reported_too(tmp_path: Path) -> None:
     study, out = make_study(tmp_path, ["A", "none"]), tmp_path / "out"
-
     for cell in cells(study, out):
         run_cell(study, cell, 0.9, wall_seconds=0.4)
     write_report(study, out)

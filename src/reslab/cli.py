@@ -68,32 +68,26 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(run=run, takes_config=takes_config)
         return command
 
-    add(
-        "fit",
-        None,
-        "train and test a run: --config FILE … [--run.dir DIR] [--KEY VALUE …]; all keys: fit --help",
-    )
-    for split in ("validate", "test"):
-        command = add(split, _evaluate, f"{split} a finished run's weights: RUN [--data.root DIR]", takes_config=True)
+    def add_for_run(name: str, run, help: str) -> argparse.ArgumentParser:  # type: ignore[no-untyped-def]
+        command = add(name, run, help, takes_config=True)
         command.add_argument("folder", metavar="RUN", help="a run folder")
-    command = add("predict", _predict, "classify a folder of images with a run's weights", takes_config=True)
-    command.add_argument("folder", metavar="RUN", help="a run folder")
+        return command
+
+    add("fit", None, "train and test a run: --config FILE … [--run.dir DIR] [--KEY VALUE …]; all keys: fit --help")
+    for split in ("validate", "test"):
+        add_for_run(split, _evaluate, f"{split} a finished run's weights: RUN [--data.root DIR]")
+    command = add_for_run("predict", _predict, "classify a folder of images with a run's weights")
     command.add_argument("--images", required=True, metavar="DIR", help="image files, in any folders below DIR")
     command.add_argument("--out", required=True, metavar="FILE.csv", help="a row an image: prediction, probability")
     command.add_argument("--all", action="store_true", help="a column for the probability of every class, too")
-    command = add("export", _export, "write a run's network as ONNX, PyTorch program or safetensors", takes_config=True)
-    command.add_argument("folder", metavar="RUN", help="a run folder")
+    command = add_for_run("export", _export, "write a run's network as ONNX, PyTorch program or safetensors")
     command.add_argument("--format", required=True, choices=["onnx", "pt2", "safetensors"])
     command.add_argument("--out", required=True, metavar="FILE", help="FILE.json beside it says how to use it")
     command.add_argument(
         "--with-normalization", action="store_true", help="the graph takes uint8 images, 0 to 255, not normalised ones"
     )
-    command = add("verify", _verify, "check a run against its hashes: RUN [--data.root DIR]", takes_config=True)
-    command.add_argument("folder", metavar="RUN", help="a run folder")
-    command = add(
-        "reproduce", _reproduce, "run a finished run again, and compare: RUN [--KEY VALUE …]", takes_config=True
-    )
-    command.add_argument("folder", metavar="RUN", help="a run folder")
+    add_for_run("verify", _verify, "check a run against its hashes: RUN [--data.root DIR]")
+    command = add_for_run("reproduce", _reproduce, "run a finished run again, and compare: RUN [--KEY VALUE …]")
     command.add_argument("--out", metavar="DIR", help="the new run's folder, default RUN-reproduced")
     _add_ablate(add("ablate", None, "plan, run or report a study: arms × seeds in, a verdict out"))
     command = add("list", _list, "list models, data sets, experiments or ablation studies")
@@ -102,12 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("model", help="a name of `reslab list models`")
     command.add_argument("--input", default="3,224,224", type=_shape, metavar="C,H,W", help="default 3,224,224")
     command.add_argument("--classes", default=1000, type=int, metavar="N", help="default 1000")
-    add(
-        "doctor",
-        _doctor,
-        "check the machine, and the data of an experiment: [--config FILE …]",
-        takes_config=True,
-    )
+    add("doctor", _doctor, "check the machine, and the data of an experiment: [--config FILE …]", takes_config=True)
     command = add("preview", _preview, "draw an experiment's learning rate or augmented images", takes_config=True)
     command.add_argument("what", choices=["lr", "augment"])
     command.add_argument("--out", metavar="FILE.png", help="default preview-WHAT.png")

@@ -68,8 +68,8 @@ class Constant(Schedule):
         return 1.0
 
 
-class Cosine(Schedule):
-    """Half a cosine from 1 to `final` (Loshchilov & Hutter 2017, without restarts).
+class Descent(Schedule):
+    """From the base rate down to a share of it.
 
     Args:
         final: The factor at the end of training.
@@ -78,21 +78,17 @@ class Cosine(Schedule):
     def __init__(self, final: float = 0.0, warmup_epochs: float = 0.0, warmup_start: float = 0.0) -> None:
         super().__init__(warmup_epochs, warmup_start)
         self.final = final
+
+
+class Cosine(Descent):
+    """Half a cosine from 1 to `final` (Loshchilov & Hutter 2017, without restarts)."""
 
     def law(self, progress: float) -> float:
         return self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-class Linear(Schedule):
-    """A straight line from 1 to `final` (Li et al. 2020, "Budgeted training").
-
-    Args:
-        final: The factor at the end of training.
-    """
-
-    def __init__(self, final: float = 0.0, warmup_epochs: float = 0.0, warmup_start: float = 0.0) -> None:
-        super().__init__(warmup_epochs, warmup_start)
-        self.final = final
+class Linear(Descent):
+    """A straight line from 1 to `final` (Li et al. 2020, "Budgeted training")."""
 
     def law(self, progress: float) -> float:
         return 1 + (self.final - 1) * progress
