@@ -71,6 +71,7 @@ KINDS = {  # of JPEG
     **{s: jpeg(subsampling=s) for s in ("4:4:4", "4:2:2", "4:2:0")},
     "grey": jpeg(picture(mode="L")),
     "progressive": jpeg(progressive=True),
+    "restarts": jpeg(restart_marker_rows=1),
     "odd": jpeg(picture(33, 47)),
     "cmyk": jpeg(picture(mode="CMYK")),
     "turned": turned(),
@@ -86,6 +87,54 @@ def test_simplejpeg_and_torchvision_give_the_same_crop(monkeypatch, kind, channe
     monkeypatch.setattr(decode, "simplejpeg", None)
     without = [crop(KINDS[kind], u, 24) for u in draws(8)]
     assert all(torch.equal(a, b) for a, b in zip(with_it, without, strict=True))
+
+
+@needs_simplejpeg
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "cmyk"])
+@pytest.mark.parametrize("share", [None, 0.5])
+def test_rows_below_the_crop_are_not_decoded_and_change_nothing(monkeypatch, kind, share):
+    crop = RandomCrop(3, False, Augment(scale=(0.02, 0.3)), share)
+    decoded = []
+    keep = RandomCrop._decoded
+    monkeypatch.setattr(RandomCrop, "_decoded", lambda *args: decoded.append(args[2]) or keep(*args))
+    some = [crop(KINDS[kind], u, 12) for u in draws(40)]
+    monkeypatch.setattr(decode, "ROWS_BELOW", 10_000)
+    whole = [crop(KINDS[kind], u, 12) for u in draws(40)]
+    assert all(torch.equal(a, b) for a, b in zip(some, whole, strict=True))
+    assert (sum(decoded[:40]) < 0.9 * sum(decoded[40:])) == (kind not in ("odd", "progressive"))
+
+
+@needs_simplejpeg
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize("missing", [3, 300, 5000])
+def test_a_truncated_file_is_named_wherever_the_crop_is(progressive, missing):
+    data = jpeg(progressive=progressive)[:-missing]
+    crop = RandomCrop(3, False, Augment(scale=(0.02, 0.3)))
+    for u in draws(20):
+        with pytest.raises(DataError, match=r"^pets/cat.jpg cannot be read"), named(Path("pets/cat.jpg")):
+            crop(data, u, 12)
+
+
+def test_the_number_of_rows_is_found_in_a_baseline_jpeg_of_one_scan():
+    for kind, data in KINDS.items():
+        at = decode.rows_field(data)
+        if kind == "progressive":
+            assert at is None
+        else:
+            assert data[at : at + 2] == Image.open(io.BytesIO(data)).height.to_bytes(2, "big")
+    data = KINDS["4:2:0"]
+    frame, scan = data.index(b"\xff\xc0"), data.index(b"\xff\xda")
+    assert decode.rows_field(data[:frame] + b"\xff\xfe\x00\x04hi" + data[frame:]) == frame + 6 + 5
+    assert decode.rows_field(data[: scan + 4] + b"\x01" + data[scan + 5 :]) is None  # one component in the first scan
+    assert [decode.rows_field(data[:n]) for n in (0, 3, frame, scan)] == [None] * 4
+
+
+@needs_simplejpeg
+def test_a_frame_header_that_is_not_found_changes_nothing():
+    data, u = jpeg(), draws(9)
+    filled = data.replace(b"\xff\xc0", b"\xff\xff\xc0", 1)  # any marker may be preceded by fill bytes
+    crop = RandomCrop(3, False, Augment(scale=(0.02, 0.3)))
+    assert all(torch.equal(crop(filled, row, 12), crop(data, row, 12)) for row in u)
 
 
 @pytest.mark.shared_data
@@ -120,7 +169,7 @@ def test_scaled_decoding_changes_pixels_a_little_where_the_crop_is_large(channel
 def test_scaled_decoding_keeps_the_share_asked_for(monkeypatch):
     decoded = []
     keep = RandomCrop._decoded
-    monkeypatch.setattr(RandomCrop, "_decoded", lambda *args: decoded.append(args[2:]) or keep(*args))
+    monkeypatch.setattr(RandomCrop, "_decoded", lambda *args: decoded.append(args[2:4]) or keep(*args))
     whole = Augment(scale=(1.0, 1.0), ratio=(1.0, 1.0))
     for share, size, height in (
         (1.0, 201, 401),

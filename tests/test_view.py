@@ -1,5 +1,6 @@
 """How large images are: the sizes of training and evaluation, and sizes that grow with training."""
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,25 @@ def test_growing_images_are_the_same_for_any_workers_and_interruption(pets, tmp_
     checkpoint = tmp_path / "stop.ckpt"
     first = train(of(pets, workers, **GROWING), None, SaveAfter(after, checkpoint)).seen[:after]
     assert_same(first + train(of(pets, workers, **GROWING), checkpoint).seen, train(of(pets, **GROWING)).seen)
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_loader_processes_write_over_no_batch_that_is_kept(pets, workers):
+    settings: dict[str, Any] = {"batch_size": 2, "val_split": 2, "augment": Augment(repeats=2)}
+    some, none = (
+        ImageData(ImageFolder(str(pets), image_size=4), num_workers=n, eval_batch_size=1, **settings)
+        for n in (workers, 0)
+    )
+    for data in (some, none):
+        data.setup("fit")
+        data.split = np.tile(data.split[0], 12), np.tile(data.split[1], 12)  # many, and made in no time
+    for epoch in range(2):
+        slow = []
+        for batch in some.train_dataloader():
+            time.sleep(0.01 * (epoch == 0))  # they are as far ahead as they can be
+            slow.append(batch)
+        assert_same(slow, list(none.train_dataloader()))
+    assert_same(list(some.val_dataloader()), list(none.val_dataloader()))
 
 
 def test_without_a_trainer_images_have_the_size_that_is_trained_for(pets):

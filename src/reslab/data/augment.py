@@ -182,7 +182,8 @@ def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -
     """uint8 (N, H, W, C) -> (images / 255 - mean) / std, float32 (N, C, H, W) in channels_last."""
     n, h, w, c = images.shape
     scale, shift = _affine(mean, std, w, images.device)
-    flat = torch.addcmul(shift, images.reshape(n, h, w * c).float(), scale)
+    flat = images.reshape(n, h, w * c).float()
+    torch.addcmul(shift, flat, scale, out=flat)
     return flat.view(n, h, w, c).permute(0, 3, 1, 2)
 
 

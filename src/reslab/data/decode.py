@@ -28,6 +28,8 @@ except ImportError:
 
 Box = tuple[int, int, int, int]  # top, left, height, width
 JPEG = b"\xff\xd8\xff"
+# A JPEG's rows that are decoded below a crop: its last rows depend on colours up to two rows below, at 1/8 on 16.
+ROWS_BELOW = 16
 
 
 def decode_bytes(data: bytes, channels: int, upright: bool = True) -> Tensor:
@@ -126,16 +128,40 @@ class RandomCrop:
         top, left, h, w = self._box(u, height, width)
         least = size * (self.scaled_decode or np.inf)
         f = max(f for f in (1, 2, 4, 8) if f == 1 or min(h, w) >= f * least)
-        pixels = self._decoded(data, -(-height // f), -(-width // f))
+        end = top + h + ROWS_BELOW
+        cut = rows_field(data) if end < height else None
+        if cut:  # what is below the crop need not be decoded
+            height, data = end, b"".join((data[:cut], end.to_bytes(2, "big"), data[cut + 2 :]))
+        pixels = self._decoded(data, -(-height // f), -(-width // f), cut is not None)
         return resized_crop(pixels.permute(2, 0, 1), (round(top / f), round(left / f), h // f, w // f), size)
 
-    def _decoded(self, jpeg: bytes, height: int, width: int) -> Tensor:
-        """Of the sizes that libjpeg-turbo can decode to, the smallest that is not below (height, width)."""
-        if len(self._scratch) < height * width * self.channels:
-            self._scratch = np.empty(height * width * self.channels, np.uint8)
+    def _decoded(self, jpeg: bytes, height: int, width: int, cut: bool) -> Tensor:
+        """Its pixels, (height, width, C): all, or all at 1/2, 1/4 or 1/8 of its size, rounded up."""
+        size = height * width * self.channels
+        if len(self._scratch) < size:
+            self._scratch = np.empty(size, np.uint8)
         space = "RGB" if self.channels == 3 else "GRAY"
-        pixels = simplejpeg.decode_jpeg(jpeg, space, min_height=height, min_width=width, buffer=self._scratch)
-        return torch.from_numpy(pixels)
+        try:
+            simplejpeg.decode_jpeg(jpeg, space, min_height=height, min_width=width, buffer=self._scratch)
+        except ValueError as error:
+            if not (cut and "extraneous bytes" in str(error)):  # they come after the last row: all pixels are there
+                raise
+        return torch.from_numpy(self._scratch[:size].reshape(height, width, self.channels))
+
+
+def rows_field(jpeg: bytes) -> int | None:
+    """Where a baseline JPEG of one scan says in 2 bytes how many rows it has; None for other kinds.
+
+    A decoder stops at a smaller number. (With several scans it would, in each, and say nothing of those that lack.)
+    """
+    at, frame = 2, None
+    while jpeg[at : at + 1] == b"\xff" and (kind := jpeg[at + 1 : at + 2]) != b"\xda":  # up to the first scan
+        if kind in (b"\xc0", b"\xc1"):
+            frame = at
+        at += 2 + int.from_bytes(jpeg[at + 2 : at + 4], "big")
+    if frame is None or jpeg[at + 4 : at + 5] != jpeg[frame + 9 : frame + 10]:  # not all components in the scan
+        return None
+    return frame + 5
 
 
 def _turned(jpeg: bytes) -> bool:

@@ -28,6 +28,7 @@ from reslab.data.files import DataError, Files
 from reslab.data.order import Ints
 
 Key = tuple[int, Ints]
+MADE_AHEAD = 2  # batches that each loader process makes before they are wanted
 
 
 class Batch(NamedTuple):
@@ -53,6 +54,10 @@ class Batch(NamedTuple):
         # Not back to the host without waiting: it would read what is not there yet.
         ahead = torch.device(device).type == "cuda"
         return Batch(*(tensor.to(device, non_blocking=ahead) for tensor in self))
+
+    def kept(self) -> "Batch":
+        """With images that no loader process writes over; those that were pinned are copies already."""
+        return self._replace(images=self.images.clone()) if self.images.is_shared() else self
 
 
 class FolderBatch(NamedTuple):
@@ -136,6 +141,9 @@ class LateLoader(DataLoader[Any]):
     Lightning makes the iterator before it restores a checkpoint (`estimated_stepping_batches` does so), and
     workers that fetch ahead at once would begin at the start of the run.
 
+    Images of FileBatches are copied as they come. A loader process is sent its next key when a batch of its is fetched,
+    so while that is copied, this process writes the MADE_AHEAD batches after it and no others.
+
     Args:
         device: Where its batches are used; to a CUDA device they are copied one batch ahead.
         options: Of DataLoader.
@@ -143,10 +151,12 @@ class LateLoader(DataLoader[Any]):
 
     def __init__(self, *args: Any, device: torch.device | None = None, **options: Any) -> None:
         self.device = device
-        super().__init__(*args, **options)
+        super().__init__(*args, **options, prefetch_factor=MADE_AHEAD if options.get("num_workers") else None)
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        batches = super().__iter__()
+        batches: Iterator[Any] = super().__iter__()
+        if isinstance(self.dataset, FileBatches):
+            batches = map(Batch.kept, batches)
         yield from batches if self.device is None or self.device.type != "cuda" else ahead(batches, self.device)
 
 
@@ -221,16 +231,32 @@ class ArrayBatches(Dataset[Batch]):
         return Batch(images, *map(torch.from_numpy, (labels, places, *self.draws(epoch, indices))))
 
 
-def _blank(shape: tuple[int, ...]) -> Tensor:
-    """uint8 zeros; in a loader process they are shared with the main one at once, and need no copy on the way."""
-    if get_worker_info() is None:
-        return torch.zeros(shape, dtype=torch.uint8)
-    storage = torch.UntypedStorage._new_shared(math.prod(shape))
-    return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
+class Slots:
+    """Where a loader process puts its images: memory shared with the main one, used again and again.
+
+    Fresh memory for each batch costs a tenth of the time. A slot's turn comes again after all that can be under way:
+    the batches made ahead, and the one that the main process copies (see LateLoader).
+    """
+
+    def __init__(self) -> None:
+        self._slots = [torch.empty(0, dtype=torch.uint8)] * (MADE_AHEAD + 1)
+        self._turn = 0
+
+    def __call__(self, shape: tuple[int, ...]) -> Tensor:
+        """uint8 of this shape, not blank."""
+        size = math.prod(shape)
+        if get_worker_info() is None:
+            return torch.empty(shape, dtype=torch.uint8)
+        self._turn = (self._turn + 1) % len(self._slots)
+        if self._slots[self._turn].numel() < size:
+            self._slots[self._turn] = torch.empty(size, dtype=torch.uint8).share_memory_()
+        return self._slots[self._turn][:size].view(shape)
 
 
 class FileBatches(Dataset[Batch]):
     """Batches of image files, decoded and cut to size one by one. Index i + n × copy is file i of n.
+
+    For LateLoader: in a loader process its images are in memory that is used again.
 
     Args:
         files: The table of files.
@@ -257,6 +283,7 @@ class FileBatches(Dataset[Batch]):
         self.files, self.channels, self.sizes, self.resize, self.upright = files, channels, sizes, resize, upright
         self.augment, self.seed = augment, seed
         self.crop = RandomCrop(channels, upright, augment, scaled_decode) if augment else None
+        self._slots = Slots()
 
     def __getitem__(self, key: Key) -> Batch:
         epoch, indices = key
@@ -265,10 +292,12 @@ class FileBatches(Dataset[Batch]):
         draws = augment.draw(self.seed, epoch, indices, size)
         mix = augment.draw_mix(self.seed, epoch, indices, size)
         numbers = order.uniforms(self.seed, epoch, indices, 22, order.RESIZED_CROP)
-        images = _blank((len(indices), size, size, self.channels))
+        images = self._slots((len(indices), size, size, self.channels))
         rows = np.where(indices < 0, -1, indices % len(self.files))
         for out, row, u in zip(images, rows, numbers, strict=True):
-            if row >= 0:  # else padding: black
+            if row < 0:  # padding
+                out.zero_()
+            else:
                 out.copy_(self._view(self.files.path(row), u, size).permute(1, 2, 0))
         augment.transform(images, self.seed, epoch, indices)
         labels = np.where(rows < 0, -1, self.files.labels[rows])
