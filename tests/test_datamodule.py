@@ -14,6 +14,7 @@ from PIL import Image
 
 from reslab import Classifier, create_model
 from reslab.data import CIFAR10, Augment, DataError, Digits, ImageData, ImageFolder, ImageSource
+from reslab.data.augment import partners
 from reslab.data.datasets import Arrays
 from reslab.data.loaders import Batch, EvalOrder, TrainOrder
 from reslab.data.order import permutation
@@ -39,7 +40,7 @@ def assert_same(ours: list[Batch], theirs: list[Batch]) -> None:
 
 
 def test_a_plain_loop_sees_every_training_image_once_an_epoch():
-    data = digits(batch_size=1294 // 2)
+    data = digits(batch_size=1294 // 2, augment=UNMIXED)
     batches = epochs(data, 2)
     assert len(batches) == 4
     assert batches[0].images.shape == (647, 1, 8, 8)
@@ -58,7 +59,7 @@ def test_another_seed_is_another_order_and_another_augmentation():
     a, b = (next(iter(digits(seed=seed).train_dataloader())) for seed in (0, 1))
     assert not torch.equal(a.indices, b.indices)
     batches = [digits(seed=seed).train_dataloader().dataset for seed in (0, 1)]
-    assert not torch.equal(batches[0][0, np.arange(9)].draws, batches[1][0, np.arange(9)].draws)
+    assert not torch.equal(batches[0][0, 0, np.arange(9)].draws, batches[1][0, 0, np.arange(9)].draws)
 
 
 def test_loading_leaves_the_global_random_state_alone():
@@ -152,26 +153,49 @@ def test_the_validation_schedule_changes_no_batch(settings):
     assert_same(train(digits(), None, **settings).seen, train(digits()).seen)
 
 
-def test_accumulated_micro_batches_make_the_same_global_batch():
+@pytest.mark.parametrize("augment", [AUGMENT, UNMIXED])
+def test_accumulated_micro_batches_make_the_same_global_batch(augment):
     whole, halves = (
-        train(digits(augment=UNMIXED), limit_train_batches=4),
-        train(digits(augment=UNMIXED), accumulate_grad_batches=2, limit_train_batches=8),
+        train(digits(augment=augment), limit_train_batches=4),
+        train(digits(augment=augment), accumulate_grad_batches=2, limit_train_batches=8),
     )
     for step, batch in enumerate(whole.seen):
         parts = halves.seen[2 * step : 2 * step + 2]
         assert torch.equal(torch.cat([part.images for part in parts]), batch.images)
+        assert all(torch.equal(part.mix, batch.mix) for part in parts)
 
 
-def test_every_micro_batch_and_rank_mixes_its_own_images_in_its_own_way():
-    model = train(digits(), accumulate_grad_batches=2, limit_train_batches=8)
-    plain = train(digits(augment=UNMIXED), accumulate_grad_batches=2, limit_train_batches=8)
-    assert len({float(batch.mix) for batch in model.seen}) > 12
-    for mixed, batch in zip(model.seen, plain.seen, strict=True):
+def test_ranks_and_accumulated_parts_mix_as_the_whole_batch_does():
+    data = digits()
+    whole = epochs(data, 2)
+    batches = data.train_dataloader().dataset
+    for accumulate, world in ((1, 2), (5, 1), (5, 10)):
+        orders = [TrainOrder(data.split[0], 0, 100, accumulate, world, rank) for rank in range(world)]
+        for epoch in range(2):
+            ranks = [[data.on_after_batch_transfer(batches[key]) for key in order] for order in orders]
+            parts = [part for micro in zip(*ranks, strict=True) for part in micro]
+            images = torch.cat([part.images for part in parts]).split(100)
+            mixes = [part.mix for part in parts[:: accumulate * world]]
+            for k, batch in enumerate(whole[epoch * len(images) : (epoch + 1) * len(images)]):
+                assert torch.equal(images[k], batch.images)
+                assert torch.equal(mixes[k], batch.mix)
+
+
+def test_images_are_mixed_with_others_of_their_batch():
+    mixed, plain = epochs(digits(), 2), epochs(digits(augment=UNMIXED), 2)
+    assert len({float(batch.mix) for batch in mixed}) > len(mixed) / 2
+    for ours, batch in zip(mixed, plain, strict=True):
         assert len(batch.mix) == 0
-        torch.testing.assert_close(mixed.images.mean(0), batch.images.mean(0))  # the same pixels, in other images
-    keys = [next(iter(TrainOrder(np.arange(100), 0, 20, world=2, rank=rank))) for rank in range(2)]
-    a, b = (digits().train_dataloader().dataset[key].mix for key in keys)
-    assert not torch.equal(a, b)
+        assert not torch.equal(ours.images, batch.images)
+        torch.testing.assert_close(ours.images.mean(0), batch.images.mean(0))  # the same pixels, in other images
+
+
+@pytest.mark.parametrize(("batch_size", "parts", "advice"), [(33, 1, 34), (66, 2, 68), (4, 4, 8)])
+def test_images_that_cannot_be_mixed_two_by_two_are_refused(batch_size, parts, advice):
+    with pytest.raises(UserError, match=f"an odd number: use {advice}"):
+        train(digits(batch_size=batch_size), accumulate_grad_batches=parts, limit_train_batches=parts)
+    train(digits(batch_size=batch_size, augment=UNMIXED), accumulate_grad_batches=parts, limit_train_batches=parts)
+    train(digits(batch_size=advice), accumulate_grad_batches=parts, limit_train_batches=parts)
 
 
 class Losses(Callback):
@@ -183,7 +207,7 @@ class Losses(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, model: Any, batch: Batch, batch_idx: int) -> None:
         hard = F.one_hot(batch.labels, 10).float()
-        soft = batch.mix * hard + (1 - batch.mix) * hard.roll(1, 0) if batch.mix.numel() else hard
+        soft = batch.mix * hard + (1 - batch.mix) * partners(hard) if batch.mix.numel() else hard
         with torch.no_grad():
             logits = model.net(batch.images)
         loss = F.cross_entropy(logits, soft, label_smoothing=model.label_smoothing)
@@ -247,7 +271,7 @@ def test_half_precision_networks_get_their_images_and_the_same_crops():
 
 def ranks(subset: np.ndarray, world: int, accumulate: int) -> list[list[np.ndarray]]:
     samplers = [TrainOrder(subset, 0, 24, accumulate, world, rank) for rank in range(world)]
-    return [[indices for _, indices in sampler] for sampler in samplers]
+    return [[indices for _, _, indices in sampler] for sampler in samplers]
 
 
 @pytest.mark.parametrize(("world", "accumulate"), [(1, 1), (2, 1), (3, 2), (4, 3)])

@@ -30,6 +30,7 @@ CPU = ["--trainer.accelerator=cpu", "--trainer.precision=32-true"]
 TWO = ["--config", str(REPO / "configs/trainer/ddp.yaml"), *CPU, "--trainer.devices=2", "--model.ema_decay=0.9"]
 # At the usual rate, 0.1, rounding alone parts two runs of this net in fp32 after some 10 steps (in fp64 it does not).
 GENTLE = ["--model.net.init_args.norm=group", "--model.optimizer.init_args.lr=0.002", "--trainer.log_every_n_steps=1"]
+MIXED = ["--data.augment.mixup=0.4", "--data.augment.cutmix=1", "--data.augment.flip=random"]
 COUNT = Fault(TRAINING, "count_collectives", 3)
 
 
@@ -70,8 +71,8 @@ def test_two_processes_give_the_answer_of_one(tmp_path: Path) -> None:
     from reslab.inference import load_run
 
     one, two = tmp_path / "one", tmp_path / "two"
-    assert fit(one, *GENTLE, "--model.ema_decay=0.9").status == 0
-    ended = fit_two(two, *GENTLE)
+    assert fit(one, *GENTLE, *MIXED, "--model.ema_decay=0.9").status == 0
+    ended = fit_two(two, *GENTLE, *MIXED)
     assert ended.status == 0, ended.output
     steps = list(zip(metrics(one), metrics(two), strict=True))
     assert len(steps) == 60

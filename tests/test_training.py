@@ -166,7 +166,7 @@ def test_the_binary_loss_asks_of_every_class_whether_it_is_there(
     total = 0.0
     for i, row in enumerate(logits.tolist()):
         for c, logit in enumerate(row):
-            target = (own or 1) * (labels[i] == c) + (1 - (own or 1)) * (labels[i - 1] == c)
+            target = (own or 1) * (labels[i] == c) + (1 - (own or 1)) * (labels[i ^ 1] == c)
             target = target * (1 - smoothing) + smoothing / 4
             target = target if threshold is None else float(target > threshold)
             total += math.log1p(math.exp(-logit)) * target + math.log1p(math.exp(logit)) * (1 - target)

@@ -38,10 +38,10 @@ class Augment:
         cutout: Side in pixels of a square set to the mean, at a random centre, cut at the border
             (DeVries & Taylor 2017); 0 for none.
         erasing: The chance that a box of random size, place and shape is set to the mean (Zhong et al. 2020).
-        mixup: Alpha of mixup (Zhang et al. 2018): every image, and its label, is blended with another of its
-            batch, all with one share from Beta(alpha, alpha); 0 for none. With cutmix too, each batch takes one
-            of the two at random.
-        cutmix: Alpha of CutMix (Yun et al. 2019): a rectangle of another image of the batch is pasted in, its
+        mixup: Alpha of mixup (Zhang et al. 2018): two by two the images of a batch, and their labels, are blended
+            with each other, all with one share from Beta(alpha, alpha); 0 for none. With cutmix too, each batch
+            takes one of the two at random.
+        cutmix: Alpha of CutMix (Yun et al. 2019): two by two a rectangle of the other image is pasted in, its
             share of the area, and of the label, 1 - Beta(alpha, alpha); 0 for none.
         transforms: Any of torchvision.transforms.v2 that keep an image's size, such as TrivialAugmentWide, RandAugment
             or ColorJitter: applied in this order, image by image, before all of the above but the crop of files.
@@ -75,6 +75,10 @@ class Augment:
             raise UserError("augment: scale and ratio are [low, high], above 0, the scale at most 1")
 
     @property
+    def mixes(self) -> bool:
+        return bool(self.mixup or self.cutmix)
+
+    @property
     def active(self) -> bool:
         return bool(self.crop_padding or self.cutout or self.erasing or self.flip != "none")
 
@@ -96,15 +100,11 @@ class Augment:
             draws[:, 5:] = erased_boxes(order.uniforms(seed, epoch, indices, 23, order.ERASE), size, self.erasing)
         return draws
 
-    def draw_mix(self, seed: int, epoch: int, indices: npt.NDArray[np.int64], size: int) -> npt.NDArray[np.int32]:
-        """How the images of a batch, of side `size`, are mixed in an epoch: int32 (5,), see `mix`; (0,) if not.
-
-        A function of the batch's first index, which no other batch of the epoch has (copies of an image have indices
-        of their own): micro-batches and ranks draw their own.
-        """
-        if not (self.mixup or self.cutmix):
+    def draw_mix(self, seed: int, epoch: int, step: int, size: int) -> npt.NDArray[np.int32]:
+        """How images of side `size` are mixed in one optimizer step of an epoch: int32 (5,), see `mix`; (0,) if not."""
+        if not self.mixes:
             return np.empty(0, np.int32)
-        which, u, y, x = order.uniforms(seed, epoch, indices[:1], 4, order.MIX)[0].astype(np.float64)
+        which, u, y, x = order.uniforms(seed, epoch, [step], 4, order.MIX)[0].astype(np.float64)
         if not self.cutmix or (self.mixup and which < 0.5):
             share = betaincinv(self.mixup, self.mixup, u)  # the inverse of Beta's distribution function
             return np.array([round(share * UNIT), 0, 0, size, size], np.int32)
@@ -208,10 +208,10 @@ def erase(images: Tensor, top: Tensor, left: Tensor, height: Tensor, width: Tens
 
 
 def mix(images: Tensor, plan: Tensor) -> tuple[Tensor, Tensor]:
-    """Mixes each image of (N, C, H, W), channels_last, with the one before it, as torchvision's MixUp and CutMix do.
+    """Mixes each image of (N, C, H, W), channels_last, with its partner, as torchvision's MixUp and CutMix do.
 
     Args:
-        images: Normalised, float32.
+        images: Normalised, float32; N is even.
         plan: int32 (5,): the image's own share, in 1 / UNIT, inside of a box, and the box's top, left, bottom and
             right. Outside of it the image stays as it is. For mixup the box is the image, for CutMix the share 0.
 
@@ -225,9 +225,14 @@ def mix(images: Tensor, plan: Tensor) -> tuple[Tensor, Tensor]:
     x = torch.arange(w * c, device=images.device) // c
     inside = (y >= top) & (y < bottom) & (x >= left) & (x < right)  # (H, W*C): whole rows, as in _affine
     rows = images.permute(0, 2, 3, 1).view(n, h, w * c)
-    mixed = rows.roll(1, 0).lerp_(rows, 1 - inside * foreign)
+    mixed = partners(rows).lerp_(rows, 1 - inside * foreign)
     own = 1 - foreign * (bottom - top) * (right - left) / (h * w)
     return mixed.view(n, h, w, c).permute(0, 3, 1, 2), own
+
+
+def partners(x: Tensor) -> Tensor:
+    """(N, …) with 0 and 1, 2 and 3, … exchanged: whom each is mixed with, however a batch is cut into even parts."""
+    return x.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
 
 
 def erased_boxes(u: npt.NDArray[np.float32], size: int, chance: float) -> npt.NDArray[np.int64]:

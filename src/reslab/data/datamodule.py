@@ -157,6 +157,12 @@ class ImageData(LightningDataModule):
                 f"data.batch_size {self.batch_size} does not divide among {self._world} devices × "
                 f"{self._accumulate} accumulated batches: use {f'{low} or ' if low else ''}{low + parts}"
             )
+        if self.augment.mixes and self.batch_size // parts % 2:
+            raise UserError(
+                f"augment: mixup and cutmix mix images two by two; data.batch_size {self.batch_size} leaves each of "
+                f"{self._world} devices × {self._accumulate} accumulated batches an odd number: "
+                f"use {self.batch_size + parts}"
+            )
         train = len(self.split[0])
         if self.batch_size > train:
             raise UserError(
@@ -306,10 +312,10 @@ class ImageData(LightningDataModule):
     def preview(self, n_images: int = 8, n_epochs: int = 8) -> tuple[np.ndarray, list[str]]:
         """Training images (rows) as the first epochs (columns) see them, uint8 (n, e, H, W, C), and their classes."""
         batches, train = self._train_batches(), self.split[0]
-        rows = train[np.linspace(0, len(train) - 1, n_images).astype(int)]
-        seen = [self.on_after_batch_transfer(batches[epoch, rows]).images for epoch in range(n_epochs)]
+        rows = train[np.linspace(0, len(train) - 1, n_images + n_images % 2).astype(int)]  # they may be mixed in pairs
+        seen = [self.on_after_batch_transfer(batches[epoch, 0, rows]).images for epoch in range(n_epochs)]
         names = [self.class_names[label] for label in self.train_data.labels[rows]]
-        return torch.stack([self._visible(images) for images in seen], 1).numpy(), names
+        return torch.stack([self._visible(images) for images in seen], 1)[:n_images].numpy(), names[:n_images]
 
     def _visible(self, images: Tensor) -> Tensor:
         mean, std = (torch.tensor(x)[:, None, None] for x in (self.dataset.mean, self.dataset.std))

@@ -1,6 +1,6 @@
 """The two ways to a batch: in-memory arrays indexed a whole batch at once, and image files through workers.
 
-Both are map-style data sets whose key is a whole batch, (epoch, indices): the sampler runs in the main
+Both are map-style data sets whose key is a whole batch, (epoch, step, indices): the sampler runs in the main
 process and all randomness is a function of the key, so that no worker count can change a batch.
 """
 
@@ -27,7 +27,7 @@ from reslab.data.decode import RandomCrop, decode, named, resize_and_crop
 from reslab.data.files import DataError, Files
 from reslab.data.order import Ints
 
-Key = tuple[int, Ints]
+Key = tuple[int, int, Ints]  # epoch, optimizer step in it, images
 MADE_AHEAD = 2  # batches that each loader process makes before they are wanted
 
 
@@ -41,7 +41,7 @@ class Batch(NamedTuple):
         draws: int32 (N, 9), the augmentation's parameters; (N, 0) where there is none. Integers, since
             half-precision plugins round every float of a batch.
         mix: int32 (5,) from the loader, how images are mixed; for the network float32 (), the weight of the own
-            labels, the rest being that of `labels.roll(1)`; (0,) where images are not mixed.
+            labels, the rest being that of `partners(labels)`; (0,) where images are not mixed.
     """
 
     images: Tensor
@@ -117,7 +117,7 @@ class TrainOrder(DistributedSampler[Key]):
         if self.repeats > 1:
             samples = order.repeat(samples, self.repeats, self.batch_size, self.n)
         for i in range(first, an_epoch):
-            yield epoch, order.micro_batch(samples, i, self.batch_size, *self.parts)
+            yield epoch, i // self.parts[0], order.micro_batch(samples, i, self.batch_size, *self.parts)
 
 
 class EvalOrder(DistributedSampler[Key]):
@@ -132,7 +132,7 @@ class EvalOrder(DistributedSampler[Key]):
 
     def __iter__(self) -> Iterator[Key]:
         for start in range(0, len(self.share), self.batch_size):
-            yield 0, self.share[start : start + self.batch_size]
+            yield 0, 0, self.share[start : start + self.batch_size]
 
 
 class LateLoader(DataLoader[Any]):
@@ -207,12 +207,12 @@ class Draws:
         self._epoch = -1
         self._table = np.empty((0, 0), np.int32)
 
-    def __call__(self, epoch: int, indices: Ints) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
-        """Of the images (N, k), and of the batch as a whole (m,)."""
+    def __call__(self, epoch: int, step: int, indices: Ints) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+        """Of the images (N, k), and of the step's batch as a whole (m,)."""
         if epoch != self._epoch:
             self._table = self.augment.draw(self.seed, epoch, np.arange(self.n * self.augment.repeats), self.size)
             self._epoch = epoch
-        return self._table[indices], self.augment.draw_mix(self.seed, epoch, indices, self.size)
+        return self._table[indices], self.augment.draw_mix(self.seed, epoch, step, self.size)
 
 
 class ArrayBatches(Dataset[Batch]):
@@ -223,12 +223,12 @@ class ArrayBatches(Dataset[Batch]):
         self.draws = draws or Draws(Augment(), 0, len(arrays), 0)
 
     def __getitem__(self, key: Key) -> Batch:
-        epoch, indices = key
+        epoch, step, indices = key
         rows = indices % len(self.arrays)
         images = torch.from_numpy(self.arrays.images.take(rows, axis=0))  # padding, -1, takes the last image
         self.draws.augment.transform(images, self.draws.seed, epoch, indices)
         labels, places = (np.where(indices < 0, -1, x) for x in (self.arrays.labels[rows], rows))
-        return Batch(images, *map(torch.from_numpy, (labels, places, *self.draws(epoch, indices))))
+        return Batch(images, *map(torch.from_numpy, (labels, places, *self.draws(epoch, step, indices))))
 
 
 class Slots:
@@ -286,11 +286,11 @@ class FileBatches(Dataset[Batch]):
         self._slots = Slots()
 
     def __getitem__(self, key: Key) -> Batch:
-        epoch, indices = key
+        epoch, step, indices = key
         size = self.sizes[min(epoch, len(self.sizes) - 1)]
         augment = self.augment or Augment()
         draws = augment.draw(self.seed, epoch, indices, size)
-        mix = augment.draw_mix(self.seed, epoch, indices, size)
+        mix = augment.draw_mix(self.seed, epoch, step, size)
         numbers = order.uniforms(self.seed, epoch, indices, 22, order.RESIZED_CROP)
         images = self._slots((len(indices), size, size, self.channels))
         rows = np.where(indices < 0, -1, indices % len(self.files))

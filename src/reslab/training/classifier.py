@@ -14,6 +14,7 @@ from torch.optim import SGD, Optimizer
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
+from reslab.data.augment import partners
 from reslab.data.loaders import Batch
 from reslab.data.order import step_seed
 from reslab.errors import UserError
@@ -250,7 +251,7 @@ class Classifier(LightningModule):
         own = mix if mix is not None and mix.numel() else None
         loss = self._training_loss(logits, labels, own)
         if own is not None:  # mixed images: accuracy is that on the label of greater weight
-            labels = torch.where(own >= 0.5, labels, labels.roll(1))
+            labels = torch.where(own >= 0.5, labels, partners(labels))
         with torch.no_grad():
             correct = (logits.argmax(1) == labels).sum()
             self._window += torch.stack([loss.detach() * len(images), correct])

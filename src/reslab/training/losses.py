@@ -3,6 +3,8 @@
 import torch.nn.functional as F
 from torch import Tensor
 
+from reslab.data.augment import partners
+
 
 def cross_entropy(logits: Tensor, labels: Tensor, own: Tensor | None, smoothing: float) -> Tensor:
     """The mean cross-entropy over images.
@@ -10,13 +12,13 @@ def cross_entropy(logits: Tensor, labels: Tensor, own: Tensor | None, smoothing:
     Args:
         logits: (N, num_classes).
         labels: int64 (N,).
-        own: The weight (), of the images' own labels, the rest being that of `labels.roll(1)`; None: not mixed.
+        own: The weight (), of the images' own labels, the rest being that of `partners(labels)`; None: not mixed.
         smoothing: The share of each label spread over all classes (Szegedy et al. 2016).
     """
     loss = F.cross_entropy(logits, labels, label_smoothing=smoothing)
     if own is None:
         return loss
-    return own * loss + (1 - own) * F.cross_entropy(logits, labels.roll(1), label_smoothing=smoothing)
+    return own * loss + (1 - own) * F.cross_entropy(logits, partners(labels), label_smoothing=smoothing)
 
 
 def binary_cross_entropy(
@@ -31,7 +33,7 @@ def binary_cross_entropy(
     classes = logits.shape[1]
     targets = F.one_hot(labels, classes).float()
     if own is not None:
-        targets = targets.roll(1, 0).lerp_(targets, own)
+        targets = partners(targets).lerp_(targets, own)
     targets = targets * (1 - smoothing) + smoothing / classes
     if threshold is not None:
         targets = (targets > threshold).float()
