@@ -40,6 +40,22 @@ def shared_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def pets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """{train,val}/{cat,dog} with six pictures of noise each, of several sizes."""
+    import numpy as np
+    from PIL import Image
+
+    top, rng = tmp_path_factory.mktemp("pets"), np.random.default_rng(0)
+    for part in ("train", "val"):
+        for name in ("cat", "dog"):
+            (top / part / name).mkdir(parents=True)
+            for i in range(6):
+                noise = rng.integers(0, 256, (50 + i, 40, 3), dtype=np.uint8)
+                Image.fromarray(noise).save(top / part / name / f"{i}.jpg")
+    return top
+
+
+@pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """The folder of the short run with the options given, as nothing ever happened to it; made once a session."""
     from runner import fit

@@ -7,25 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from reslab.data import Augment, Digits, ImageData, ImageFolder, Progressive, View, loaders
 from reslab.data.loaders import Batch, ahead
 from reslab.errors import UserError
 from test_datamodule import SaveAfter, assert_same, train
-
-
-@pytest.fixture(scope="module")
-def pets(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """{train,val}/{cat,dog} with six pictures of noise each, of several sizes."""
-    top, rng = tmp_path_factory.mktemp("pets"), np.random.default_rng(0)
-    for part in ("train", "val"):
-        for name in ("cat", "dog"):
-            (top / part / name).mkdir(parents=True)
-            for i in range(6):
-                noise = rng.integers(0, 256, (50 + i, 40, 3), dtype=np.uint8)
-                Image.fromarray(noise).save(top / part / name / f"{i}.jpg")
-    return top
 
 
 def of(pets: Path, workers: int = 0, **view: Any) -> ImageData:
