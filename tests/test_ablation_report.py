@@ -295,6 +295,17 @@ def test_the_table_for_papers_is_whole_and_bold_only_by_verdict(study: Study, ou
     assert r"\textbf{identity}" in (out / "table.tex").read_text()
 
 
+def test_latex_sets_the_table(study: Study, out: Path, tmp_path: Path) -> None:
+    if shutil.which("pdflatex") is None:
+        pytest.skip("pdflatex is not installed")
+    write_report(study, out)
+    begin = r"\documentclass{article}\usepackage{booktabs}\begin{document}"
+    (tmp_path / "paper.tex").write_text(rf"{begin}\input{{{out / 'table.tex'}}}\end{{document}}")
+    command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "paper"]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stdout
+
+
 def test_markdown_has_its_figures_and_no_broken_rows(study: Study, out: Path) -> None:
     write_report(study, out)
     lines = (out / "report.md").read_text().splitlines()
