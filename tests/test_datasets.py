@@ -253,9 +253,9 @@ def test_imagenette_trains_on_crops_of_its_images(shared_data):
     first, second = (next(iter(loader)) for _ in range(2))  # two epochs
     assert first.images.shape == (8, 128, 128, 3)
     batches = loader.dataset
-    again = batches[0, first.indices.numpy()]
+    again = batches[0, 0, first.indices.numpy()]
     assert torch.equal(again.images, first.images)
-    assert not torch.equal(batches[1, first.indices.numpy()].images, first.images)
+    assert not torch.equal(batches[1, 0, first.indices.numpy()].images, first.images)
     assert not torch.equal(first.indices, second.indices)
 
 

@@ -326,4 +326,4 @@ def requeue() -> None:
 def _test_images(data: ImageData) -> Callable[[int], np.ndarray]:
     """The test images by index, uint8 (H, W, C), as the network saw them before normalisation."""
     batches = data.test_dataloader().dataset
-    return lambda index: batches[0, np.array([index])].images[0].numpy()
+    return lambda index: batches[0, 0, np.array([index])].images[0].numpy()

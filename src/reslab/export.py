@@ -93,7 +93,7 @@ def _images(data: ImageData) -> tuple[Tensor, str]:
     try:
         n = len(data.test_data)
         batches = data.test_dataloader().dataset
-        return batches[0, np.linspace(0, n - 1, min(n, CHECKED_IMAGES)).astype(np.int64)].images, "test images"
+        return batches[0, 0, np.linspace(0, n - 1, min(n, CHECKED_IMAGES)).astype(np.int64)].images, "test images"
     except DataError:
         channels, *size = data.image_shape
         noise = torch.Generator().manual_seed(0)
