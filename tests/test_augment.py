@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from scipy.stats import beta, ks_2samp, kstest
-from torchvision.transforms import v2
+from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as tvf
 
 from reslab.data import Augment, TimmRandAugment
@@ -122,7 +122,7 @@ def test_alternating_flips_show_every_image_both_ways_in_two_epochs():
 
 
 JITTER = v2.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1)
-POLICIES = [v2.AutoAugment(), v2.RandAugment(), v2.TrivialAugmentWide(interpolation="bilinear"), JITTER]
+POLICIES = [v2.AutoAugment(), v2.RandAugment(), v2.TrivialAugmentWide(interpolation=InterpolationMode.BILINEAR), JITTER]
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: type(policy).__name__)
