@@ -16,7 +16,7 @@ from reslab import Classifier, create_model
 from reslab.data import CIFAR10, Augment, DataError, Digits, ImageData, ImageFolder, ImageSource
 from reslab.data.augment import partners
 from reslab.data.datasets import Arrays
-from reslab.data.loaders import Batch, EvalOrder, TrainOrder
+from reslab.data.loaders import Batch, EvalOrder, Key, TrainOrder
 from reslab.data.order import permutation
 from reslab.errors import UserError
 
@@ -59,7 +59,7 @@ def test_another_seed_is_another_order_and_another_augmentation():
     a, b = (next(iter(digits(seed=seed).train_dataloader())) for seed in (0, 1))
     assert not torch.equal(a.indices, b.indices)
     batches = [digits(seed=seed).train_dataloader().dataset for seed in (0, 1)]
-    assert not torch.equal(batches[0][0, 0, np.arange(9)].draws, batches[1][0, 0, np.arange(9)].draws)
+    assert not torch.equal(batches[0][Key(np.arange(9))].draws, batches[1][Key(np.arange(9))].draws)
 
 
 def test_loading_leaves_the_global_random_state_alone():
@@ -271,7 +271,7 @@ def test_half_precision_networks_get_their_images_and_the_same_crops():
 
 def ranks(subset: np.ndarray, world: int, accumulate: int) -> list[list[np.ndarray]]:
     samplers = [TrainOrder(subset, 0, 24, accumulate, world, rank) for rank in range(world)]
-    return [[indices for _, _, indices in sampler] for sampler in samplers]
+    return [[key.indices for key in sampler] for sampler in samplers]
 
 
 @pytest.mark.parametrize(("world", "accumulate"), [(1, 1), (2, 1), (3, 2), (4, 3)])

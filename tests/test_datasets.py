@@ -11,7 +11,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tvf
 
 from reslab.data import CIFAR10, CIFAR100, DataError, Digits, ImageData, ImageFolder, ImageNet, Imagenette
-from reslab.data.loaders import decode
+from reslab.data.loaders import Key, decode
 
 
 def write_image(path: Path, color: tuple[int, int, int] = (200, 30, 60), size: tuple[int, int] = (40, 30)) -> Path:
@@ -253,9 +253,9 @@ def test_imagenette_trains_on_crops_of_its_images(shared_data):
     first, second = (next(iter(loader)) for _ in range(2))  # two epochs
     assert first.images.shape == (8, 128, 128, 3)
     batches = loader.dataset
-    again = batches[0, 0, first.indices.numpy()]
+    again = batches[Key(first.indices.numpy())]
     assert torch.equal(again.images, first.images)
-    assert not torch.equal(batches[1, 0, first.indices.numpy()].images, first.images)
+    assert not torch.equal(batches[Key(first.indices.numpy(), epoch=1)].images, first.images)
     assert not torch.equal(first.indices, second.indices)
 
 

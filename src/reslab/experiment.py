@@ -22,6 +22,7 @@ from safetensors.torch import save
 
 from reslab.config import Experiment, rank
 from reslab.data import ImageData
+from reslab.data.loaders import Key
 from reslab.errors import UserError
 from reslab.files import replacing, write_text
 from reslab.runs import manifest as manifests
@@ -326,4 +327,4 @@ def requeue() -> None:
 def _test_images(data: ImageData) -> Callable[[int], np.ndarray]:
     """The test images by index, uint8 (H, W, C), as the network saw them before normalisation."""
     batches = data.test_dataloader().dataset
-    return lambda index: batches[0, 0, np.array([index])].images[0].numpy()
+    return lambda index: batches[Key(np.array([index]))].images[0].numpy()

@@ -27,6 +27,7 @@ from reslab.data.loaders import (
     FolderBatch,
     FolderBatches,
     FolderOrder,
+    Key,
     LateLoader,
     TrainOrder,
     leave_signals_to_the_run,
@@ -313,7 +314,7 @@ class ImageData(LightningDataModule):
         """Training images (rows) as the first epochs (columns) see them, uint8 (n, e, H, W, C), and their classes."""
         batches, train = self._train_batches(), self.split[0]
         rows = train[np.linspace(0, len(train) - 1, n_images + n_images % 2).astype(int)]  # they may be mixed in pairs
-        seen = [self.on_after_batch_transfer(batches[epoch, 0, rows]).images for epoch in range(n_epochs)]
+        seen = [self.on_after_batch_transfer(batches[Key(rows, epoch)]).images for epoch in range(n_epochs)]
         names = [self.class_names[label] for label in self.train_data.labels[rows]]
         return torch.stack([self._visible(images) for images in seen], 1)[:n_images].numpy(), names[:n_images]
 

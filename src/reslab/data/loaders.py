@@ -1,6 +1,6 @@
 """The two ways to a batch: in-memory arrays indexed a whole batch at once, and image files through workers.
 
-Both are map-style data sets whose key is a whole batch, (epoch, step, indices): the sampler runs in the main
+Both are map-style data sets whose key is a whole batch, see Key: the sampler runs in the main
 process and all randomness is a function of the key, so that no worker count can change a batch.
 """
 
@@ -27,8 +27,15 @@ from reslab.data.decode import RandomCrop, decode, named, resize_and_crop
 from reslab.data.files import DataError, Files
 from reslab.data.order import Ints
 
-Key = tuple[int, int, Ints]  # epoch, optimizer step in it, images
 MADE_AHEAD = 2  # batches that each loader process makes before they are wanted
+
+
+class Key(NamedTuple):
+    """What a batch is a function of: the indices of its images, the epoch, and the optimizer step in that."""
+
+    indices: Ints
+    epoch: int = 0
+    step: int = 0
 
 
 class Batch(NamedTuple):
@@ -117,7 +124,8 @@ class TrainOrder(DistributedSampler[Key]):
         if self.repeats > 1:
             samples = order.repeat(samples, self.repeats, self.batch_size, self.n)
         for i in range(first, an_epoch):
-            yield epoch, i // self.parts[0], order.micro_batch(samples, i, self.batch_size, *self.parts)
+            indices = order.micro_batch(samples, i, self.batch_size, *self.parts)
+            yield Key(indices, epoch, step=i // self.parts[0])
 
 
 class EvalOrder(DistributedSampler[Key]):
@@ -132,7 +140,7 @@ class EvalOrder(DistributedSampler[Key]):
 
     def __iter__(self) -> Iterator[Key]:
         for start in range(0, len(self.share), self.batch_size):
-            yield 0, 0, self.share[start : start + self.batch_size]
+            yield Key(self.share[start : start + self.batch_size])
 
 
 class LateLoader(DataLoader[Any]):
@@ -223,7 +231,7 @@ class ArrayBatches(Dataset[Batch]):
         self.draws = draws or Draws(Augment(), 0, len(arrays), 0)
 
     def __getitem__(self, key: Key) -> Batch:
-        epoch, step, indices = key
+        indices, epoch, step = key
         rows = indices % len(self.arrays)
         images = torch.from_numpy(self.arrays.images.take(rows, axis=0))  # padding, -1, takes the last image
         self.draws.augment.transform(images, self.draws.seed, epoch, indices)
@@ -286,7 +294,7 @@ class FileBatches(Dataset[Batch]):
         self._slots = Slots()
 
     def __getitem__(self, key: Key) -> Batch:
-        epoch, step, indices = key
+        indices, epoch, step = key
         size = self.sizes[min(epoch, len(self.sizes) - 1)]
         augment = self.augment or Augment()
         draws = augment.draw(self.seed, epoch, indices, size)
