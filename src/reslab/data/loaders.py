@@ -242,7 +242,7 @@ class ArrayBatches(Dataset[Batch]):
 class Slots:
     """Where a loader process puts its images: memory shared with the main one, used again and again.
 
-    Fresh memory for each batch costs a tenth of the time. A slot's turn comes again after all that can be under way:
+    The first touch of every page of fresh memory costs time. A slot's turn comes again after all that can be under way:
     the batches made ahead, and the one that the main process copies (see LateLoader).
     """
 
