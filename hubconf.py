@@ -14,15 +14,15 @@ from reslab.models import create_model, list_models  # noqa: E402
 
 
 def _entry(name: str):
-    def build(weights: str | None = None, **knobs):
-        return create_model(name, weights=weights, **knobs)
+    def build(weights: str | None = None, **kwargs):
+        return create_model(name, weights=weights, **kwargs)
 
     build.__name__ = name
     build.__doc__ = f"""{name}.
 
     Args:
         weights: A name of torchvision's ("IMAGENET1K_V1"), a file, or a run's folder; None for new ones.
-        knobs: Arguments of reslab.models.ResNet: num_classes=10, in_channels=1, …
+        kwargs: Arguments of reslab.models.ResNet: num_classes=10, in_channels=1, …
     """
     return build
 

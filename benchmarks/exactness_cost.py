@@ -12,7 +12,7 @@ import torch
 
 from reslab import create_model
 from reslab.data import Augment, order
-from reslab.training.checkpoint import TrustedIO
+from reslab.training.checkpoint import VerifiedCheckpointIO
 
 
 def median_seconds(work: Callable[[], Any], repeats: int = 7) -> float:
@@ -37,7 +37,7 @@ def main() -> None:
     checkpoint = {"state_dict": net.state_dict(), "optimizer_states": [optimizer.state_dict()]}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "last.ckpt"
-        seconds = median_seconds(lambda: TrustedIO().save_checkpoint(checkpoint, path))
+        seconds = median_seconds(lambda: VerifiedCheckpointIO().save_checkpoint(checkpoint, path))
         size = path.stat().st_size / 1e6
     print(f"a checkpoint of ResNet-18 and its momentum: {seconds:.2f} s for {size:.0f} MB (median of 7)")
 

@@ -8,7 +8,7 @@ Normalize on PIL images in a DataLoader, with 0 and with 2 workers, of which the
 --jpeg: the pictures in ROOT/imagenet-samples/<class>/, batches of 50 at 224 pixels, one loader process each.
 torchvision's is its reference preset on PIL images: ImageFolder + RandomResizedCrop, RandomHorizontalFlip, ToTensor,
 Normalize, DataLoader. reslab's flips and normalises in the main process, on its device; that is counted too. The
-scaled mode is data.view.scaled_decode at --share.
+scaled mode is data.resize.scaled_decode at --share.
 
 Each repeat times all in turn and takes the ratio of neighbours in time, so that other work on the machine meets all
 alike.
@@ -27,7 +27,7 @@ import torch
 from torch.utils.data import DataLoader, RandomSampler
 from torchvision import datasets, transforms
 
-from reslab.data import CIFAR10, Augment, ImageData, ImageFolder, View
+from reslab.data import CIFAR10, Augment, ImageData, ImageFolder, ResizeConfig
 from reslab.data.datasets import IMAGENET_MEAN, IMAGENET_STD
 from reslab.data.decode import simplejpeg
 
@@ -99,9 +99,9 @@ def reference_preset(root: str) -> Callable[[], Iterator[Any]]:
 
 
 def jpeg_path(root: str, scaled_decode: float | None) -> Callable[[], Iterator[Any]]:
-    source = ImageFolder(root, train="imagenet-samples", test="imagenet-samples", upright=False)
-    view, augment = View(scaled_decode=scaled_decode), Augment(flip="random")
-    data = ImageData(source, root, JPEG_BATCH, val_split=0, num_workers=1, augment=augment, view=view)
+    source = ImageFolder(root, train="imagenet-samples", test="imagenet-samples", apply_exif_orientation=False)
+    resize, augment = ResizeConfig(scaled_decode=scaled_decode), Augment(flip="random")
+    data = ImageData(source, root, JPEG_BATCH, val_split=0, num_workers=1, augment=augment, resize=resize)
     pictures = np.arange(len(data.train_data))
     data.split = np.concatenate([np.tile(pictures, PASSES), pictures[:JPEG_BATCH]]), pictures[:0]
     loader = data.train_dataloader()
@@ -132,7 +132,7 @@ def main() -> None:
     parser.add_argument("--root", default=os.environ.get("RESLAB_DATA", "data"))
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--jpeg", action="store_true", help="image files instead of CIFAR-10")
-    parser.add_argument("--share", type=float, default=0.5, help="data.view.scaled_decode of the scaled mode")
+    parser.add_argument("--share", type=float, default=0.5, help="data.resize.scaled_decode of the scaled mode")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.jpeg:

@@ -58,7 +58,7 @@ def run_cell(study: Study, cell: Cell, accuracy: float, **entries: Any) -> None:
     right = round(accuracy * IMAGES)
     results = {"test/acc": right / IMAGES, "test/loss": 1 - accuracy, "val/acc": accuracy, "val/loss": 1.1 - accuracy}
     manifest = {
-        **{"status": "complete", "id": f"{cell.arm}{cell.seed}", "seed": cell.seed, "rule": study.rule},
+        **{"status": "complete", "id": f"{cell.arm}{cell.seed}", "seed": cell.seed, "rule": study.test_weights},
         "attempts": [{"how": "complete"}],
         **{"git": GIT, "environment": ENVIRONMENT, "data": DATA, "results": results},
         **{"wall_seconds": 60.0 + len(cell.arm), "samples_per_second": 900.0},

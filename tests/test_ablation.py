@@ -136,7 +136,7 @@ MISTAKES = [
     ({"seeds": [0, "x"]}, "seeds", "'x'"),
     ({"metric": "test/accuracy"}, "'test/accuracy'", "nearest: test/acc"),
     ({"margin": 0}, "margin", "more than 0"),
-    ({"rule": "last"}, "rule", "final or best"),
+    ({"test_weights": "final"}, "test_weights", "last or best"),
     ({"sedes": [1]}, "'sedes'", "nearest: seeds"),
     ({"question": None}, "question", "missing"),
     ({"arms": {"A": {}}}, "nothing to compare", "second arm"),
@@ -164,7 +164,7 @@ def test_a_mistake_in_a_study_is_named_before_anything_runs(
 def test_a_wrong_value_is_refused_before_the_first_cell(tmp_path: Path, value: object, named: str) -> None:
     study = read_study(write(tmp_path, arms={"A": {}, "B": {SHORTCUT: value}}))
     with pytest.raises(UserError, match=rf"arm B: .*{named}"):
-        launch.run_local(study, tmp_path / "out", launch.Room())
+        launch.run_local(study, tmp_path / "out", launch.LocalResources())
     assert not list((tmp_path / "out").glob("*/seed-*"))
 
 
@@ -198,7 +198,7 @@ def tries(out: Path) -> dict[str, int]:
 def test_a_failed_cell_is_tried_again_and_then_reported(tmp_path: Path, fake, capfd) -> None:  # type: ignore[no-untyped-def]
     fake({"A/seed-0": ["failed", "complete"], "none/seed-0": ["failed"], "none/seed-1": ["usage"], "A/seed-1": ["die"]})
     study, out = read_study(write(tmp_path)), tmp_path / "out"
-    assert launch.run_local(study, out, launch.Room(jobs=2), retries=2) == 1
+    assert launch.run_local(study, out, launch.LocalResources(jobs=2), retries=2) == 1
     assert tries(out) == {"A/seed-0": 2, "none/seed-0": 3, "none/seed-1": 1, "A/seed-1": 3}
     found = {s.cell.name: (s.status, s.detail) for s in states(study, out)}
     assert found["A/seed-0"] == ("complete", "")
@@ -214,29 +214,29 @@ def test_a_failed_cell_is_tried_again_and_then_reported(tmp_path: Path, fake, ca
 def test_what_is_complete_is_not_run_again(tmp_path: Path, fake) -> None:  # type: ignore[no-untyped-def]
     fake({"none/seed-1": ["diverged", "complete"]})
     study, out = read_study(write(tmp_path)), tmp_path / "out"
-    assert launch.run_local(study, out, launch.Room(jobs=4), retries=5) == 1
+    assert launch.run_local(study, out, launch.LocalResources(jobs=4), retries=5) == 1
     assert tries(out)["none/seed-1"] == 1, "to diverge again is of no use"
-    assert launch.run_local(study, out, launch.Room()) == 0
+    assert launch.run_local(study, out, launch.LocalResources()) == 0
     assert tries(out) == {"A/seed-0": 1, "A/seed-1": 1, "none/seed-0": 1, "none/seed-1": 2}
     more = read_study(write(tmp_path, seeds=[0, 1, 2]))
-    assert launch.run_local(more, out, launch.Room()) == 0
+    assert launch.run_local(more, out, launch.LocalResources()) == 0
     assert sum(tries(out).values()) == 7
 
 
 def test_a_cell_whose_config_changed_is_never_reused(tmp_path: Path, fake) -> None:  # type: ignore[no-untyped-def]
     fake({})
     study, out = read_study(write(tmp_path)), tmp_path / "out"
-    launch.run_local(study, out, launch.Room())
+    launch.run_local(study, out, launch.LocalResources())
     before = {file: file.read_bytes() for file in out.rglob("*.yaml")}
     other = read_study(write(tmp_path, arms={"A": {}, "none": {SHORTCUT: "C"}}))
     with pytest.raises(UserError, match=r"none/seed-0: .*shortcut is none there, C in the plan"):
-        launch.run_local(other, out, launch.Room())
+        launch.run_local(other, out, launch.LocalResources())
     assert {file: file.read_bytes() for file in out.rglob("*.yaml")} == before
     shutil.move(out / "A/seed-0", tmp_path / "kept")
     shutil.copytree(out / "none/seed-0", out / "A/seed-0")
     with pytest.raises(UserError, match="A/seed-0"):
-        launch.run_local(study, out, launch.Room())
-    assert [s.status for s in states(study, out)] == ["foreign", "complete", "complete", "complete"]
+        launch.run_local(study, out, launch.LocalResources())
+    assert [s.status for s in states(study, out)] == ["mismatched", "complete", "complete", "complete"]
 
 
 def test_a_corrupt_manifest_names_its_cell_and_harms_no_other(tmp_path: Path, fake, capfd) -> None:  # type: ignore[no-untyped-def]
@@ -244,7 +244,7 @@ def test_a_corrupt_manifest_names_its_cell_and_harms_no_other(tmp_path: Path, fa
     study, out = read_study(write(tmp_path)), tmp_path / "out"
     (out / "A/seed-1").mkdir(parents=True)
     (out / "A/seed-1/manifest.json").write_text('{"status": "comp')
-    assert launch.run_local(study, out, launch.Room()) == 1
+    assert launch.run_local(study, out, launch.LocalResources()) == 1
     assert tries(out) == {"A/seed-0": 1, "none/seed-0": 1, "none/seed-1": 1}
     [damaged] = [s for s in states(study, out) if s.status != "complete"]
     assert damaged.cell.name == "A/seed-1" and "manifest.json is damaged" in damaged.detail
@@ -257,27 +257,27 @@ def test_threads_are_shared_out_and_a_cell_keeps_those_it_began_with(
     monkeypatch.delenv("OMP_NUM_THREADS")
     monkeypatch.setattr(launch, "_cores", lambda: 8)
     study, out = read_study(write(tmp_path)), tmp_path / "out"
-    launch.run_local(study, out, launch.Room(jobs=2), retries=0)
-    launch.run_local(study, out, launch.Room(jobs=4), retries=0)
+    launch.run_local(study, out, launch.LocalResources(jobs=2), retries=0)
+    launch.run_local(study, out, launch.LocalResources(jobs=4), retries=0)
     assert (out / "A/seed-0/tries").read_text().split() == ["4", "4"]
 
 
 @pytest.mark.parametrize(
     ("room", "devices", "expected"),
     [
-        (launch.Room(), 1, ["0", "1", "2", "3"]),
-        (launch.Room(jobs=2), 1, ["0", "1"]),
-        (launch.Room(jobs_per_gpu=2), 2, ["0,1", "2,3", "0,1", "2,3"]),
+        (launch.LocalResources(), 1, ["0", "1", "2", "3"]),
+        (launch.LocalResources(jobs=2), 1, ["0", "1"]),
+        (launch.LocalResources(jobs_per_gpu=2), 2, ["0,1", "2,3", "0,1", "2,3"]),
     ],
 )
 def test_gpus_are_shared_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: launch.Room, devices: int, expected: list[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: launch.LocalResources, devices: int, expected: list[str]
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
     study = read_study(write(tmp_path), [f"--trainer.devices={devices}"])
     assert [slot["CUDA_VISIBLE_DEVICES"] for slot in room.slots(study)] == expected
     with pytest.raises(UserError, match="--jobs-per-gpu"):
-        launch.Room(jobs=9).slots(study)
+        launch.LocalResources(jobs=9).slots(study)
 
 
 def test_two_at_once_in_one_folder_are_refused(tmp_path: Path, fake) -> None:  # type: ignore[no-untyped-def]
@@ -290,12 +290,12 @@ def test_two_at_once_in_one_folder_are_refused(tmp_path: Path, fake) -> None:  #
     try:
         assert holder.stdout and holder.stdout.readline() == b"held\n"
         with pytest.raises(UserError, match="in use by another run"):
-            launch.run_local(study, out, launch.Room())
+            launch.run_local(study, out, launch.LocalResources())
     finally:
         holder.kill()
         holder.wait()
     fake({})  # the lock died with its process: nothing to clear away
-    assert launch.run_local(study, out, launch.Room(jobs=4)) == 0
+    assert launch.run_local(study, out, launch.LocalResources(jobs=4)) == 0
 
 
 # Running, as a user does
@@ -324,10 +324,10 @@ def test_a_signal_reaches_the_cells_and_the_next_call_goes_on(tmp_path: Path, fa
         if len(list(out.glob("*/seed-0/manifest.json"))) == 2:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr("reslab.ablation.board.Board.refresh", interrupt)
-    assert launch.run_local(study, out, launch.Room(jobs=2)) == 75
+    monkeypatch.setattr("reslab.ablation.board.StudyProgress.refresh", interrupt)
+    assert launch.run_local(study, out, launch.LocalResources(jobs=2)) == 75
     assert {s.status for s in states(study, out)} == {"preempted", "missing"}
-    assert launch.run_local(study, out, launch.Room(jobs=2)) in (0, 75)
+    assert launch.run_local(study, out, launch.LocalResources(jobs=2)) in (0, 75)
 
 
 def run_once(words: list[str], log: Path, seconds: float | None = None) -> int | None:

@@ -163,7 +163,7 @@ def test_every_cell_without_a_result_is_named_with_its_reason(study: Study, out:
     states = {state["cell"]: state["status"] for state in report["missing"]}
     assert states == {
         **{"plain/seed-0": "failed", "plain/seed-1": "diverged", "plain/seed-2": "preempted"},
-        **{"twin/seed-0": "unreadable", "twin/seed-1": "missing", "twin/seed-2": "foreign"},
+        **{"twin/seed-0": "unreadable", "twin/seed-1": "missing", "twin/seed-2": "mismatched"},
     }
     assert not report["plan"]["matches"]
     for document in (text(out), (out / "report.md").read_text()):
@@ -224,7 +224,7 @@ def test_what_is_no_result_counts_as_none(study: Study, out: Path) -> None:
 
 
 def test_a_validation_metric_is_called_one_and_the_test_images_are_left_alone(tmp_path: Path) -> None:
-    study = make_study(tmp_path, ACCURACY, seeds=3, metric="val/loss", rule="best")
+    study = make_study(tmp_path, ACCURACY, seeds=3, metric="val/loss", test_weights="best")
     run_study(study, tmp_path / "out", ACCURACY)
     report = written(study, tmp_path / "out")
     assert report["arms"]["plain"]["verdict"] == "worse" and report["arms"]["plain"]["delta"] > 0  # less is better

@@ -13,7 +13,7 @@ from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as tvf
 
 from reslab.data import Augment, TimmRandAugment
-from reslab.data.augment import UNIT, crop, erase, erased_boxes, flip, mix, normalize, partners, resized_crop_box
+from reslab.data.augment import UNIT, crop, erase, erased_boxes, flip, mix, normalize, resized_crop_box, swap_pairs
 from reslab.data.order import sample_seeds, uniforms
 from reslab.errors import UserError
 
@@ -185,7 +185,7 @@ def assert_mixed(plan, images, theirs, atol):
     labels = torch.eye(len(images))
     ours, own = mix(images, torch.tensor(plan, dtype=torch.int32))
     torch.testing.assert_close(ours, theirs[0], rtol=0, atol=atol)
-    torch.testing.assert_close(own * labels + (1 - own) * partners(labels), theirs[1], rtol=0, atol=1e-6)
+    torch.testing.assert_close(own * labels + (1 - own) * swap_pairs(labels), theirs[1], rtol=0, atol=1e-6)
     assert ours.is_contiguous(memory_format=torch.channels_last)
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from reslab.errors import UserError
-from reslab.training.checkpoint import SUMS, TrustedIO, is_whole, read_checkpoint, resume_point
+from reslab.training.checkpoint import SUMS, VerifiedCheckpointIO, checksum_matches, read_checkpoint, resume_point
 
 
 class Killed(BaseException):
@@ -16,7 +16,7 @@ class Killed(BaseException):
 def test_a_kill_before_any_rename_leaves_a_checkpoint_to_resume_from(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: int
 ) -> None:
-    writer, last = TrustedIO(), tmp_path / "last.ckpt"
+    writer, last = VerifiedCheckpointIO(), tmp_path / "last.ckpt"
     for step in (1, 2):
         writer.save_checkpoint({"global_step": step}, last)
     renames, original = 0, Path.replace
@@ -37,7 +37,7 @@ def test_a_kill_before_any_rename_leaves_a_checkpoint_to_resume_from(
         else:
             assert moment == 5
     for step in (4, 5):  # and the saves after it lose nothing either
-        assert all(is_whole(path) for path in tmp_path.glob("*.ckpt"))
+        assert all(checksum_matches(path) for path in tmp_path.glob("*.ckpt"))
         found, messages = resume_point(tmp_path)
         assert found and not messages and read_checkpoint(found)["global_step"] in (2, 3, 4)
         writer.save_checkpoint({"global_step": step}, last)
@@ -48,14 +48,14 @@ def test_the_sums_are_those_of_sha256sum(tmp_path: Path) -> None:
     import subprocess
 
     for step in (1, 2, 3):
-        TrustedIO().save_checkpoint({"global_step": step}, tmp_path / "last.ckpt")
-    TrustedIO().save_checkpoint({"global_step": 2}, tmp_path / "best.ckpt")
+        VerifiedCheckpointIO().save_checkpoint({"global_step": step}, tmp_path / "last.ckpt")
+    VerifiedCheckpointIO().save_checkpoint({"global_step": 2}, tmp_path / "best.ckpt")
     subprocess.run(["sha256sum", "--check", "--strict", SUMS], cwd=tmp_path, check=True)
     assert len((tmp_path / SUMS).read_text().splitlines()) == 3
 
 
 def test_a_damaged_record_is_no_crash(tmp_path: Path) -> None:
-    TrustedIO().save_checkpoint({"global_step": 1}, tmp_path / "last.ckpt")
+    VerifiedCheckpointIO().save_checkpoint({"global_step": 1}, tmp_path / "last.ckpt")
     (tmp_path / SUMS).write_bytes(b"\xff\xfe no sums")
     with pytest.raises(UserError, match="no whole checkpoint"):
         resume_point(tmp_path)

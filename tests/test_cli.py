@@ -77,7 +77,7 @@ MISTAKES = [
     (["fit", "--config", DIGITS, "--trainer.max_epoch", "3"], "trainer.max_epochs"),
     (["fit", "--config", DIGITS, "--trainer.max_epochs", "many"], "trainer.max_epochs"),
     (["fit", "--config", DIGITS, "--data.batch_size", "5000"], "batch_size"),
-    (["fit", "--config", DIGITS, "--run.rule", "best", "--data.val_split", "0"], "data.val_split"),
+    (["fit", "--config", DIGITS, "--run.test_weights", "best", "--data.val_split", "0"], "data.val_split"),
     (["preview", "lr", "--config", DIGITS, "--model.net.init_args.stem", "cifr"], "cifar"),
 ]
 

@@ -165,7 +165,7 @@ WRONG_NAMES = [
     ("data: {dataset: {class_path: CIFAR11}}", "data.dataset", "CIFAR10"),
     ("data: {augment: {flip: randm}}", "flip", "random"),
     ("model: {net: {init_args: {stem: cifr}}}", "stem", "cifar"),
-    ("run: {rule: finl}", "run.rule", "final"),
+    ("run: {test_weights: lst}", "run.test_weights", "last"),
 ]
 WRONG_TYPES = [
     ("data: {batch_size: many}", "data.batch_size", "int"),

@@ -14,9 +14,9 @@ from PIL import Image
 
 from reslab import Classifier, create_model
 from reslab.data import CIFAR10, Augment, DataError, Digits, ImageData, ImageFolder, ImageSource
-from reslab.data.augment import partners
+from reslab.data.augment import swap_pairs
 from reslab.data.datasets import Arrays
-from reslab.data.loaders import Batch, EvalOrder, Key, TrainOrder
+from reslab.data.loaders import Batch, BatchKey, EvalOrder, TrainOrder
 from reslab.data.order import permutation
 from reslab.errors import UserError
 
@@ -59,7 +59,9 @@ def test_another_seed_is_another_order_and_another_augmentation():
     a, b = (next(iter(digits(seed=seed).train_dataloader())) for seed in (0, 1))
     assert not torch.equal(a.indices, b.indices)
     batches = [digits(seed=seed).train_dataloader().dataset for seed in (0, 1)]
-    assert not torch.equal(batches[0][Key(np.arange(9))].draws, batches[1][Key(np.arange(9))].draws)
+    assert not torch.equal(
+        batches[0][BatchKey(np.arange(9))].augment_params, batches[1][BatchKey(np.arange(9))].augment_params
+    )
 
 
 def test_loading_leaves_the_global_random_state_alone():
@@ -207,7 +209,7 @@ class Losses(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, model: Any, batch: Batch, batch_idx: int) -> None:
         hard = F.one_hot(batch.labels, 10).float()
-        soft = batch.mix * hard + (1 - batch.mix) * partners(hard) if batch.mix.numel() else hard
+        soft = batch.mix * hard + (1 - batch.mix) * swap_pairs(hard) if batch.mix.numel() else hard
         with torch.no_grad():
             logits = model.net(batch.images)
         loss = F.cross_entropy(logits, soft, label_smoothing=model.label_smoothing)

@@ -11,7 +11,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tvf
 
 from reslab.data import CIFAR10, CIFAR100, DataError, Digits, ImageData, ImageFolder, ImageNet, Imagenette
-from reslab.data.loaders import Key, decode
+from reslab.data.loaders import BatchKey, decode
 
 
 def write_image(path: Path, color: tuple[int, int, int] = (200, 30, 60), size: tuple[int, int] = (40, 30)) -> Path:
@@ -220,7 +220,7 @@ def test_decoding_handles_what_image_files_come_as(tmp_path):
     assert decode(tmp_path / "deep.png", 3).float().mean() == 0x80
 
     exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was turned: rotate by 90° to see it upright
+    exif[0x0112] = 6  # the camera was turned: rotate by 90° to see it apply_exif_orientation
     for name in ("turned.jpg", "turned.webp"):
         image.resize((60, 40)).save(tmp_path / name, exif=exif)
         assert decode(tmp_path / name, 3).shape == (3, 60, 40)
@@ -253,9 +253,9 @@ def test_imagenette_trains_on_crops_of_its_images(shared_data):
     first, second = (next(iter(loader)) for _ in range(2))  # two epochs
     assert first.images.shape == (8, 128, 128, 3)
     batches = loader.dataset
-    again = batches[Key(first.indices.numpy())]
+    again = batches[BatchKey(first.indices.numpy())]
     assert torch.equal(again.images, first.images)
-    assert not torch.equal(batches[Key(first.indices.numpy(), epoch=1)].images, first.images)
+    assert not torch.equal(batches[BatchKey(first.indices.numpy(), epoch=1)].images, first.images)
     assert not torch.equal(first.indices, second.indices)
 
 

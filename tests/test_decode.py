@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision.transforms.v2 import functional as tvf
 
-from reslab.data import Augment, DataError, ImageData, ImageFolder, ImageNet, View, decode
+from reslab.data import Augment, DataError, ImageData, ImageFolder, ImageNet, ResizeConfig, decode
 from reslab.data.augment import resized_crop_box
 from reslab.data.decode import RandomCrop, decode_bytes, named, resize_and_crop, resized_crop
 from reslab.data.order import RESIZED_CROP, uniforms
@@ -80,9 +80,9 @@ KINDS = {  # of JPEG
 
 @needs_simplejpeg
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("channels", "upright"), [(3, True), (3, False), (1, True)])
-def test_simplejpeg_and_torchvision_give_the_same_crop(monkeypatch, kind, channels, upright):
-    crop = RandomCrop(channels, upright, Augment())
+@pytest.mark.parametrize(("channels", "apply_exif_orientation"), [(3, True), (3, False), (1, True)])
+def test_simplejpeg_and_torchvision_give_the_same_crop(monkeypatch, kind, channels, apply_exif_orientation):
+    crop = RandomCrop(channels, apply_exif_orientation, Augment())
     with_it = [crop(KINDS[kind], u, 24) for u in draws(8)]
     monkeypatch.setattr(decode, "simplejpeg", None)
     without = [crop(KINDS[kind], u, 24) for u in draws(8)]
@@ -196,18 +196,18 @@ def test_scaled_decoding_without_simplejpeg_says_what_to_install(tmp_path, monke
     for part in ("train", "val"):
         (tmp_path / part / "a").mkdir(parents=True)
         (tmp_path / part / "a" / "1.jpg").write_bytes(jpeg())
-    data = ImageData(ImageFolder(str(tmp_path)), batch_size=1, val_split=0, view=View(scaled_decode=1.0))
+    data = ImageData(ImageFolder(str(tmp_path)), batch_size=1, val_split=0, resize=ResizeConfig(scaled_decode=1.0))
     with pytest.raises(UserError, match=r"needs simplejpeg: pip install 'reslab\[fast\]'"):
         data.setup("fit")
 
 
 def test_exif_turns_own_photographs_and_leaves_imagenet_as_it_is_stored():
-    assert ImageFolder("own").upright and not ImageNet().upright
-    assert not ImageFolder("own", upright=False).upright
-    assert decode_bytes(turned(), 3, upright=True).shape == (3, 170, 120)
-    assert decode_bytes(turned(), 3, upright=False).shape == (3, 120, 170)
+    assert ImageFolder("own").apply_exif_orientation and not ImageNet().apply_exif_orientation
+    assert not ImageFolder("own", apply_exif_orientation=False).apply_exif_orientation
+    assert decode_bytes(turned(), 3, apply_exif_orientation=True).shape == (3, 170, 120)
+    assert decode_bytes(turned(), 3, apply_exif_orientation=False).shape == (3, 120, 170)
     as_stored = tvf.pil_to_tensor(Image.open(io.BytesIO(turned())).convert("RGB"))
-    assert torch.equal(decode_bytes(turned(), 3, upright=False), as_stored)
+    assert torch.equal(decode_bytes(turned(), 3, apply_exif_orientation=False), as_stored)
 
 
 @settings(max_examples=150, deadline=None)

@@ -74,7 +74,7 @@ RECIPE = [
     "--data.augment.transforms=[{class_path: torchvision.transforms.v2.RandAugment}]",
     *("--data.augment.erasing=0.25", "--data.augment.repeats=2"),
     *("--data.augment.mixup=0.2", "--data.augment.cutmix=1", "--model.loss=binary", "--model.target_threshold=0.2"),
-    *("--model.ema_decay=0.9", "--model.flip_test=true", "--model.net.init_args.blur=true"),
+    *("--model.ema_decay=0.9", "--model.flip_tta=true", "--model.net.init_args.blur=true"),
 ]
 
 

@@ -126,12 +126,12 @@ def test_a_file_that_answers_otherwise_is_not_left_behind(
 
     def slightly_wrong(graph: torch.nn.Module, *args: object) -> None:
         with torch.no_grad():
-            wrong = type(graph)(in_channels=1, num_classes=10, **knobs)
+            wrong = type(graph)(in_channels=1, num_classes=10, **kwargs)
             wrong.load_state_dict(graph.state_dict())
             wrong.fc.bias += 0.01
         write(wrong.eval(), *args)
 
-    knobs = {"layers": (1, 1, 1), "width": 16, "stem": "cifar", "shortcut": "A"}
+    kwargs = {"layers": (1, 1, 1), "width": 16, "stem": "cifar", "shortcut": "A"}
     monkeypatch.setitem(reslab.export.WRITERS, "pt2", slightly_wrong)
     assert export(undisturbed(), "pt2", tmp_path / "m.pt2") == 2
     assert "max abs difference 1.0e-02" in capsys.readouterr().err

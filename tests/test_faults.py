@@ -16,9 +16,9 @@ import pytest
 import torch
 from PIL import Image
 
-from reslab.experiment import known_failure
+from reslab.experiment import explain_failure
 from reslab.files import sha256_file
-from reslab.training.checkpoint import is_whole
+from reslab.training.checkpoint import checksum_matches
 from runner import TRAINING, Fault, fit, manifest, metrics, reslab, traces
 
 Undisturbed = Callable[..., Path]
@@ -116,7 +116,7 @@ def test_a_full_disk_costs_no_checkpoint(undisturbed: Undisturbed, unfinished: P
     ended = fit(unfinished, largest_file=last.stat().st_size // 2)
     assert ended.status == 1 and "the disk is full" in ended.output and "Traceback" not in ended.output
     assert manifest(unfinished)["status"] == "failed"
-    assert sha256_file(last) == before and is_whole(last) and not list(unfinished.rglob("*.part"))
+    assert sha256_file(last) == before and checksum_matches(last) and not list(unfinished.rglob("*.part"))
     assert fit(unfinished).status == 0
     assert traces(unfinished) == traces(undisturbed())
 
@@ -136,7 +136,7 @@ def test_not_one_byte_left_on_the_disk(undisturbed: Undisturbed, small_disk: Pat
     run, filler = small_disk / "run", small_disk / "filler"
     ended = fit(run, fault=Fault(TRAINING, "fill_disk", 17), FILLER=str(filler))
     assert ended.status == 1 and "the disk is full" in ended.output
-    assert is_whole(run / "checkpoints/last.ckpt")
+    assert checksum_matches(run / "checkpoints/last.ckpt")
     ended = fit(run)
     assert ended.status == 2 and "cannot write in the run folder" in ended.output
     filler.unlink()
@@ -211,8 +211,8 @@ def test_a_diverged_run_keeps_its_last_good_checkpoint(tmp_path: Path) -> None:
     ids=lambda x: type(x).__name__ if isinstance(x, Exception) else "",
 )
 def test_a_failure_is_told_with_its_remedy(error: Exception, told: str) -> None:
-    assert told in str(known_failure(error))
-    assert known_failure(RuntimeError("a bug")) is None  # shown with its traceback
+    assert told in str(explain_failure(error))
+    assert explain_failure(RuntimeError("a bug")) is None  # shown with its traceback
 
 
 # The data

@@ -1,4 +1,4 @@
-"""The networks: torchvision's to the last digit, and what holds for every combination of knobs."""
+"""The networks: torchvision's to the last digit, and what holds for every combination of kwargs."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,9 +32,9 @@ def shapes(net: torch.nn.Module) -> dict[str, torch.Size]:
     return {key: value.shape for key, value in net.state_dict().items()}
 
 
-def meta(name: str, **knobs: Any) -> ResNet:
+def meta(name: str, **kwargs: Any) -> ResNet:
     with torch.device("meta"):
-        return create_model(name, **knobs)
+        return create_model(name, **kwargs)
 
 
 @pytest.fixture(autouse=True)
@@ -98,12 +98,12 @@ def test_cifar_nets_are_those_of_section_4_2(depth: int, millions: str) -> None:
     assert [row.output for row in summarize(net, (3, 32, 32)).rows if "conv" in row.name][-1] == (64, 8, 8)
 
 
-# ---- the knobs
+# ---- the kwargs
 
 
 @st.composite
 def architectures(draw: st.DrawFn) -> dict[str, Any]:
-    knobs: dict[str, Any] = {
+    kwargs: dict[str, Any] = {
         "block": draw(st.sampled_from(["basic", "bottleneck"])),
         "layers": draw(st.lists(st.integers(1, 2), min_size=1, max_size=3)),
         "width": draw(st.sampled_from([2, 6, 16])),
@@ -116,28 +116,28 @@ def architectures(draw: st.DrawFn) -> dict[str, Any]:
         "drop_path": draw(st.sampled_from([0.0, 0.3])),
         "blur": draw(st.booleans()),
     }
-    if knobs["block"] == "bottleneck":
-        knobs |= draw(st.sampled_from([{}, {"groups": 2, "width_per_group": 32}, {"width_per_group": 128}]))
-    assume(not (knobs["zero_init"] and (knobs["norm"] == "none" or knobs["shortcut"] == "none")))
-    assume(not (knobs["drop_path"] and knobs["shortcut"] == "none"))
-    return knobs
+    if kwargs["block"] == "bottleneck":
+        kwargs |= draw(st.sampled_from([{}, {"groups": 2, "width_per_group": 32}, {"width_per_group": 128}]))
+    assume(not (kwargs["zero_init"] and (kwargs["norm"] == "none" or kwargs["shortcut"] == "none")))
+    assume(not (kwargs["drop_path"] and kwargs["shortcut"] == "none"))
+    return kwargs
 
 
 @settings(max_examples=30, deadline=None)
 @given(architectures())
-def test_every_architecture_computes_learns_and_round_trips(knobs: dict[str, Any]) -> None:
+def test_every_architecture_computes_learns_and_round_trips(kwargs: dict[str, Any]) -> None:
     torch.manual_seed(0)
-    net = ResNet(**knobs)
-    images = torch.randn(3, knobs["in_channels"], 33, 40)
+    net = ResNet(**kwargs)
+    images = torch.randn(3, kwargs["in_channels"], 33, 40)
     out = net(images)
-    assert out.shape == (3, knobs["num_classes"] or net.num_features)
+    assert out.shape == (3, kwargs["num_classes"] or net.num_features)
     assert net.forward_features(images).shape == (3, net.num_features)
 
     out.square().sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
     assert any(p.grad.any() for p in net.conv1.parameters())
 
-    twin = ResNet(**knobs)
+    twin = ResNet(**kwargs)
     twin.load_state_dict(net.state_dict())
     with torch.no_grad():
         torch.testing.assert_close(twin.eval()(images), net.eval()(images))
@@ -145,10 +145,10 @@ def test_every_architecture_computes_learns_and_round_trips(knobs: dict[str, Any
 
 @settings(max_examples=20, deadline=None)
 @given(architectures())
-def test_drop_path_zero_init_and_blur_change_no_key(knobs: dict[str, Any]) -> None:
+def test_drop_path_zero_init_and_blur_change_no_key(kwargs: dict[str, Any]) -> None:
     with torch.device("meta"):
-        plain = knobs | {"drop_path": 0.0, "zero_init": False, "blur": False}
-        assert shapes(ResNet(**knobs)) == shapes(ResNet(**plain))
+        plain = kwargs | {"drop_path": 0.0, "zero_init": False, "blur": False}
+        assert shapes(ResNet(**kwargs)) == shapes(ResNet(**plain))
 
 
 def test_option_a_pads_channels_with_zeros_and_skips_positions() -> None:
@@ -208,22 +208,22 @@ def test_drop_path_drops_whole_images_more_often_the_deeper_the_block() -> None:
 @pytest.mark.parametrize(("name", "shortcut"), [("resnet8", "A"), ("resnet18_cifar", "identity")])
 def test_channels_last_stays_channels_last_in_bf16(name: str, shortcut: str) -> None:
     net = create_model(name, shortcut=shortcut, width=16).to(memory_format=torch.channels_last)
-    strays: list[str] = []
+    unplanned_runs: list[str] = []
 
     def note(module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> None:
         if output.ndim == 4 and not output.is_contiguous(memory_format=torch.channels_last):
-            strays.append(type(module).__name__)
+            unplanned_runs.append(type(module).__name__)
 
     for module in net.modules():
         module.register_forward_hook(note)
     images = torch.randn(2, 3, 32, 32).to(memory_format=torch.channels_last)
     with torch.autocast("cpu", torch.bfloat16):
         net(images)
-    assert not strays
+    assert not unplanned_runs
 
 
 @pytest.mark.parametrize(
-    ("knobs", "remedy"),
+    ("kwargs", "remedy"),
     [
         ({"shortcut": "none", "zero_init": True}, "set it to false"),
         ({"norm": "none", "zero_init": True}, "give a norm"),
@@ -242,9 +242,9 @@ def test_channels_last_stays_channels_last_in_bf16(name: str, shortcut: str) -> 
         ({"norm": "LayerNorm"}, "GroupNorm"),
     ],
 )
-def test_what_does_not_go_together_is_refused_with_the_remedy(knobs: dict[str, Any], remedy: str) -> None:
+def test_what_does_not_go_together_is_refused_with_the_remedy(kwargs: dict[str, Any], remedy: str) -> None:
     with pytest.raises(ModelError, match=remedy):
-        ResNet(**knobs)
+        ResNet(**kwargs)
 
 
 # ---- the layer table
@@ -266,10 +266,10 @@ def test_summary_of_resnet50_gives_the_published_cost() -> None:
 
 @settings(max_examples=15, deadline=None)
 @given(architectures())
-def test_summary_accounts_for_every_parameter_and_leaves_the_network_alone(knobs: dict[str, Any]) -> None:
-    net = ResNet(**knobs)
+def test_summary_accounts_for_every_parameter_and_leaves_the_network_alone(kwargs: dict[str, Any]) -> None:
+    net = ResNet(**kwargs)
     before = {key: value.clone() for key, value in net.state_dict().items()}
-    summary = summarize(net, (knobs["in_channels"], 32, 32))
+    summary = summarize(net, (kwargs["in_channels"], 32, 32))
     assert summary.parameters == parameters(net)
     assert net.training
     assert not any(module._forward_hooks for module in net.modules())

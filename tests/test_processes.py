@@ -143,7 +143,7 @@ def test_one_process_that_fails_ends_all(tmp_path: Path, fault: Fault, message: 
 
 
 FSDP = ["--config", str(REPO / "configs/trainer/fsdp.yaml"), *CPU]
-AVERAGE = ["--model.ema_decay=0.9", "--run.rule=best"]
+AVERAGE = ["--model.ema_decay=0.9", "--run.test_weights=best"]
 
 
 def fit_divided(folder: Path, *options: str, fault: Fault | None = None) -> Ended:
@@ -200,7 +200,11 @@ def test_another_number_of_processes_is_refused_unless_allowed(tmp_path: Path) -
     (killed / "manifest.json").write_text(json.dumps(said))
     allowed = Path(shutil.copytree(killed, tmp_path / "allowed"))
     refused = fit(killed)
-    assert refused.status == 2 and "4 processes, not 1" in refused.output and "--run.elastic" in refused.output
-    ended = fit(allowed, "--run.elastic=true")
+    assert (
+        refused.status == 2
+        and "4 processes, not 1" in refused.output
+        and "--run.allow_world_size_change" in refused.output
+    )
+    ended = fit(allowed, "--run.allow_world_size_change=true")
     assert ended.status == 0, ended.output
     assert "bits may differ" in manifest(allowed)["elastic"]

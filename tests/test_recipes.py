@@ -48,7 +48,7 @@ def recipe(name: str, root: Path, *options: str) -> Experiment:
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_recipe_is_the_published_one(name: str, root: Path) -> None:
     config = recipe(name, root).config
-    optimizer, augment, view = config.model.optimizer.init_args, config.data.augment, config.data.view
+    optimizer, augment, view = config.model.optimizer.init_args, config.data.augment, config.data.resize
     length = (config.trainer.max_epochs, config.data.batch_size, optimizer.lr, optimizer.weight_decay)
     sizes = (view.train_size or 224, view.test_size or 224, view.test_resize or 256)
     rest = (augment.mixup, augment.repeats, config.model.net.init_args.drop_path)
@@ -57,16 +57,16 @@ def test_a_recipe_is_the_published_one(name: str, root: Path) -> None:
 
 def test_ffcvs_sizes_and_rates_are_those_of_its_script(root: Path) -> None:
     data, model, _ = recipe("ffcv", root).build()
-    assert data.view.progressive.sizes(192, 88) == (160,) * 71 + (192,) * 17  # epoch 71: 177.5 is nearest to 192
+    assert data.resize.progressive.sizes(192, 88) == (160,) * 71 + (192,) * 17  # epoch 71: 177.5 is nearest to 192
     factors = [model.schedule.factor(epoch * 100 - 1, 8800, 100) for epoch in (1, 2, 45, 88)]
     assert factors == pytest.approx([0.5, 1.0, 0.5, 0.0], abs=2e-3)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_recipe_trains(name: str, root: Path) -> None:
-    small = ["--data.view.train_size=32", "--data.view.test_size=40", "--data.view.test_resize=48"]
+    small = ["--data.resize.train_size=32", "--data.resize.test_size=40", "--data.resize.test_resize=48"]
     if name == "ffcv":
-        small.append("--data.view.progressive.start=16")
+        small.append("--data.resize.progressive.start=16")
     short = ["--data.batch_size=8", "--data.val_split=8", "--data.num_workers=0", "--trainer.max_steps=2"]
     data, model, settings = recipe(name, root, *small, *short, "--trainer.precision=32-true").build()
     before = {name: p.detach().clone() for name, p in model.net.named_parameters()}

@@ -141,11 +141,11 @@ def test_predict_writes_a_row_an_image_and_names_what_it_cannot_read(run: Path, 
 
 
 def test_without_a_folder_given_the_run_gets_one_of_its_own(repo: Path, tmp_path: Path) -> None:
-    done = fit(repo, "--trainer.max_epochs", "1", "--run.rule", "best", cwd=tmp_path)
+    done = fit(repo, "--trainer.max_epochs", "1", "--run.test_weights", "best", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     (folder,) = (tmp_path / "runs" / "digits").iterdir()
     config = yaml.safe_load((folder / "config.yaml").read_text())
-    assert config["run"]["rule"] == "best" and "-seed0-" in folder.name
+    assert config["run"]["test_weights"] == "best" and "-seed0-" in folder.name
     assert [p.name for p in tmp_path.iterdir()] == ["runs"]  # nothing is left lying about
 
 

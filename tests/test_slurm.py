@@ -150,7 +150,7 @@ def test_cells_that_are_cancelled_are_not_tried_again(
         command("scancel", *(numbers if one_by_one else [numbers[0].partition("_")[0]]))
         monkeypatch.undo()
 
-    monkeypatch.setattr("reslab.ablation.board.Board.refresh", cancel)
+    monkeypatch.setattr("reslab.ablation.board.StudyProgress.refresh", cancel)
     assert run_slurm(study, out, HELD) == 1
     assert len(numbers) == 4 and not queue() and not tries(out)
 

@@ -82,10 +82,10 @@ def silent_server() -> Iterator[str]:
         yield f"http://127.0.0.1:{server.getsockname()[1]}"
 
 
-def attach(folder: Path, **options: Any) -> WandB:
+def start_run(folder: Path, **options: Any) -> WandB:
     folder.mkdir(exist_ok=True)
     logger = WandB(**options)
-    logger.attach(folder, "digits-1", "digits", CONFIG, group="shortcuts", job_type="plain", tags=["a", "b"])
+    logger.start(folder, "digits-1", "digits", CONFIG, group="shortcuts", job_type="plain", tags=["a", "b"])
     return logger
 
 
@@ -128,12 +128,12 @@ def summary(run: Path) -> dict[str, Any]:
 
 
 def test_an_offline_run_holds_all_of_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    logger = attach(tmp_path, mode="offline", project="p", entity="e")
+    logger = start_run(tmp_path, mode="offline", project="p", entity="e")
     logger.log_metrics({"train/loss": 2.0, "epoch": 0}, step=10)
     logger.log_metrics({"images_per_second": 500.0}, step=10)
     logger.log_metrics({"train/loss": 1.0, "epoch": 1}, step=20)
     (tmp_path / "report.html").write_text("<h1>report</h1>")
-    logger.conclude({"test/acc": 0.97, "val/acc": 0.95}, [figure(tmp_path), tmp_path / "report.html"])
+    logger.finish({"test/acc": 0.97, "val/acc": 0.95}, [figure(tmp_path), tmp_path / "report.html"])
 
     [run] = offline_runs(tmp_path)
     assert capsys.readouterr().out == f"W&B: offline, as asked. {upload(run)}\n"
@@ -152,14 +152,14 @@ def test_an_offline_run_holds_all_of_the_run(tmp_path: Path, capsys: pytest.Capt
 
 
 def test_a_resumed_run_goes_on_under_its_id_from_an_earlier_step(tmp_path: Path) -> None:
-    logger = attach(tmp_path, mode="offline")
+    logger = start_run(tmp_path, mode="offline")
     for step in (10, 20, 30):
         logger.log_metrics({"train/loss": 1 / step}, step)
     wandb.teardown(exit_code=75)  # as at the end of a preempted process
-    logger = attach(tmp_path, mode="offline")
+    logger = start_run(tmp_path, mode="offline")
     for step in (20, 30, 40):
         logger.log_metrics({"train/loss": 1 / step}, step)
-    logger.conclude({})
+    logger.finish({})
 
     first, second = offline_runs(tmp_path)
     assert [records(run, "run")[0]["run_id"] for run in (first, second)] == ["digits-1", "digits-1"]
@@ -169,7 +169,7 @@ def test_a_resumed_run_goes_on_under_its_id_from_an_earlier_step(tmp_path: Path)
 
 
 def test_no_login_means_offline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    attach(tmp_path).conclude({})
+    start_run(tmp_path).finish({})
     [run] = offline_runs(tmp_path)
     out, err = capsys.readouterr()
     assert out == f"W&B: offline, no login here (wandb login, or WANDB_API_KEY). {upload(run)}\n"
@@ -180,9 +180,9 @@ def test_no_login_means_offline(tmp_path: Path, capsys: pytest.CaptureFixture[st
 def test_wandb_mode_is_respected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str, runs: int) -> None:
     monkeypatch.setenv("WANDB_MODE", mode)
     monkeypatch.setenv("WANDB_API_KEY", KEY)
-    logger = attach(tmp_path)
+    logger = start_run(tmp_path)
     logger.log_metrics({"lr": 0.1}, 1)
-    logger.conclude({"test/acc": 0.5}, [figure(tmp_path)])
+    logger.finish({"test/acc": 0.5}, [figure(tmp_path)])
     assert len(offline_runs(tmp_path)) == runs
 
 
@@ -197,9 +197,9 @@ def test_a_server_that_does_not_answer_costs_the_timeout_and_no_data(
     monkeypatch.setenv("WANDB_BASE_URL", silent_server if server == "hanging" else "http://127.0.0.1:9")
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     began = time.monotonic()
-    logger = attach(tmp_path, init_timeout=2)
+    logger = start_run(tmp_path, init_timeout=2)
     logger.log_metrics({"train/loss": 2.0}, step=10)
-    logger.conclude({"test/acc": 0.97}, [figure(tmp_path)])
+    logger.finish({"test/acc": 0.97}, [figure(tmp_path)])
     wandb.teardown()
     seconds = time.monotonic() - began
 
@@ -222,14 +222,14 @@ def test_a_server_that_falls_silent_in_the_middle_delays_the_end_by_the_timeout_
     address, server = answering_server
     monkeypatch.setenv("WANDB_BASE_URL", address)
     monkeypatch.setenv("WANDB_API_KEY", KEY)
-    logger = attach(tmp_path, finish_timeout=2)
+    logger = start_run(tmp_path, finish_timeout=2)
     assert capsys.readouterr().out == f"W&B: {address}/someone/reslab/runs/digits-1\n"
     assert any("RunResumeStatus" in query and "digits-1" in query for query in server.asked)
     server.stopped.set()
     began = time.monotonic()
     for step in range(1, 501):
         logger.log_metrics({"train/loss": 1 / step}, step)
-    logger.conclude({"test/acc": 0.97}, [figure(tmp_path)])
+    logger.finish({"test/acc": 0.97}, [figure(tmp_path)])
 
     assert time.monotonic() - began < 2 + 5
     [run] = (tmp_path / "wandb").glob("run-*")
@@ -243,13 +243,13 @@ def test_a_server_that_falls_silent_in_the_middle_delays_the_end_by_the_timeout_
 def test_what_breaks_in_the_middle_is_said_once_and_stops_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    logger = attach(tmp_path, mode="offline")
+    logger = start_run(tmp_path, mode="offline")
     logger.log_metrics({"train/loss": 2.0}, step=10)
     logger.experiment.finish()
     capsys.readouterr()
     for step in (20, 30):
         logger.log_metrics({"train/loss": 1.0}, step)
-    logger.conclude({"test/acc": 0.9}, [tmp_path / "missing.png"])
+    logger.finish({"test/acc": 0.9}, [tmp_path / "missing.png"])
     out = capsys.readouterr().out
     assert out.startswith("W&B is given up for this run: ") and out.count("\n") == 1
     assert str(offline_runs(tmp_path)[0]) in out
@@ -291,7 +291,7 @@ def test_fit_follows_the_run_in_wandb(
 def test_a_logger_that_was_not_attached_logs_nothing() -> None:
     logger = WandB()
     logger.log_metrics({"train/loss": 1.0}, step=1)
-    logger.conclude({})
+    logger.finish({})
     with pytest.raises(ValueError, match="more than 0"):
         WandB(init_timeout=0)
 

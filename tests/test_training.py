@@ -33,8 +33,8 @@ SCHEDULES: list[Schedule] = [
 ]
 
 
-def small_net(**knobs: Any) -> torch.nn.Module:
-    return create_model("resnet8", in_channels=1, num_classes=10, **knobs)
+def small_net(**kwargs: Any) -> torch.nn.Module:
+    return create_model("resnet8", in_channels=1, num_classes=10, **kwargs)
 
 
 def quiet_trainer(**settings: Any) -> Trainer:
@@ -104,7 +104,7 @@ def test_the_backbone_is_trained_with_its_share_of_the_rate() -> None:
     trainer = quiet_trainer(max_epochs=1, limit_train_batches=1, limit_val_batches=0)
     trainer.fit(model, datamodule=ImageData(Digits(), batch_size=64))
     rates = {id(p): group["lr"] for group in trainer.optimizers[0].param_groups for p in group["params"]}
-    for part, modules in model.net.parts().items():
+    for part, modules in model.net.layer_groups().items():
         expected = {"stem": None, "head": 0.2}.get(part, 0.1 * 0.2)
         assert {rates.get(id(p)) for module in modules for p in module.parameters()} == {expected}
     assert trainer.optimizers[0].param_groups[0]["lr"] == 0.2  # the rate that is logged
@@ -174,7 +174,7 @@ def test_the_binary_loss_asks_of_every_class_whether_it_is_there(
 
 
 def test_flip_test_averages_an_image_and_its_mirror_image_in_evaluation_only() -> None:
-    model = Classifier(small_net(), flip_test=True)
+    model = Classifier(small_net(), flip_tta=True)
     images = torch.randn(5, 1, 8, 8)
     with torch.no_grad():
         both = (model.eval().net(images) + model.net(images.flip(3))) / 2
@@ -212,7 +212,7 @@ def test_batch_norms_of_net_and_average_can_be_synchronised() -> None:
 def test_the_learning_rate_follows_the_global_batch() -> None:
     data = ImageData(Digits(), batch_size=64)
     sgd = lambda params: torch.optim.SGD(params, lr=0.1)  # noqa: E731
-    model = Classifier(small_net(), sgd, Constant(), lr_reference_batch=256)
+    model = Classifier(small_net(), sgd, Constant(), base_batch_size=256)
     trainer = quiet_trainer(max_epochs=1, limit_train_batches=2, limit_val_batches=0)
     trainer.fit(model, datamodule=data)
     assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.1 * 64 / 256)
@@ -310,7 +310,7 @@ def test_predict_step_gives_probabilities() -> None:
 VALUES_OUT_OF_RANGE = [
     ("label_smoothing", 1.0),
     ("ema_decay", 1.5),
-    ("lr_reference_batch", 0),
+    ("base_batch_size", 0),
     ("target_threshold", 0.2),
     ("backbone_lr_scale", 0.0),
     ("freeze", ["stage4"]),  # the net has three

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from reslab.cli import main
 from reslab.errors import UserError
 from reslab.runs import manifest as manifests
-from reslab.runs.verify import Parting, differences, partings, reproduce, verify
+from reslab.runs.verify import Divergence, differences, divergences, reproduce, verify
 
 KEY = "0123456789abcdef0123456789abcdef01234567"
 
@@ -194,14 +194,14 @@ METRICS = st.dictionaries(NAMES, st.dictionaries(st.integers(1, 5), st.sampled_f
 
 @given(METRICS, METRICS)
 def test_runs_agree_before_the_step_where_they_part_and_not_at_it(there: dict, here: dict) -> None:
-    found = {parting.metric: parting for parting in partings(there, here)}
+    found = {parting.metric: parting for parting in divergences(there, here)}
     for name in {*there, *here}:
         a, b = there.get(name, {}), here.get(name, {})
         if name not in found:
             assert a == b
             continue
         step = found[name].step
-        assert found[name] == Parting(name, step, a.get(step), b.get(step))
+        assert found[name] == Divergence(name, step, a.get(step), b.get(step))
         assert a.get(step) != b.get(step) and all(a.get(s) == b.get(s) for s in range(step))
 
 

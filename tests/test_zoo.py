@@ -14,8 +14,8 @@ from reslab.models import ResNet, create_model, list_models, load_weights
 from reslab.models.zoo import VARIANTS
 
 
-def tiny(**knobs: int) -> ResNet:
-    return create_model("resnet8", **({"num_classes": 4} | knobs))
+def tiny(**kwargs: int) -> ResNet:
+    return create_model("resnet8", **({"num_classes": 4} | kwargs))
 
 
 def equal(net: ResNet, other: ResNet, but: str = "nothing") -> bool:
@@ -52,7 +52,7 @@ def test_knobs_override_the_variant() -> None:
 
 
 def test_no_two_names_are_one_network() -> None:
-    variants = [tuple(knobs.items()) for knobs in VARIANTS.values()]
+    variants = [tuple(kwargs.items()) for kwargs in VARIANTS.values()]
     assert len(set(variants)) == len(variants) == len(list_models())
 
 

@@ -6,9 +6,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from reslab.errors import UserError
-
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+from reslab.errors import Exit, UserError
+from reslab.host import CONFIGS
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return args.run(args, rest) or 0
     except UserError as error:
         print(f"reslab: {error}", file=sys.stderr)
-        return 2
+        return Exit.USAGE
     except BrokenPipeError:  # `reslab list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -224,7 +223,7 @@ def _ablate_plan(args: argparse.Namespace, rest: list[str]) -> None:
 
 
 def _ablate_run(args: argparse.Namespace, rest: list[str]) -> int:
-    from reslab.ablation.launch import PREEMPTED, Room, run_local
+    from reslab.ablation.launch import LocalResources, run_local
 
     study, out = _study(args, rest)
     asked = {key: getattr(args, key) for key in ("partition", "minutes", "gpus", "cpus", "memory", "sbatch")}
@@ -236,8 +235,8 @@ def _ablate_run(args: argparse.Namespace, rest: list[str]) -> int:
     elif args.detach or args.slurm or any(asked.values()):
         raise UserError("--detach and what a job asks for are for --launcher slurm")
     else:
-        status = run_local(study, out, Room(args.jobs, args.jobs_per_gpu), args.retries)
-    if status != PREEMPTED and not args.detach:
+        status = run_local(study, out, LocalResources(args.jobs, args.jobs_per_gpu), args.retries)
+    if status != Exit.PREEMPTED and not args.detach:
         _ablate_report(args, rest)
     return status
 

@@ -18,9 +18,9 @@ from lightning.pytorch.utilities import rank_zero_only
 from reslab.config_errors import explain, located, places
 from reslab.data import ImageData
 from reslab.errors import UserError
+from reslab.host import CONFIGS
 from reslab.training import Classifier
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 BASE = CONFIGS / "base.yaml"
 
 # What a config file may name. Everything else is refused before it is imported: importing runs code.
@@ -50,12 +50,12 @@ class RunOptions:
     Args:
         name: The experiment's name: runs go to runs/<name>/<id>.
         dir: The run's folder. An unfinished run in it is continued.
-        rule: Which weights are tested: those at the end of training, or those with the best `monitor`.
+        test_weights: Which weights are tested: those at the end of training, or those with the best `monitor`.
         monitor: The validation metric that best.ckpt goes by.
         mode: Whether more or less of `monitor` is better.
         checkpoint_every_steps: Write last.ckpt every so many optimizer steps.
         checkpoint_every_minutes: Write last.ckpt whenever so many minutes have passed.
-        elastic: Allow an unfinished run to go on with another number of processes; its bits may differ.
+        allow_world_size_change: Allow an unfinished run to go on with another number of processes; its bits may differ.
         group: The group of the run in W&B, such as a study.
         job_type: The job type of the run in W&B, such as an arm.
         tags: The tags of the run in W&B.
@@ -63,12 +63,12 @@ class RunOptions:
 
     name: str = "unnamed"
     dir: str | None = None
-    rule: Literal["final", "best"] = "final"
+    test_weights: Literal["last", "best"] = "last"
     monitor: str = "val/acc"
     mode: Literal["max", "min"] = "max"
     checkpoint_every_steps: int | None = None
     checkpoint_every_minutes: float = 5.0
-    elastic: bool = False
+    allow_world_size_change: bool = False
     group: str | None = None
     job_type: str | None = None
     tags: list[str] = field(default_factory=list)

@@ -22,30 +22,37 @@ from safetensors.torch import save
 
 from reslab.config import Experiment, rank
 from reslab.data import ImageData
-from reslab.data.loaders import Key
-from reslab.errors import UserError
+from reslab.data.loaders import BatchKey
+from reslab.diff import differences
+from reslab.errors import Exit, UserError
 from reslab.files import replacing, write_text
 from reslab.runs import manifest as manifests
 from reslab.runs.folder import RunFolder
 from reslab.runs.metrics import MetricsCSV, cut
 from reslab.runs.tracking import WandB
-from reslab.runs.verify import differences
 from reslab.training import Classifier
-from reslab.training.checkpoint import Checkpoints, TrustedIO, read_checkpoint, resume_point, weights_sha256
+from reslab.training.checkpoint import Checkpoints, VerifiedCheckpointIO, read_checkpoint, resume_point, weights_sha256
 from reslab.training.classifier import Diverged
 from reslab.training.preemption import Preempted, Preemption
-from reslab.training.processes import Failure, Lockstep, Watch, load_whole_state, lost_contact, whole_state
+from reslab.training.processes import (
+    Failure,
+    FailureMonitor,
+    SkipRedundantSync,
+    load_whole_state,
+    lost_contact,
+    whole_state,
+)
 from reslab.training.progress import ProgressReport
 
-EXIT = {"complete": 0, "failed": 1, "diverged": 1, "preempted": 75}
+EXIT = {"complete": Exit.OK, "failed": Exit.FAILED, "diverged": Exit.FAILED, "preempted": Exit.PREEMPTED}
 
 
 def fit(argv: list[str]) -> int:
     """`reslab fit`: starts a run, or continues the unfinished one in --run.dir; returns the exit status."""
     experiment = Experiment(argv)
     built = experiment.build()  # first: a value that is refused at construction leaves no folder behind
-    if experiment.config.run.rule == "best" and not built[0].val_split:
-        raise UserError("run.rule best goes by validation: give data.val_split a share or a number of images")
+    if experiment.config.run.test_weights == "best" and not built[0].val_split:
+        raise UserError("run.test_weights best goes by validation: give data.val_split a share or a number of images")
     folder = RunFolder(experiment.run_dir())
     if rank() != 0:
         return Run(experiment, folder, argv).execute(*built)
@@ -69,7 +76,7 @@ class Run:
         self.manifest: dict[str, Any] = {}
         self._began = time.monotonic()
         self.writes = rank() == 0  # one process keeps the folder
-        self.watch = Watch(folder.path, rank(), lambda failure: self._close("failed", failure.message))
+        self.watch = FailureMonitor(folder.path, rank(), lambda failure: self._close("failed", failure.message))
 
     def execute(self, data: ImageData, model: Classifier, settings: dict[str, Any]) -> int:
         """Trains and tests; whatever happens, the manifest says how it ended."""
@@ -90,17 +97,17 @@ class Run:
     def _fail(self, error: Exception) -> int:
         """Says why, and ends all processes; of several, those whose connection breaks are not the ones to blame."""
         wrong_use = isinstance(error, UserError | MisconfigurationException)
-        failure = None if wrong_use else self.watch.blame()
+        failure = None if wrong_use else self.watch.first_failure()
         if failure is None:
-            cause = str(error) if wrong_use else known_failure(error)
+            cause = str(error) if wrong_use else explain_failure(error)
             if cause is None:
                 traceback.print_exc()
-            failure = Failure(cause or f"{type(error).__name__}: {error}", 2 if wrong_use else EXIT["failed"])
+            failure = Failure(cause or f"{type(error).__name__}: {error}", Exit.USAGE if wrong_use else Exit.FAILED)
             if not lost_contact(error):
                 self.watch.note(failure)
         self._close("failed", failure.message)
         self.watch.end_others(failure.status)
-        if failure.status == 2 and self.writes:
+        if failure.status == Exit.USAGE and self.writes:
             raise UserError(failure.message) from error
         return failure.status
 
@@ -138,7 +145,7 @@ class Run:
             "seed": self.experiment.config.seed_everything,
             "command": manifests.command(["fit", *self.argv]),
             "config_sha256": manifests.config_sha256(config),
-            "rule": self.options.rule,
+            "rule": self.options.test_weights,
             "git": manifests.git_state(Path(__file__).parent, keep=diff),
             "attempts": [],
             "results": {},
@@ -160,7 +167,7 @@ class Run:
             manifests.write(self.folder.manifest, self.manifest)
 
     def _close(self, status: str, how: str) -> int:
-        self.watch.take_last_word()
+        self.watch.claim_shutdown()
         attempt = self.manifest["attempts"][-1]
         attempt.update(ended=manifests.now(), how=status if status == "complete" else f"{status}: {how}")
         self.manifest["wall_seconds"] += round(time.monotonic() - self._began, 1)
@@ -186,8 +193,8 @@ class Run:
         progress, saver = ProgressReport(), Checkpoints(self.folder.checkpoints, options.monitor, options.mode, *every)
         with Preemption(saver) as preemption:
             # In this order: what is saved at a step's end knows what was logged in it.
-            trainer = self._trainer(settings, [Lockstep(), progress, saver, preemption])
-            self.watch.guard(trainer)
+            trainer = self._trainer(settings, [SkipRedundantSync(), progress, saver, preemption])
+            self.watch.start(trainer)
             self._note_environment(trainer, resumed=checkpoint is not None)
             if self.writes:
                 data.prepare_data()
@@ -199,10 +206,10 @@ class Run:
             self._close("complete", "")
             pictures = self._draw(data)
             for tracker in self.trackers:
-                tracker.conclude(self.manifest["results"], pictures)
+                tracker.finish(self.manifest["results"], pictures)
 
     def _resume_point(self) -> Path | None:
-        checkpoint, messages = resume_point(self.folder.checkpoints, mend=self.writes)
+        checkpoint, messages = resume_point(self.folder.checkpoints, quarantine=self.writes)
         step = read_checkpoint(checkpoint)["global_step"] if checkpoint else 0
         if checkpoint:
             messages.append(f"resuming at step {step} from {checkpoint}")
@@ -223,7 +230,7 @@ class Run:
                 **settings,
                 "callbacks": [*settings["callbacks"], *callbacks],
                 "logger": [*settings["logger"], MetricsCSV(self.folder.metrics)],
-                "plugins": [*settings["plugins"], TrustedIO()],
+                "plugins": [*settings["plugins"], VerifiedCheckpointIO()],
                 "default_root_dir": str(self.folder.path),
             }
         )
@@ -232,10 +239,10 @@ class Run:
         """Reads back what is in force, and refuses to go on with another number of processes unless told to."""
         before = self.manifest.get("environment", {}).get("world_size", trainer.world_size)
         if resumed and before != trainer.world_size:
-            if not self.options.elastic:
+            if not self.options.allow_world_size_change:
                 raise UserError(
                     f"this run was trained by {before} processes, not {trainer.world_size}: the order of the images "
-                    "would stay the same, the bits might not. Use as many again, or allow it: --run.elastic true"
+                    "would stay the same, the bits might not. Use as many again, or allow it: --run.allow_world_size_change true"
                 )
             self.manifest["elastic"] = f"resumed by {trainer.world_size} processes after {before}: bits may differ"
         self._write(environment={**manifests.environment(), "world_size": trainer.world_size})
@@ -243,7 +250,7 @@ class Run:
     def _attach_wandb(self) -> None:
         config = yaml.safe_load(self.folder.config.read_text())
         for tracker in self.trackers:
-            tracker.attach(
+            tracker.start(
                 dir=self.folder.path,
                 id=self.manifest["id"],
                 name=f"{self.options.name} seed {self.manifest['seed']}",
@@ -256,7 +263,7 @@ class Run:
     def _test(self, trainer: Trainer, model: Classifier, data: ImageData, saver: Checkpoints) -> None:
         """Tests the weights that the protocol names, once, and keeps them with what they answered."""
         results = dict(model.latest)
-        if self.options.rule == "best":
+        if self.options.test_weights == "best":
             load_whole_state(model, read_checkpoint(self.folder.checkpoints / "best.ckpt")["state_dict"])
             results.update(saver.best_metrics)
         trainer.test(model, datamodule=data, verbose=False, weights_only=True)
@@ -271,7 +278,11 @@ class Run:
             columns: dict[str, Any] = {name: column.numpy() for name, column in model.predictions.items()}
             np.savez_compressed(file, **columns)
         kind = "EMA" if model.ema is not None else "trained weights"
-        which = "the last epoch" if self.options.rule == "final" else f"the epoch with the best {self.options.monitor}"
+        which = (
+            "the last epoch"
+            if self.options.test_weights == "last"
+            else f"the epoch with the best {self.options.monitor}"
+        )
         self._write(results=results, weights_sha256=weights_sha256(weights), tested_weights=f"{kind}, {which}")
 
     def _draw(self, data: ImageData) -> list[Path]:
@@ -288,13 +299,13 @@ class Run:
             return []
         results = self.manifest["results"]
         print(
-            f"test/acc {results['test/acc']:.4f}  test/loss {results['test/loss']:.4f}  ({self.options.rule} weights)"
+            f"test/acc {results['test/acc']:.4f}  test/loss {results['test/loss']:.4f}  ({self.options.test_weights} weights)"
         )
         print(f"run     {self.folder.path}\nreport  {report}")
         return [*figures, report]
 
 
-def known_failure(error: Exception) -> str | None:
+def explain_failure(error: Exception) -> str | None:
     """The cause of a failure that has nothing to do with the code, and what to do; None where it is not known."""
     text = str(error)
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
@@ -327,4 +338,4 @@ def requeue() -> None:
 def _test_images(data: ImageData) -> Callable[[int], np.ndarray]:
     """The test images by index, uint8 (H, W, C), as the network saw them before normalisation."""
     batches = data.test_dataloader().dataset
-    return lambda index: batches[Key(np.array([index]))].images[0].numpy()
+    return lambda index: batches[BatchKey(np.array([index]))].images[0].numpy()

@@ -17,7 +17,7 @@ import reslab
 from reslab.data import ImageData
 from reslab.data.augment import normalize
 from reslab.data.datasets import DataError
-from reslab.data.loaders import Key
+from reslab.data.loaders import BatchKey
 from reslab.errors import UserError
 from reslab.files import replacing, sha256_file, write_text
 from reslab.inference import load_run
@@ -95,7 +95,7 @@ def _images(data: ImageData) -> tuple[Tensor, str]:
         n = len(data.test_data)
         batches = data.test_dataloader().dataset
         rows = np.linspace(0, n - 1, min(n, CHECKED_IMAGES)).astype(np.int64)
-        return batches[Key(rows)].images, "test images"
+        return batches[BatchKey(rows)].images, "test images"
     except DataError:
         channels, *size = data.image_shape
         noise = torch.Generator().manual_seed(0)

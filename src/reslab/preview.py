@@ -41,5 +41,5 @@ def learning_rates(data: ImageData, model: Classifier, settings: dict[str, Any])
     if total <= 0:
         raise UserError("the schedule needs an end: set trainer.max_epochs or trainer.max_steps")
     base = model.make_optimizer(parameter_groups(model.net, model.decay_norm_and_bias)).param_groups[0]["lr"]
-    scale = data.batch_size / (model.lr_reference_batch or data.batch_size)
+    scale = data.batch_size / (model.base_batch_size or data.batch_size)
     return [base * scale * model.schedule.factor(step, total, per_epoch) for step in range(total)]

@@ -13,13 +13,14 @@ from zipfile import BadZipFile
 import numpy as np
 import pandas as pd
 
-from reslab.ablation.cells import State, read_plan, strays
+from reslab.ablation.cells import State, read_plan, unplanned_runs
 from reslab.ablation.statistics import Comparison, compare_by_seed, factor_effects, paired_bootstrap, summarise
 from reslab.ablation.study import Study
 from reslab.ablation.wording import count, named
+from reslab.diff import differences
 from reslab.errors import UserError
 from reslab.runs.figures import read_predictions
-from reslab.runs.verify import CODE, differences
+from reslab.runs.verify import CODE
 
 RESAMPLES = 10_000
 RENAMED = {"n": "n_pairs", "sd": "delta_sd"}  # of a comparison, beside the arm's own
@@ -47,7 +48,7 @@ def analyse(study: Study, out: Path, states: Sequence[State]) -> Report:
         "metric": study.metric,
         "mode": study.mode,
         "margin": study.margin,
-        "rule": study.rule,
+        "test_weights": study.test_weights,
         "baseline": study.baseline,
         "seeds": study.seeds,
         "factors": study.factors,
@@ -115,7 +116,7 @@ def _plan(study: Study, out: Path, states: Sequence[State]) -> Report:
         recorded = read_plan(out).get("hash")
     except UserError:
         recorded = None
-    foreign = any(state.status == "foreign" for state in states)
+    foreign = any(state.status == "mismatched" for state in states)
     return {"hash": study.hash, "recorded": recorded, "matches": recorded == study.hash and not foreign}
 
 
@@ -236,8 +237,8 @@ def _warnings(report: Report, study: Study, out: Path, values: pd.DataFrame) -> 
     elif plan["recorded"] != plan["hash"]:
         recorded, here = plan["recorded"][:12], plan["hash"][:12]
         yield f"The study is not the one that was planned before the runs: its hash is {here}, the plan's {recorded}."
-    if foreign := [state["cell"] for state in report["missing"] if state["status"] == "foreign"]:
-        yield f"Not of this plan, and not counted: {named(foreign)}."
+    if mismatched := [state["cell"] for state in report["missing"] if state["status"] == "mismatched"]:
+        yield f"Not of this plan, and not counted: {named(mismatched)}."
     if faults := [name for name, arm in report["arms"].items() if arm["data_differ"]]:
         yield f"Not all cells saw the same data as the baseline's, which takes the verdict from {named(faults)}."
     if lacking := cells["planned"] - cells.get("complete", 0):
@@ -246,7 +247,7 @@ def _warnings(report: Report, study: Study, out: Path, values: pd.DataFrame) -> 
     empty = [f"{arm}/seed-{seed}" for arm, row in values.iterrows() for seed in row.index[row.isna()]]
     if silent := [cell for cell in empty if cell not in gone]:
         yield f"Finished without a value of {study.metric}: {named(silent)}."
-    if others := strays(study, out):
+    if others := unplanned_runs(study, out):
         yield f"Beside the plan's cells there are others, which count nowhere: {named(others)}."
     for circumstance in ("hardware", "software", "code"):
         yield from _differing(circumstance, report[circumstance])

@@ -21,7 +21,7 @@ REFRESH = 1.0  # seconds
 TAIL = 16384  # bytes of metrics.csv that surely hold the last epoch's row
 
 
-class Board:
+class StudyProgress:
     """Shows cells as they run.
 
     Args:
@@ -38,7 +38,7 @@ class Board:
         self._drawn = 0.0
         self._live = Live(console=Console(), auto_refresh=False) if sys.stdout.isatty() else None
 
-    def __enter__(self) -> "Board":
+    def __enter__(self) -> "StudyProgress":
         if self._live:
             self._live.start()
         return self
@@ -83,7 +83,7 @@ class Board:
         """The time until all is done, from what finished cells of the same arm took."""
         cost = seconds_per_cell(self.study, list(self.states.values()))
         now, beside = time.monotonic(), fmean(self._beside) if self._beside else 0.0
-        todo = [s.cell for s in self.states.values() if s.status not in ("complete", "unreadable", "foreign")]
+        todo = [s.cell for s in self.states.values() if s.status not in ("complete", "unreadable", "mismatched")]
         left = 0.0
         for cell in todo:
             if (seconds := cost[cell.arm]) is None:

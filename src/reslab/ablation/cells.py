@@ -11,11 +11,11 @@ import yaml
 
 from reslab.ablation.resolve import Config, Loader
 from reslab.ablation.study import Study
+from reslab.diff import differences
 from reslab.errors import UserError
 from reslab.files import write_text
 from reslab.runs import manifest as manifests
 from reslab.runs.folder import RunFolder
-from reslab.runs.verify import differences
 
 PLAN, ARM, LOG = "plan.json", "arm.yaml", "log.txt"
 
@@ -47,7 +47,7 @@ class Cell:
         return self.folder / LOG
 
 
-Status = Literal["missing", "running", "preempted", "failed", "diverged", "complete", "unreadable", "foreign"]
+Status = Literal["missing", "running", "preempted", "failed", "diverged", "complete", "unreadable", "mismatched"]
 
 
 @dataclass(frozen=True)
@@ -102,9 +102,9 @@ def state(study: Study, cell: Cell, config: Config) -> State:
         detail = f"its manifest.json is damaged: remove {cell.folder} to run it again"
         return State(cell, "unreadable", f"{detail} ({type(error).__name__})", {})
     if seed != cell.seed:
-        return State(cell, "foreign", f"the run in it has seed {seed}", manifest)
+        return State(cell, "mismatched", f"the run in it has seed {seed}", manifest)
     if other := _other_config(study, folder, config):
-        return State(cell, "foreign", f"the run in it has another config: {other}", manifest)
+        return State(cell, "mismatched", f"the run in it has another config: {other}", manifest)
     if status == "running" and not folder.busy():
         return State(cell, "preempted", "its process is gone, killed perhaps: `ablate run` goes on with it", manifest)
     how = (manifest.get("attempts") or [{}])[-1].get("how") or ""
@@ -136,7 +136,7 @@ def _last_words(cell: Cell) -> str:
     return next((line for line in reversed(lines) if line.strip()), "")
 
 
-def strays(study: Study, out: Path) -> list[str]:
+def unplanned_runs(study: Study, out: Path) -> list[str]:
     """Run folders in `out` that are no cell of the study, such as those of an arm that it has no more."""
     planned = {cell.name for cell in cells(study, out)}
     found = (manifest.parent.relative_to(out).as_posix() for manifest in out.glob("*/seed-*/manifest.json"))
@@ -154,7 +154,7 @@ def seconds_per_cell(study: Study, found: Sequence[State]) -> dict[str, float | 
 
 def write_plan(study: Study, out: Path) -> None:
     """Writes plan.json: what will be run, and the hash by which it is known."""
-    named = ("name", "hash", "question", "metric", "mode", "margin", "rule", "baseline", "seeds", "factors")
+    named = ("name", "hash", "question", "metric", "mode", "margin", "test_weights", "baseline", "seeds", "factors")
     plan: dict[str, Any] = {key: getattr(study, key) for key in named}
     plan["arms"] = {arm.name: {"levels": arm.levels, "changes": arm.changes} for arm in study.arms.values()}
     plan["cells"] = [{"arm": c.arm, "seed": c.seed, "folder": f"{c.name}"} for c in cells(study, out)]

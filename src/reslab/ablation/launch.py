@@ -17,24 +17,23 @@ from types import FrameType
 
 import yaml
 
-from reslab.ablation.board import Board
+from reslab.ablation.board import StudyProgress
 from reslab.ablation.cells import ARM, Cell, State, read_config, state, states, write_plan
 from reslab.ablation.resolve import Loader
 from reslab.ablation.study import Study
-from reslab.errors import UserError
+from reslab.errors import Exit, UserError
 from reslab.files import write_text
+from reslab.host import STOP_SIGNALS, available_cores
 from reslab.runs import manifest as manifests
 from reslab.runs.folder import RunFolder
 
-COMPLETE, FAILED, WRONG_USAGE, PREEMPTED = 0, 1, 2, 75  # exit statuses, of `reslab fit` too
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 POLL = 0.1  # seconds
 PR_SET_PDEATHSIG = 1  # of prctl(2)
 _libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 @dataclass(frozen=True)
-class Room:
+class LocalResources:
     """How the cells are spread over this machine.
 
     Args:
@@ -58,7 +57,7 @@ class Room:
                 f"--jobs {jobs}: {len(gpus)} GPUs hold {len(sets)} cells of {each} at a time; "
                 "to let several share a GPU, give --jobs-per-gpu"
             )
-        threads = max(1, _cores() // (jobs * each))
+        threads = max(1, available_cores() // (jobs * each))
         shared = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(threads)}
         return [{**shared, **({"CUDA_VISIBLE_DEVICES": sets[i]} if gpus else {})} for i in range(jobs)]
 
@@ -73,10 +72,6 @@ def visible_gpus() -> list[str]:
     return [str(i) for i, line in enumerate(line for line in listed.split("\n") if line.startswith("GPU "))]
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 # Before anything runs
 
 
@@ -88,8 +83,8 @@ def prepare(study: Study, out: Path) -> list[State]:
     """
     configs = typed_configs(study)
     found = states(study, out, {arm: yaml.load(text, Loader) for arm, text in configs.items()})
-    if foreign := [s for s in found if s.status == "foreign"]:
-        rows = "\n".join(f"  {s.cell.name}: {s.detail}" for s in foreign)
+    if mismatched := [s for s in found if s.status == "mismatched"]:
+        rows = "\n".join(f"  {s.cell.name}: {s.detail}" for s in mismatched)
         raise UserError(f"{out} holds runs that are not this plan's: move them away, or give another --out\n{rows}")
     for arm, text in configs.items():
         (out / arm).mkdir(exist_ok=True)
@@ -136,7 +131,7 @@ def command(cell: Cell) -> list[str]:
 # Running
 
 
-def run_local(study: Study, out: Path, room: Room, retries: int = 1) -> int:
+def run_local(study: Study, out: Path, room: LocalResources, retries: int = 1) -> int:
     """Runs what is still to run of a study on this machine.
 
     Args:
@@ -151,7 +146,7 @@ def run_local(study: Study, out: Path, room: Room, retries: int = 1) -> int:
     folder = RunFolder(out)
     slots = room.slots(study)
     folder.probe()
-    with folder.lock(), Board(study, prepare(study, out), len(slots)) as board:
+    with folder.lock(), StudyProgress(study, prepare(study, out), len(slots)) as board:
         pool = Pool(board, slots, retries)
         with pool.listening():
             pool.run()
@@ -167,7 +162,7 @@ class Pool:
         retries: How often a cell that failed is tried again.
     """
 
-    def __init__(self, board: Board, slots: list[dict[str, str]], retries: int) -> None:
+    def __init__(self, board: StudyProgress, slots: list[dict[str, str]], retries: int) -> None:
         self.board, self.free, self.retries = board, list(slots), retries
         self.waiting = [cell for cell, s in board.states.items() if s.status not in ("complete", "unreadable")]
         self.running: dict[Cell, tuple[subprocess.Popen[bytes], dict[str, str]]] = {}
@@ -187,13 +182,13 @@ class Pool:
 
     def status(self) -> int:
         if all(s.status == "complete" for s in self.board.states.values()):
-            return COMPLETE
-        return PREEMPTED if self.stopped is not None else FAILED
+            return Exit.OK
+        return Exit.PREEMPTED if self.stopped is not None else Exit.FAILED
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
         """A signal to this process is one to the cells that run: they save and end; no other is started."""
-        before = {number: signal.signal(number, self._stop) for number in SIGNALS}
+        before = {number: signal.signal(number, self._stop) for number in STOP_SIGNALS}
         try:
             yield
         finally:
@@ -235,7 +230,7 @@ class Pool:
 
     def _worth_another(self, found: State, status: int) -> bool:
         # Wrong usage and divergence would only come again.
-        over = status in (COMPLETE, WRONG_USAGE) or found.status in ("complete", "diverged", "unreadable")
+        over = status in (Exit.OK, Exit.USAGE) or found.status in ("complete", "diverged", "unreadable")
         return not over and self.stopped is None and self.tries[found.cell] <= self.retries
 
 

@@ -18,7 +18,7 @@ def describe(study: Study, out: Path) -> str:
         f"study     {study.name}: {study.question}",
         f"file      {os.path.relpath(study.path)}",
         f"cells     {len(study.arms)} arms × {len(study.seeds)} seeds ({_seeds(study)}) = {len(found)}; {done} done",
-        f"judged    {judged} of the {'last' if study.rule == 'final' else 'best validated'} weights; {_margin(study)}",
+        f"judged    {judged} of the {'last' if study.test_weights == 'last' else 'best validated'} weights; {_margin(study)}",
         *(f"factor    {key}: {', '.join(labels)}" for key, labels in study.factors.items()),
         "arms",
         *(f"  {line}" for arm in study.arms.values() for line in _arm(arm, study)),

@@ -58,12 +58,15 @@ def log_summary(study: Study, out: Path) -> None:
     report = json.loads((out / "report.json").read_text(encoding="utf-8"))
     identity = hashlib.sha256(f"{study.name} {study.hash}".encode()).hexdigest()[:16]
     tracker = WandB(**options)
-    about = {key: report[key] for key in ("question", "plan", "metric", "mode", "margin", "rule", "baseline", "seeds")}
-    tracker.attach(out, f"study-{identity}", f"{study.name} report", about, group=study.name, job_type="report")
+    about = {
+        key: report[key]
+        for key in ("question", "plan", "metric", "mode", "margin", "test_weights", "baseline", "seeds")
+    }
+    tracker.start(out, f"study-{identity}", f"{study.name} report", about, group=study.name, job_type="report")
     arms = pd.DataFrame([{"arm": name, **_flat(arm)} for name, arm in report["arms"].items()])
     tables = {"arms": arms, "cells": pd.read_csv(out / "results.csv")}
     means = {f"{name}/{report['metric']}": arm["mean"] for name, arm in report["arms"].items()}
-    tracker.conclude(means, [*sorted((out / "figures").glob("*.png")), out / "report.html"], tables)
+    tracker.finish(means, [*sorted((out / "figures").glob("*.png")), out / "report.html"], tables)
 
 
 def _flat(arm: Mapping[str, Any]) -> dict[str, Any]:

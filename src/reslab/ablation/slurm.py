@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from reslab.ablation import launch
-from reslab.ablation.board import Board
+from reslab.ablation.board import StudyProgress
 from reslab.ablation.cells import Cell, read_config, state
 from reslab.ablation.resolve import read_mapping
 from reslab.ablation.study import Study
-from reslab.errors import UserError
+from reslab.errors import Exit, UserError
 from reslab.files import write_text
 from reslab.runs.folder import RunFolder
 
@@ -99,7 +99,7 @@ class Job(NamedTuple):
     state: str
 
 
-def become(command: list[str], log: str, environment: Mapping[str, str]) -> None:
+def exec_into(command: list[str], log: str, environment: Mapping[str, str]) -> None:
     """Turns this process into another program that prints into a log."""
     Path(log).parent.mkdir(parents=True, exist_ok=True)
     with Path(log).open("ab") as file:
@@ -145,7 +145,7 @@ def _submit_array(name: str, folder: Path, cells: list[Cell], asked: dict[str, A
     try:
         executor = submitit.SlurmExecutor(folder / name)
         executor.update_parameters(job_name=name, **asked)
-        executor.map_array(become, map(launch.command, cells), [str(cell.log) for cell in cells], environments)
+        executor.map_array(exec_into, map(launch.command, cells), [str(cell.log) for cell in cells], environments)
     except (FailedJobError, FailedSubmissionError, RuntimeError) as error:
         raise SlurmError(f"Slurm does not take the jobs: {error}") from error
 
@@ -187,17 +187,17 @@ def run_slurm(
     """
     folder = RunFolder(out)
     folder.probe()
-    with folder.lock(), Board(study, launch.prepare(study, out)) as board:
+    with folder.lock(), StudyProgress(study, launch.prepare(study, out)) as board:
         queue = Queue(board, out, cluster, at_a_time, retries)
-        status = launch.COMPLETE
+        status = Exit.OK
         try:
             queue.fill()
             if not detach:
                 queue.wait()
                 return queue.status()
         except KeyboardInterrupt:
-            status = launch.PREEMPTED
-    print(queue.farewell(), flush=True)
+            status = Exit.PREEMPTED
+    print(queue.detach_message(), flush=True)
     return status
 
 
@@ -212,7 +212,7 @@ class Queue:
         retries: How often a cell that failed is submitted again.
     """
 
-    def __init__(self, board: Board, out: Path, cluster: Cluster, at_a_time: int | None, retries: int) -> None:
+    def __init__(self, board: StudyProgress, out: Path, cluster: Cluster, at_a_time: int | None, retries: int) -> None:
         self.board, self.out, self.cluster, self.at_a_time, self.retries = board, out, cluster, at_a_time, retries
         self.todo = [cell for cell, s in board.states.items() if s.status not in ("complete", "unreadable")]
         self.tries = Counter(self.todo)
@@ -238,9 +238,9 @@ class Queue:
 
     def status(self) -> int:
         complete = all(s.status == "complete" for s in self.board.states.values())
-        return launch.COMPLETE if complete else launch.FAILED
+        return Exit.OK if complete else Exit.FAILED
 
-    def farewell(self) -> str:
+    def detach_message(self) -> str:
         """How to come back to the jobs, and how to be rid of them."""
         alive = [job for job in jobs(self.out).values() if job.state not in ENDED]
         numbers = {job.number.partition("_")[0] for job in alive}

@@ -27,13 +27,13 @@ from reslab.ablation.resolve import (
     read_mapping,
     with_defaults,
 )
+from reslab.diff import differences
 from reslab.errors import UserError
-from reslab.runs.verify import differences
+from reslab.host import CONFIGS
 
-CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 METRICS = ("test/acc", "test/acc5", "test/loss", "val/acc", "val/acc5", "val/loss", "train/acc", "train/loss")
 KEYS: dict[str, Any] = {  # of a study file, and their types
-    "name": str, "question": str, "base": list, "baseline": (str, dict), "metric": str, "mode": str, "rule": str,
+    "name": str, "question": str, "base": list, "baseline": (str, dict), "metric": str, "mode": str, "test_weights": str,
     "margin": (float, int), "arms": dict, "factors": dict, "exclude": list, "seeds": list, "minutes": (float, int),
 }  # fmt: skip
 REQUIRED = ("question", "base", "baseline", "seeds")
@@ -75,7 +75,7 @@ class Study:
     metric: str
     mode: Literal["max", "min"]
     margin: float | None
-    rule: str
+    test_weights: str
     seeds: list[int]
     arms: dict[str, Arm]
     factors: dict[str, list[str]]
@@ -90,7 +90,9 @@ class Study:
     @property
     def hash(self) -> str:
         """SHA-256 of all that decides about the numbers and how they are judged; in hexadecimal."""
-        named = {key: getattr(self, key) for key in ("name", "baseline", "metric", "mode", "margin", "rule", "seeds")}
+        named = {
+            key: getattr(self, key) for key in ("name", "baseline", "metric", "mode", "margin", "test_weights", "seeds")
+        }
         arms = {arm.name: prune(arm.config, NOT_THE_STUDYS) for arm in self.arms.values()}
         return hashlib.sha256(json.dumps({**named, "arms": arms}, sort_keys=True, default=str).encode()).hexdigest()
 
@@ -122,10 +124,10 @@ def read_study(name: str | Path, overrides: Sequence[str] = ()) -> Study:
     _check_keys(path, text)
     wanted = dict(_arms(path, text))
     base = _base(path, text, overrides, {key for _, changes in wanted.values() for key in changes})
-    title, rule = text.get("name", path.stem), text.get("rule", "final")
+    title, test_weights = text.get("name", path.stem), text.get("test_weights", "last")
     arms = {}
     for arm, (levels, changes) in wanted.items():
-        run = {"name": f"{title}.{arm}", "rule": rule, "group": title, "job_type": arm}
+        run = {"name": f"{title}.{arm}", "test_weights": test_weights, "group": title, "job_type": arm}
         config = merge(base, {"run": run})
         for key, value in changes.items():
             config = merge(config, nested(key, loaded(value, path.parent)))
@@ -140,7 +142,7 @@ def read_study(name: str | Path, overrides: Sequence[str] = ()) -> Study:
         metric=text.get("metric", "test/acc"),
         mode=text.get("mode", "min" if text.get("metric", "").endswith("loss") else "max"),
         margin=text.get("margin"),
-        rule=rule,
+        test_weights=test_weights,
         seeds=text["seeds"],
         arms=_compared(path, arms, baseline),
         factors=_factors(text),
@@ -285,7 +287,7 @@ def _baseline(path: Path, text: Config, arms: Mapping[str, Arm]) -> str:
 def _check_arm(path: Path, arm: str, changes: Config, config: Config) -> None:
     """Refuses keys that are not an arm's to change, and keys that nothing in the config takes."""
     for key in changes:
-        if key.startswith(NOT_THE_STUDYS) or key in ("seed_everything", "run.rule"):
+        if key.startswith(NOT_THE_STUDYS) or key in ("seed_everything", "run.test_weights"):
             raise UserError(f"{path}: arm {arm}: {key} is not an arm's to change")
     try:
         for key in (*changes, *leaves(config)):
@@ -303,7 +305,7 @@ def _check_values(study: Study) -> None:
     if study.metric not in METRICS:
         near = difflib.get_close_matches(study.metric, METRICS, 3, 0.4) or METRICS
         raise UserError(f"{path}: no run logs the metric {study.metric!r}; nearest: {', '.join(near)}")
-    for key, choices in (("mode", ("max", "min")), ("rule", ("final", "best"))):
+    for key, choices in (("mode", ("max", "min")), ("test_weights", ("last", "best"))):
         if getattr(study, key) not in choices:
             raise UserError(f"{path}: {key} is {' or '.join(choices)}, not {getattr(study, key)!r}")
     if study.margin is not None and not study.margin > 0:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 RULES = {
-    "final": "those of the last epoch, whatever any result looked like (rule final)",
-    "best": "those of the epoch with the best validation (rule best)",
+    "last": "those of the last epoch, whatever any result looked like (test_weights: last)",
+    "best": "those of the epoch with the best validation (test_weights: best)",
 }
 TEX = {
     **{sign: f"\\{sign}" for sign in "&%$#_{}"},
@@ -114,10 +114,12 @@ def judged(report: Mapping[str, Any], unit: Unit) -> list[str]:
         said.append("The test set was used once a run, at its end.")
     else:
         set_ = {"val": "validation", "train": "training"}.get(split, split)
-        best = " The rule picked the best epoch by validation, so the level is flattered." * (report["rule"] == "best")
+        best = " The rule picked the best epoch by validation, so the level is flattered." * (
+            report["test_weights"] == "best"
+        )
         said.append(f"This is a {set_} metric: nothing here says how the arms do on the test set.{best}")
     tested = "; ".join(f"{g['is']['weights']} ({count(len(g['cells']), 'cell')})" for g in report["tested_weights"])
-    said.append(f"The weights are {RULES[report['rule']]}." + (f" Tested: {tested}." if tested else ""))
+    said.append(f"The weights are {RULES[report['test_weights']]}." + (f" Tested: {tested}." if tested else ""))
     if report["margin"] is None:
         said.append("The study states no margin: no arm can be called equivalent.")
     else:
@@ -217,7 +219,7 @@ def caption(report: Mapping[str, Any]) -> str:
     counts = sorted({arm["n"] for arm in report["arms"].values()})
     n = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]}–{counts[-1]}"
     seeds = ", ".join(map(str, report["seeds"]))
-    which = {"final": "last-epoch weights", "best": "best-validation weights"}[report["rule"]]
+    which = {"last": "last-epoch weights", "best": "best-validation weights"}[report["test_weights"]]
     bold = ""
     if chosen := best(report):
         bold = " Bold: all others are worse." if report["baseline"] in chosen else " Bold: better than the baseline."

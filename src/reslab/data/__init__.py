@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from reslab.data.files import DataError as DataError
     from reslab.data.loaders import Batch as Batch
     from reslab.data.loaders import FolderBatch as FolderBatch
+    from reslab.data.resize import ProgressiveResizing as ProgressiveResizing
+    from reslab.data.resize import ResizeConfig as ResizeConfig
     from reslab.data.transforms import TimmRandAugment as TimmRandAugment
-    from reslab.data.view import Progressive as Progressive
-    from reslab.data.view import View as View
 
 _HOMES = {
     "Augment": "augment",
@@ -33,9 +33,9 @@ _HOMES = {
     "ImageNet": "datasets",
     "ImageSource": "datasets",
     "Imagenette": "datasets",
-    "Progressive": "view",
+    "ProgressiveResizing": "resize",
     "TimmRandAugment": "transforms",
-    "View": "view",
+    "ResizeConfig": "resize",
 }
 __all__ = list(_HOMES)
 

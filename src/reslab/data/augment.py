@@ -225,12 +225,12 @@ def mix(images: Tensor, plan: Tensor) -> tuple[Tensor, Tensor]:
     x = torch.arange(w * c, device=images.device) // c
     inside = (y >= top) & (y < bottom) & (x >= left) & (x < right)  # (H, W*C): whole rows, as in _affine
     rows = images.permute(0, 2, 3, 1).view(n, h, w * c)
-    mixed = partners(rows).lerp_(rows, 1 - inside * foreign)
+    mixed = swap_pairs(rows).lerp_(rows, 1 - inside * foreign)
     own = 1 - foreign * (bottom - top) * (right - left) / (h * w)
     return mixed.view(n, h, w, c).permute(0, 3, 1, 2), own
 
 
-def partners(x: Tensor) -> Tensor:
+def swap_pairs(x: Tensor) -> Tensor:
     """(N, …) with 0 and 1, 2 and 3, … exchanged: whom each is mixed with, however a batch is cut into even parts."""
     return x.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
 

@@ -21,20 +21,21 @@ from reslab.data.files import Files
 from reslab.data.loaders import (
     ArrayBatches,
     Batch,
+    BatchKey,
     Draws,
     EvalOrder,
     FileBatches,
     FolderBatch,
     FolderBatches,
     FolderOrder,
-    Key,
-    LateLoader,
+    LazyLoader,
     TrainOrder,
     leave_signals_to_the_run,
 )
 from reslab.data.order import Ints, stratified_split
-from reslab.data.view import View
+from reslab.data.resize import ResizeConfig
 from reslab.errors import UserError
+from reslab.host import available_cores
 
 
 class ImageData(LightningDataModule):
@@ -56,7 +57,7 @@ class ImageData(LightningDataModule):
         num_workers: Loader processes for each device; by default none for data in memory, and for image files
             the CPU cores divided among the devices of this machine.
         augment: What is done to training images.
-        view: How image files are cut to size; of no use to data in memory.
+        resize: How image files are cut to size; of no use to data in memory.
         download: Fetch the data set where it is missing and can be had.
     """
 
@@ -71,7 +72,7 @@ class ImageData(LightningDataModule):
         seed: int = 0,
         num_workers: int | None = None,
         augment: Augment = Augment(),  # noqa: B008 - frozen
-        view: View = View(),  # noqa: B008 - frozen
+        resize: ResizeConfig = ResizeConfig(),  # noqa: B008 - frozen
         download: bool = True,
         classes: list[str] | None = None,
     ) -> None:
@@ -79,7 +80,7 @@ class ImageData(LightningDataModule):
         for name, size in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
             if size is not None and size < 1:
                 raise UserError(f"data.{name} must be 1 or more, not {size}")
-        self.dataset, self.augment, self.view = dataset, augment, view
+        self.dataset, self.augment, self.resize = dataset, augment, resize
         self.classes = classes
         self.root = Path(root or os.environ.get("RESLAB_DATA") or "data").expanduser()
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
@@ -105,13 +106,13 @@ class ImageData(LightningDataModule):
 
     @property
     def _test_size(self) -> int:
-        return self.view.test_size or self.dataset.image_size
+        return self.resize.test_size or self.dataset.image_size
 
     @property
     def test_resize(self) -> int:
-        if self.view.test_size is None and self.view.test_resize is None:
+        if self.resize.test_size is None and self.resize.test_resize is None:
             return self.dataset.resize
-        return self.view.test_resize or round(self._test_size * 256 / 224)
+        return self.resize.test_resize or round(self._test_size * 256 / 224)
 
     def prepare_data(self) -> None:
         self.dataset.prepare(self.root, self.download)
@@ -127,7 +128,7 @@ class ImageData(LightningDataModule):
             raise UserError(f"data.classes names {len(self.classes)} classes, the data set has {found}")
         if stage in (None, "fit"):
             self._check_batch_size()
-            self._check_view()
+            self._check_resize()
         for data, name in ((self.train_data, "training"), (self.test_data, "test")):
             wrong = data.labels[(data.labels < 0) | (data.labels >= self.num_classes)]
             if len(wrong):
@@ -171,13 +172,13 @@ class ImageData(LightningDataModule):
                 f"use at most {train // parts * parts}"
             )
 
-    def _check_view(self) -> None:
-        if isinstance(self.train_data, Arrays) and self.view != View():
-            raise UserError("data.view is for data sets of image files: the images of this one have their size")
-        if self.view.scaled_decode and simplejpeg is None:
-            raise UserError("data.view.scaled_decode needs simplejpeg: pip install 'reslab[fast]', or leave it out")
+    def _check_resize(self) -> None:
+        if isinstance(self.train_data, Arrays) and self.resize != ResizeConfig():
+            raise UserError("data.resize is for data sets of image files: the images of this one have their size")
+        if self.resize.scaled_decode and simplejpeg is None:
+            raise UserError("data.resize.scaled_decode needs simplejpeg: pip install 'reslab[fast]', or leave it out")
         if self.test_resize < self._test_size:
-            raise UserError(f"data.view.test_resize {self.test_resize} is less than the test size {self._test_size}")
+            raise UserError(f"data.resize.test_resize {self.test_resize} is less than the test size {self._test_size}")
 
     @property
     def _world(self) -> int:
@@ -219,22 +220,22 @@ class ImageData(LightningDataModule):
         data = self.train_data
         if isinstance(data, Arrays):
             return ArrayBatches(data, Draws(self.augment, self.seed, len(data), self.dataset.image_size))
-        cut = self._train_sizes(), self.test_resize, self.dataset.upright
-        return FileBatches(data, self.channels, *cut, self.augment, self.seed, self.view.scaled_decode)
+        cut = self._train_sizes(), self.test_resize, self.dataset.apply_exif_orientation
+        return FileBatches(data, self.channels, *cut, self.augment, self.seed, self.resize.scaled_decode)
 
     def _train_sizes(self) -> tuple[int, ...]:
         """Of the images in each epoch; the last one stays, and is the only one where no trainer says how many come."""
-        end = self.view.train_size or self.dataset.image_size
-        if self.view.progressive is None or self.trainer is None:
+        end = self.resize.train_size or self.dataset.image_size
+        if self.resize.progressive is None or self.trainer is None:
             return (end,)
-        return self.view.progressive.sizes(end, self._epochs(self.trainer))
+        return self.resize.progressive.sizes(end, self._epochs(self.trainer))
 
     def _epochs(self, trainer: Trainer) -> int:
         batches = len(self.split[0]) // self.batch_size * self._accumulate
         steps = max(_limited(trainer, batches) // self._accumulate, 1)
         ends = [trainer.max_epochs or -1, -(-trainer.max_steps // steps)]
         if not (ends := [end for end in ends if end > 0]):
-            raise UserError("data.view.progressive needs an end: set trainer.max_epochs or trainer.max_steps")
+            raise UserError("data.resize.progressive needs an end: set trainer.max_epochs or trainer.max_steps")
         return min(ends)
 
     def val_dataloader(self) -> DataLoader[Batch] | list[Any]:
@@ -268,16 +269,16 @@ class ImageData(LightningDataModule):
         sampler = EvalOrder(indices, self._eval_size, self._world, self._rank)
         if isinstance(data, Arrays):
             return self._loader(ArrayBatches(data), sampler)
-        cut = (self._test_size,), self.test_resize, self.dataset.upright
+        cut = (self._test_size,), self.test_resize, self.dataset.apply_exif_orientation
         return self._loader(FileBatches(data, self.channels, *cut), sampler)
 
     def _loader(self, batches: Any, sampler: Iterable[Any]) -> DataLoader[Any]:
         workers = self.num_workers
         if workers is None:
             devices = self.trainer.num_devices if self.trainer else 1
-            workers = 0 if isinstance(batches, ArrayBatches) else max(1, _cores() // devices)
+            workers = 0 if isinstance(batches, ArrayBatches) else max(1, available_cores() // devices)
         device = self.trainer.strategy.root_device if self.trainer else None
-        return LateLoader(
+        return LazyLoader(
             batches,
             batch_size=None,  # a key is a whole batch
             sampler=sampler,
@@ -292,8 +293,8 @@ class ImageData(LightningDataModule):
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int = 0) -> Batch:
         """Finishes a batch on its device: uint8 (N, H, W, C) -> augmented (training), float (N, C, H, W)."""
         mean, std = self.dataset.mean, self.dataset.std
-        if batch.draws.shape[1]:
-            images = self.augment.apply(batch.images, batch.draws, mean, std)
+        if batch.augment_params.shape[1]:
+            images = self.augment.apply(batch.images, batch.augment_params, mean, std)
         else:
             images = normalize(batch.images, mean, std)
         images, own = mix(images, batch.mix) if len(batch.mix) else (images, batch.mix)
@@ -314,7 +315,7 @@ class ImageData(LightningDataModule):
         """Training images (rows) as the first epochs (columns) see them, uint8 (n, e, H, W, C), and their classes."""
         batches, train = self._train_batches(), self.split[0]
         rows = train[np.linspace(0, len(train) - 1, n_images + n_images % 2).astype(int)]  # they may be mixed in pairs
-        seen = [self.on_after_batch_transfer(batches[Key(rows, epoch)]).images for epoch in range(n_epochs)]
+        seen = [self.on_after_batch_transfer(batches[BatchKey(rows, epoch)]).images for epoch in range(n_epochs)]
         names = [self.class_names[label] for label in self.train_data.labels[rows]]
         return torch.stack([self._visible(images) for images in seen], 1)[:n_images].numpy(), names[:n_images]
 
@@ -331,8 +332,3 @@ def _limited(trainer: Trainer, batches: int) -> int:
     """How many of an epoch's micro-batches are taken."""
     limit = trainer.limit_train_batches
     return min(limit, batches) if isinstance(limit, int) else int(limit * batches)
-
-
-def _cores() -> int:
-    # Under Slurm or taskset a process may use fewer cores than the machine has; macOS cannot tell.
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -52,14 +52,14 @@ class ImageSource(ABC):
         std: The same for the standard deviation.
         image_size: Height and width of the images the network sees.
         resize: Length of the shorter side before the central crop to `image_size`, for images from files.
-        upright: Whether image files are turned as their EXIF entries say.
+        apply_exif_orientation: Whether image files are turned as their EXIF entries say.
     """
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
     image_size: int
     resize: int
-    upright: bool = True
+    apply_exif_orientation: bool = True
 
     @property
     def channels(self) -> int:
@@ -177,7 +177,7 @@ class ImageFolder(ImageSource):
         image_size: Side of the images the network sees.
         mean: Of each channel, in [0, 1]; one number makes grey images.
         std: Standard deviation of each channel.
-        upright: Turn images as their EXIF entries say, as photographs of a telephone need it. torchvision's
+        apply_exif_orientation: Turn images as their EXIF entries say, as photographs of a telephone need it. torchvision's
             ImageFolder leaves them as they are stored.
     """
 
@@ -189,13 +189,13 @@ class ImageFolder(ImageSource):
         image_size: int = 224,
         mean: tuple[float, ...] = IMAGENET_MEAN,
         std: tuple[float, ...] = IMAGENET_STD,
-        upright: bool = True,
+        apply_exif_orientation: bool = True,
     ) -> None:
         if len(mean) != len(std) or len(mean) not in (1, 3):
             raise UserError("mean and std need one number each for grey images, or three each for RGB")
         self.folder, self.train, self.test = folder, train, test
         self.image_size, self.resize = image_size, round(image_size * 256 / 224)
-        self.mean, self.std, self.upright = tuple(mean), tuple(std), upright
+        self.mean, self.std, self.apply_exif_orientation = tuple(mean), tuple(std), apply_exif_orientation
 
     def classes(self, root: Path) -> list[str]:
         return self._class_folders(root, "train")
@@ -265,7 +265,7 @@ class Imagenette(ImageFolder):
     ) -> None:
         self.size = size
         self.archive = {"160px": "imagenette2-160", "320px": "imagenette2-320", "full": "imagenette2"}[size]
-        super().__init__(folder or self.archive, image_size=image_size, upright=False)
+        super().__init__(folder or self.archive, image_size=image_size, apply_exif_orientation=False)
 
     def classes(self, root: Path) -> list[str]:
         return list(self._names.values())
@@ -307,7 +307,7 @@ class ImageNet(ImageFolder):
     def __init__(
         self, folder: str = "imagenet", train: str = "train", test: str = "val", image_size: int = 224
     ) -> None:
-        super().__init__(folder, train, test, image_size, upright=False)
+        super().__init__(folder, train, test, image_size, apply_exif_orientation=False)
 
     def _how_to_get(self, root: Path) -> str:
         top = root / self.folder

@@ -32,22 +32,22 @@ JPEG = b"\xff\xd8\xff"
 ROWS_BELOW = 16
 
 
-def decode_bytes(data: bytes, channels: int, upright: bool = True) -> Tensor:
+def decode_bytes(data: bytes, channels: int, apply_exif_orientation: bool = True) -> Tensor:
     """An image file's pixels, uint8 (C, H, W), in memory as (H, W, C) mostly.
 
     Args:
         data: A JPEG, a PNG, or anything that PIL reads.
         channels: 1 or 3: what has others, or a palette, CMYK or transparency, is converted as PIL does it.
-        upright: Turn the image as its EXIF entry says; else as it is stored.
+        apply_exif_orientation: Turn the image as its EXIF entry says; else as it is stored.
     """
     if data.startswith((JPEG, b"\x89PNG")):
         mode = ImageReadMode.RGB if channels == 3 else ImageReadMode.GRAY
         with suppress(RuntimeError):  # damaged, or a rare kind: PIL reads it, or says what is wrong
             encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-            image = decode_image(encoded, mode, apply_exif_orientation=upright)
+            image = decode_image(encoded, mode, apply_exif_orientation=apply_exif_orientation)
             return tvf.to_dtype(image, torch.uint8, scale=True)  # a PNG may have 16 bits
     picture: Image.Image = Image.open(io.BytesIO(data))
-    if upright:
+    if apply_exif_orientation:
         picture = ImageOps.exif_transpose(picture)
     return tvf.pil_to_tensor(picture.convert("RGB" if channels == 3 else "L"))
 
@@ -66,14 +66,14 @@ def named(path: Path) -> Iterator[None]:
         raise DataError(f"{path} cannot be read ({reason}): restore or remove it") from None
 
 
-def decode(path: Path, channels: int, upright: bool = True) -> Tensor:
+def decode(path: Path, channels: int, apply_exif_orientation: bool = True) -> Tensor:
     """The image at a path, as `decode_bytes`.
 
     Raises:
         DataError: it cannot be read, with its path and the reason.
     """
     with named(path):
-        return decode_bytes(path.read_bytes(), channels, upright)
+        return decode_bytes(path.read_bytes(), channels, apply_exif_orientation)
 
 
 def _as_batch(image: Tensor) -> Tensor:
@@ -98,23 +98,25 @@ class RandomCrop:
 
     Args:
         channels: 1 or 3.
-        upright: Turn images as their EXIF entries say.
+        apply_exif_orientation: Turn images as their EXIF entries say.
         augment: Whose scale and ratio are taken.
-        scaled_decode: See View; None decodes at full size.
+        scaled_decode: See ResizeConfig; None decodes at full size.
     """
 
-    def __init__(self, channels: int, upright: bool, augment: Augment, scaled_decode: float | None = None) -> None:
-        self.channels, self.upright = channels, upright
+    def __init__(
+        self, channels: int, apply_exif_orientation: bool, augment: Augment, scaled_decode: float | None = None
+    ) -> None:
+        self.channels, self.apply_exif_orientation = channels, apply_exif_orientation
         self.scale, self.ratio = augment.scale, augment.ratio
         self.scaled_decode = scaled_decode
         self._scratch = np.empty(0, np.uint8)  # fresh memory for every image would cost a tenth of the time
 
     def __call__(self, data: bytes, u: npt.NDArray[np.float32], size: int) -> Tensor:
         """The crop, uint8 (C, size, size), of a file's content, by 22 uniform numbers."""
-        if simplejpeg and data.startswith(JPEG) and not (self.upright and _turned(data)):
+        if simplejpeg and data.startswith(JPEG) and not (self.apply_exif_orientation and _turned(data)):
             with suppress(ValueError):  # damaged, or a rare kind
                 return self._of_jpeg(data, u, size)
-        image = decode_bytes(data, self.channels, self.upright)
+        image = decode_bytes(data, self.channels, self.apply_exif_orientation)
         height, width = image.shape[-2:]
         return resized_crop(image, self._box(u, height, width), size)
 

@@ -1,6 +1,6 @@
 """The two ways to a batch: in-memory arrays indexed a whole batch at once, and image files through workers.
 
-Both are map-style data sets whose key is a whole batch, see Key: the sampler runs in the main
+Both are map-style data sets whose key is a whole batch, see BatchKey: the sampler runs in the main
 process and all randomness is a function of the key, so that no worker count can change a batch.
 """
 
@@ -27,10 +27,10 @@ from reslab.data.decode import RandomCrop, decode, named, resize_and_crop
 from reslab.data.files import DataError, Files
 from reslab.data.order import Ints
 
-MADE_AHEAD = 2  # batches that each loader process makes before they are wanted
+PREFETCH_FACTOR = 2  # batches that each loader process makes before they are wanted
 
 
-class Key(NamedTuple):
+class BatchKey(NamedTuple):
     """What a batch is a function of: the indices of its images, the epoch, and the optimizer step in that."""
 
     indices: Ints
@@ -45,16 +45,16 @@ class Batch(NamedTuple):
         images: uint8 (N, H, W, C) from the loader; for the network float32 (N, C, H, W) in channels_last.
         labels: int64 (N,); -1 is padding and counts nowhere.
         indices: int64 (N,), the place in the data set; -1 is padding.
-        draws: int32 (N, 9), the augmentation's parameters; (N, 0) where there is none. Integers, since
+        augment_params: int32 (N, 9), the augmentation's parameters; (N, 0) where there is none. Integers, since
             half-precision plugins round every float of a batch.
         mix: int32 (5,) from the loader, how images are mixed; for the network float32 (), the weight of the own
-            labels, the rest being that of `partners(labels)`; (0,) where images are not mixed.
+            labels, the rest being that of `swap_pairs(labels)`; (0,) where images are not mixed.
     """
 
     images: Tensor
     labels: Tensor
     indices: Tensor
-    draws: Tensor
+    augment_params: Tensor
     mix: Tensor = torch.empty(0, dtype=torch.int32)
 
     def to(self, device: torch.device | str) -> "Batch":
@@ -62,7 +62,7 @@ class Batch(NamedTuple):
         ahead = torch.device(device).type == "cuda"
         return Batch(*(tensor.to(device, non_blocking=ahead) for tensor in self))
 
-    def kept(self) -> "Batch":
+    def copy_from_shared(self) -> "Batch":
         """With images that no loader process writes over; those that were pinned are copies already."""
         return self._replace(images=self.images.clone()) if self.images.is_shared() else self
 
@@ -75,7 +75,7 @@ class FolderBatch(NamedTuple):
     unreadable: list[tuple[str, str]]
 
 
-class TrainOrder(DistributedSampler[Key]):
+class TrainOrder(DistributedSampler[BatchKey]):
     """Keys of this rank's micro-batches; a DistributedSampler, so that Lightning adds none of its own.
 
     Args:
@@ -112,7 +112,7 @@ class TrainOrder(DistributedSampler[Key]):
     def __len__(self) -> int:
         return len(self.subset) // self.batch_size * self.parts[0]
 
-    def __iter__(self) -> Iterator[Key]:
+    def __iter__(self) -> Iterator[BatchKey]:
         # A generator: the position is read when the first key is wanted. A DataLoader with workers makes two.
         counted = self.position(len(self))
         if counted is None:
@@ -125,10 +125,10 @@ class TrainOrder(DistributedSampler[Key]):
             samples = order.repeat(samples, self.repeats, self.batch_size, self.n)
         for i in range(first, an_epoch):
             indices = order.micro_batch(samples, i, self.batch_size, *self.parts)
-            yield Key(indices, epoch, step=i // self.parts[0])
+            yield BatchKey(indices, epoch, step=i // self.parts[0])
 
 
-class EvalOrder(DistributedSampler[Key]):
+class EvalOrder(DistributedSampler[BatchKey]):
     """Keys of this rank's evaluation batches: every sample once over all ranks, -1 where none is left."""
 
     def __init__(self, subset: Ints, batch_size: int, world: int = 1, rank: int = 0) -> None:
@@ -138,19 +138,19 @@ class EvalOrder(DistributedSampler[Key]):
     def __len__(self) -> int:
         return -(-len(self.share) // self.batch_size)
 
-    def __iter__(self) -> Iterator[Key]:
+    def __iter__(self) -> Iterator[BatchKey]:
         for start in range(0, len(self.share), self.batch_size):
-            yield Key(self.share[start : start + self.batch_size])
+            yield BatchKey(self.share[start : start + self.batch_size])
 
 
-class LateLoader(DataLoader[Any]):
+class LazyLoader(DataLoader[Any]):
     """A DataLoader that asks its sampler for the first key when the first batch is wanted, not earlier.
 
     Lightning makes the iterator before it restores a checkpoint (`estimated_stepping_batches` does so), and
     workers that fetch ahead at once would begin at the start of the run.
 
     Images of FileBatches are copied as they come. A loader process is sent its next key when a batch of its is fetched,
-    so while that is copied, this process writes the MADE_AHEAD batches after it and no others.
+    so while that is copied, this process writes the PREFETCH_FACTOR batches after it and no others.
 
     Args:
         device: Where its batches are used; to a CUDA device they are copied one batch ahead.
@@ -159,12 +159,12 @@ class LateLoader(DataLoader[Any]):
 
     def __init__(self, *args: Any, device: torch.device | None = None, **options: Any) -> None:
         self.device = device
-        super().__init__(*args, **options, prefetch_factor=MADE_AHEAD if options.get("num_workers") else None)
+        super().__init__(*args, **options, prefetch_factor=PREFETCH_FACTOR if options.get("num_workers") else None)
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         batches: Iterator[Any] = super().__iter__()
         if isinstance(self.dataset, FileBatches):
-            batches = map(Batch.kept, batches)
+            batches = map(Batch.copy_from_shared, batches)
         yield from batches if self.device is None or self.device.type != "cuda" else ahead(batches, self.device)
 
 
@@ -228,26 +228,26 @@ class ArrayBatches(Dataset[Batch]):
 
     def __init__(self, arrays: Arrays, draws: Draws | None = None) -> None:
         self.arrays = arrays
-        self.draws = draws or Draws(Augment(), 0, len(arrays), 0)
+        self.augment_params = draws or Draws(Augment(), 0, len(arrays), 0)
 
-    def __getitem__(self, key: Key) -> Batch:
+    def __getitem__(self, key: BatchKey) -> Batch:
         indices, epoch, step = key
         rows = indices % len(self.arrays)
         images = torch.from_numpy(self.arrays.images.take(rows, axis=0))  # padding, -1, takes the last image
-        self.draws.augment.transform(images, self.draws.seed, epoch, indices)
+        self.augment_params.augment.transform(images, self.augment_params.seed, epoch, indices)
         labels, places = (np.where(indices < 0, -1, x) for x in (self.arrays.labels[rows], rows))
-        return Batch(images, *map(torch.from_numpy, (labels, places, *self.draws(epoch, step, indices))))
+        return Batch(images, *map(torch.from_numpy, (labels, places, *self.augment_params(epoch, step, indices))))
 
 
-class Slots:
+class SharedBufferRing:
     """Where a loader process puts its images: memory shared with the main one, used again and again.
 
     The first touch of every page of fresh memory costs time. A slot's turn comes again after all that can be under way:
-    the batches made ahead, and the one that the main process copies (see LateLoader).
+    the batches made ahead, and the one that the main process copies (see LazyLoader).
     """
 
     def __init__(self) -> None:
-        self._slots = [torch.empty(0, dtype=torch.uint8)] * (MADE_AHEAD + 1)
+        self._slots = [torch.empty(0, dtype=torch.uint8)] * (PREFETCH_FACTOR + 1)
         self._turn = 0
 
     def __call__(self, shape: tuple[int, ...]) -> Tensor:
@@ -264,17 +264,17 @@ class Slots:
 class FileBatches(Dataset[Batch]):
     """Batches of image files, decoded and cut to size one by one. Index i + n × copy is file i of n.
 
-    For LateLoader: in a loader process its images are in memory that is used again.
+    For LazyLoader: in a loader process its images are in memory that is used again.
 
     Args:
         files: The table of files.
         channels: 1 or 3.
         sizes: Side of the images made, in each epoch; the last stays.
         resize: Length of the shorter side before evaluation's central crop.
-        upright: Turn images as their EXIF entries say.
+        apply_exif_orientation: Turn images as their EXIF entries say.
         augment: For training: random resized crops, and draws of what is done in the batch; None to evaluate.
         seed: Of the augmentation.
-        scaled_decode: Of the random crops, see View.
+        scaled_decode: Of the random crops, see ResizeConfig.
     """
 
     def __init__(
@@ -283,17 +283,23 @@ class FileBatches(Dataset[Batch]):
         channels: int,
         sizes: tuple[int, ...],
         resize: int,
-        upright: bool,
+        apply_exif_orientation: bool,
         augment: Augment | None = None,
         seed: int = 0,
         scaled_decode: float | None = None,
     ) -> None:
-        self.files, self.channels, self.sizes, self.resize, self.upright = files, channels, sizes, resize, upright
+        self.files, self.channels, self.sizes, self.resize, self.apply_exif_orientation = (
+            files,
+            channels,
+            sizes,
+            resize,
+            apply_exif_orientation,
+        )
         self.augment, self.seed = augment, seed
-        self.crop = RandomCrop(channels, upright, augment, scaled_decode) if augment else None
-        self._slots = Slots()
+        self.crop = RandomCrop(channels, apply_exif_orientation, augment, scaled_decode) if augment else None
+        self._slots = SharedBufferRing()
 
-    def __getitem__(self, key: Key) -> Batch:
+    def __getitem__(self, key: BatchKey) -> Batch:
         indices, epoch, step = key
         size = self.sizes[min(epoch, len(self.sizes) - 1)]
         augment = self.augment or Augment()
@@ -313,7 +319,7 @@ class FileBatches(Dataset[Batch]):
 
     def _view(self, path: Path, u: npt.NDArray[np.float32], size: int) -> Tensor:
         if self.crop is None:
-            return resize_and_crop(decode(path, self.channels, self.upright), self.resize, size)
+            return resize_and_crop(decode(path, self.channels, self.apply_exif_orientation), self.resize, size)
         with named(path):
             return self.crop(path.read_bytes(), u, size)
 
@@ -349,7 +355,7 @@ def image_paths(folder: Path, prefix: str = "") -> Iterator[str]:
 
 
 class FolderBatches(Dataset[FolderBatch]):
-    """Image files without labels, upright and seen as in evaluation; a key is one of FolderOrder's."""
+    """Image files without labels, apply_exif_orientation and seen as in evaluation; a key is one of FolderOrder's."""
 
     def __init__(self, folder: Path, channels: int, size: int, resize: int, skip_unreadable: bool) -> None:
         self.folder = folder

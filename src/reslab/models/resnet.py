@@ -83,7 +83,7 @@ class BlurredConv2d(nn.Conv2d):
         return super().forward(F.conv2d(x, self.binomial, padding=1, groups=self.in_channels))
 
 
-class Parts(NamedTuple):
+class LayerFactory(NamedTuple):
     """What all blocks of one network are made of."""
 
     norm: Callable[[int], nn.Module]
@@ -130,7 +130,7 @@ class BasicBlock(ResidualBlock):
     expansion = 1
     last_norm = "bn2"
 
-    def __init__(self, parts: Parts, c_in: int, c_inner: int, c_out: int, stride: int, drop: float) -> None:
+    def __init__(self, parts: LayerFactory, c_in: int, c_inner: int, c_out: int, stride: int, drop: float) -> None:
         super().__init__()
         self.conv1 = parts.conv(c_in, c_inner, 3, stride)  # (N, C, H, W) -> (N, C_inner, H/s, W/s)
         self.bn1 = parts.norm(c_inner)
@@ -150,7 +150,7 @@ class Bottleneck(ResidualBlock):
     expansion = 4
     last_norm = "bn3"
 
-    def __init__(self, parts: Parts, c_in: int, c_inner: int, c_out: int, stride: int, drop: float) -> None:
+    def __init__(self, parts: LayerFactory, c_in: int, c_inner: int, c_out: int, stride: int, drop: float) -> None:
         super().__init__()
         self.conv1 = parts.conv(c_in, c_inner, 1)  # (N, C, H, W) -> (N, C_inner, H, W)
         self.bn1 = parts.norm(c_inner)
@@ -227,7 +227,7 @@ class ResNet(nn.Module):
         _check(self)
         self.num_features = width * 2 ** (len(layers) - 1) * BLOCKS[block].expansion
 
-        parts = Parts(NORMS[norm], shortcut, groups, blur)
+        parts = LayerFactory(NORMS[norm], shortcut, groups, blur)
         kernel, stride, pool = STEMS[stem]
         self.conv1 = parts._replace(blur=False).conv(in_channels, width, kernel, stride)
         self.bn1 = parts.norm(width)
@@ -247,7 +247,7 @@ class ResNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.fc(self.forward_features(x))
 
-    def parts(self) -> dict[str, list[nn.Module]]:
+    def layer_groups(self) -> dict[str, list[nn.Module]]:
         """What it is made of, from the images to the logits: stem, stage1, stage2 …, head."""
         stages = {f"stage{i + 1}": [getattr(self, f"layer{i + 1}")] for i in range(len(self.layers))}
         return {"stem": [self.conv1, self.bn1], **stages, "head": [self.fc]}
@@ -277,7 +277,7 @@ def _check(net: ResNet) -> None:
             raise ModelError(remedy)
 
 
-def _stages(net: ResNet, parts: Parts) -> Iterator[list[ResidualBlock]]:
+def _stages(net: ResNet, parts: LayerFactory) -> Iterator[list[ResidualBlock]]:
     make = BLOCKS[net.block]
     depth = itertools.count(1)
     c_in = net.width

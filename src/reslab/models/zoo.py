@@ -73,16 +73,16 @@ def list_models() -> list[str]:
     return list(VARIANTS)
 
 
-def create_model(name: str, *, weights: str | Path | None = None, **knobs: Any) -> "ResNet":
+def create_model(name: str, *, weights: str | Path | None = None, **kwargs: Any) -> "ResNet":
     """A network by its name.
 
     Args:
         name: One of `list_models()`, or resnet<6n+2>, a CIFAR net of He et al. 2015, section 4.2.
         weights: Pretrained weights, as `load_weights` takes them; its remarks are printed.
-        knobs: Arguments of `ResNet` that differ from the variant's: num_classes=10, shortcut="none".
+        kwargs: Arguments of `ResNet` that differ from the variant's: num_classes=10, shortcut="none".
 
     Raises:
-        ModelError: (a ValueError) Unknown name, impossible knobs, or weights that do not fit.
+        ModelError: (a ValueError) Unknown name, impossible kwargs, or weights that do not fit.
     """
     from reslab.models.resnet import ResNet
 
@@ -93,7 +93,7 @@ def create_model(name: str, *, weights: str | Path | None = None, **knobs: Any) 
         variant = _cifar_variant(int(cifar[1]))
     else:
         raise ModelError(f"no model is called {name!r}{_nearest(name, VARIANTS)}")
-    net = ResNet(**{**variant, **knobs})
+    net = ResNet(**{**variant, **kwargs})
     if weights is not None:
         print(*load_weights(net, weights), sep="\n")
     return net
@@ -173,11 +173,11 @@ def _download(net: "ResNet", name: str) -> Any:
     from torchvision.models import get_model_weights
 
     known: dict[str, Any] = {}
-    for variant, knobs in VARIANTS.items():
-        if knobs["stem"] == "imagenet":
+    for variant, kwargs in VARIANTS.items():
+        if kwargs["stem"] == "imagenet":
             enum = get_model_weights(variant)
             known |= {f"{enum.__name__}.{version}": weight for version, weight in enum.__members__.items()}
-            if all(getattr(net, knob) == value for knob, value in knobs.items()):
+            if all(getattr(net, knob) == value for knob, value in kwargs.items()):
                 known |= enum.__members__
     if name not in known:
         raise ModelError(f"no weights for this network are called {name!r}{_nearest(name, known)}")

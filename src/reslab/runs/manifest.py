@@ -32,7 +32,15 @@ PACKAGES = (
 )
 # These say where and how a run is carried out, not which run it is.
 NOT_IDENTITY = (
-    *("run.dir", "run.group", "run.job_type", "run.tags", "run.elastic", "trainer.logger", "trainer.devices"),
+    *(
+        "run.dir",
+        "run.group",
+        "run.job_type",
+        "run.tags",
+        "run.allow_world_size_change",
+        "trainer.logger",
+        "trainer.devices",
+    ),
     *("trainer.num_nodes", "data.root", "data.download", "data.num_workers"),
 )
 LARGEST_NEW_FILE = 2**20  # bytes: a new file beyond that is no code

@@ -58,7 +58,7 @@ class WandB(Logger):
         """The wandb.Run; None before `attach`, and where W&B had to be given up."""
         return self._run
 
-    def attach(
+    def start(
         self,
         dir: Path,
         id: str,
@@ -139,7 +139,7 @@ class WandB(Logger):
                 self._run.log(metrics if step is None else {**metrics, "step": step})
 
     @rank_zero_only
-    def conclude(
+    def finish(
         self, results: dict[str, float], figures: Sequence[Path] = (), tables: Mapping[str, DataFrame] | None = None
     ) -> None:
         """Puts the final metrics in the summary, adds figures (PNG), report (HTML) and tables, and ends the run."""

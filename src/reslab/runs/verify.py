@@ -14,16 +14,16 @@ from typing import Any, Literal
 
 import yaml
 
-from reslab.errors import UserError
+from reslab.diff import differences
+from reslab.errors import Exit, UserError
 from reslab.files import sha256_file
+from reslab.host import STOP_SIGNALS
 from reslab.runs import manifest as manifests
 from reslab.runs.folder import RunFolder
 
 RECORDED = ("config_sha256", "weights_sha256", "data", "environment", "git")
 CODE = ("sha", "dirty", "diff_sha256")  # of the manifest's `git`: the same code has the same three
 OF_THE_CLOCK = ("step", "images_per_second")  # columns of metrics.csv that no two runs need to share
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
-PREEMPTED = 75
 
 Steps = Mapping[int, str]  # a metric's values, as they were logged, by optimizer step
 
@@ -38,7 +38,7 @@ class Check:
 
 
 @dataclass(frozen=True)
-class Parting:
+class Divergence:
     """Where a metric of two runs parts: the first step with different values (None: nothing was logged)."""
 
     metric: str
@@ -110,7 +110,7 @@ def _file(path: Path, recorded: str) -> Check:
 
 
 def _checkpoints(folder: Path) -> Iterator[Check]:
-    from reslab.training.checkpoint import SUMS, is_whole, read_sums
+    from reslab.training.checkpoint import SUMS, checksum_matches, read_sums
 
     if not (folder / SUMS).exists():
         yield Check(f"{folder.name}/{SUMS}", "missing")
@@ -118,7 +118,7 @@ def _checkpoints(folder: Path) -> Iterator[Check]:
         item = f"{folder.name}/{name}"
         if not (folder / name).exists():
             yield Check(item, "missing")
-        elif is_whole(folder / name):
+        elif checksum_matches(folder / name):
             yield Check(item, "ok")
         else:
             yield Check(item, "differs", f"its SHA-256 is not in {SUMS}")
@@ -179,8 +179,8 @@ def reproduce(run: str, out: str | None = None, overrides: Sequence[str] = ()) -
     status = _fit(folder.config, again.path, overrides, manifest["environment"])
     if status:
         print(f"the reproduction itself did not come to its end (exit status {status}): see above. {again.path}")
-        return PREEMPTED if status == PREEMPTED else 1
-    return _conclude(folder, again, partings(logged, _logged(again.metrics)))
+        return Exit.PREEMPTED if status == Exit.PREEMPTED else Exit.FAILED
+    return _conclude(folder, again, divergences(logged, _logged(again.metrics)))
 
 
 def _say_where_the_code_differs(folder: RunFolder, then: dict[str, Any] | None) -> None:
@@ -203,10 +203,10 @@ def _fit(config: Path, out: Path, overrides: Sequence[str], environment: Mapping
     """Runs `reslab fit` in a process of its own; returns its exit status."""
     command = [sys.executable, "-m", "reslab", "fit", "--config", str(config), "--run.dir", str(out)]
     command += ["--trainer.logger", "false", *overrides]  # no second run in W&B
-    variables = {**_what_decides_about_bits(environment), **os.environ}
+    variables = {**determinism_env(environment), **os.environ}
     # In a session of its own a signal reaches it once, through this process, also when the terminal sends it to both.
     with subprocess.Popen(command, env=variables, start_new_session=True) as process:
-        handlers = {n: signal.signal(n, lambda number, _: process.send_signal(number)) for n in SIGNALS}
+        handlers = {n: signal.signal(n, lambda number, _: process.send_signal(number)) for n in STOP_SIGNALS}
         try:
             return process.wait()
         finally:
@@ -214,7 +214,7 @@ def _fit(config: Path, out: Path, overrides: Sequence[str], environment: Mapping
                 signal.signal(number, handler)
 
 
-def _what_decides_about_bits(environment: Mapping[str, Any]) -> dict[str, str]:
+def determinism_env(environment: Mapping[str, Any]) -> dict[str, str]:
     """Environment variables that make this machine's threads and cuBLAS the run's, as far as it can."""
     variables = {}
     if environment["threads"] <= (os.cpu_count() or 1):  # more threads than cores would take forever
@@ -224,7 +224,7 @@ def _what_decides_about_bits(environment: Mapping[str, Any]) -> dict[str, str]:
     return variables
 
 
-def _conclude(folder: RunFolder, again: RunFolder, parted: Sequence[Parting]) -> int:
+def _conclude(folder: RunFolder, again: RunFolder, parted: Sequence[Divergence]) -> int:
     there, here = (manifests.read(f.manifest)["weights_sha256"] for f in (folder, again))
     print(f"run           {folder.path}  weights {_short(there)}")
     print(f"reproduction  {again.path}  weights {_short(here)}")
@@ -271,21 +271,12 @@ def _logged(path: Path) -> dict[str, Steps]:
     return dict(metrics)
 
 
-def partings(there: Mapping[str, Steps], here: Mapping[str, Steps]) -> list[Parting]:
+def divergences(there: Mapping[str, Steps], here: Mapping[str, Steps]) -> list[Divergence]:
     """Each metric that differs between two runs, with the first step where it does; the earliest first."""
     found = []
     for name in {*there, *here}:
         a, b = there.get(name, {}), here.get(name, {})
         steps = [step for step in {*a, *b} if a.get(step) != b.get(step)]
         if steps:
-            found.append(Parting(name, min(steps), a.get(min(steps)), b.get(min(steps))))
+            found.append(Divergence(name, min(steps), a.get(min(steps)), b.get(min(steps))))
     return sorted(found, key=lambda parting: (parting.step, parting.metric))
-
-
-def differences(there: Any, here: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """The leaves in which two nested mappings differ: dotted key, value there, value here (None: it is not there)."""
-    if isinstance(there, dict) and isinstance(here, dict):
-        for name in sorted({*there, *here}):
-            yield from differences(there.get(name), here.get(name), f"{key}.{name}" if key else name)
-    elif there != here:
-        yield key, there, here

@@ -46,7 +46,7 @@ def _write_sums(folder: Path, sums: Mapping[str, set[str]]) -> None:
     write_text(folder / SUMS, "".join(lines))
 
 
-def is_whole(path: Path) -> bool:
+def checksum_matches(path: Path) -> bool:
     """Whether the file is, bit for bit, one that was written here."""
     # Any digest on record will do: a crash between two renames may leave a good file under its neighbour's name.
     known = set().union(*read_sums(path.parent).values())
@@ -55,7 +55,7 @@ def is_whole(path: Path) -> bool:
 
 def read_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
     """A checkpoint's contents; raises UserError if the file is not whole. Never executes code from it."""
-    if not is_whole(path):
+    if not checksum_matches(path):
         raise UserError(f"{path} is damaged: its SHA-256 is not the one in {SUMS}")
     try:
         return torch.load(path, map_location=map_location, weights_only=True)
@@ -67,7 +67,7 @@ def read_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
         ) from None
 
 
-class TrustedIO(CheckpointIO):
+class VerifiedCheckpointIO(CheckpointIO):
     """Lightning's door to checkpoint files: atomic writes, digests on record, weights-only loads.
 
     A write keeps the file that it replaces as `previous.ckpt`, if it replaces `last.ckpt`.
@@ -100,7 +100,7 @@ class TrustedIO(CheckpointIO):
         Path(path).unlink(missing_ok=True)
 
 
-def resume_point(folder: Path, mend: bool = True) -> tuple[Path | None, list[str]]:
+def resume_point(folder: Path, quarantine: bool = True) -> tuple[Path | None, list[str]]:
     """The newest whole checkpoint to resume from, and what had to be set aside to find it.
 
     A damaged file is renamed to `<name>.damaged`, never deleted; of several processes, one has to `mend`, and all
@@ -113,10 +113,10 @@ def resume_point(folder: Path, mend: bool = True) -> tuple[Path | None, list[str
         if not path.exists():
             continue
         with contextlib.suppress(FileNotFoundError):  # set aside by the process that mends
-            if is_whole(path):
+            if checksum_matches(path):
                 return path, messages
         aside = path.with_name(name + ".damaged")
-        if mend:
+        if quarantine:
             path.replace(aside)
         messages.append(f"{path} is damaged (its SHA-256 is not the one on record): set aside as {aside.name}")
     if messages:
@@ -131,7 +131,7 @@ def at_step_end(trainer: Trainer, batch_idx: int) -> bool:
     return (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch
 
 
-def agreed(trainer: Trainer, value: int, count: int) -> int:
+def max_over_ranks(trainer: Trainer, value: int, count: int) -> int:
     """The greatest `value` of all processes, who ask each other every few counts; 0 in between."""
     if trainer.world_size == 1:
         return value
@@ -223,7 +223,7 @@ class Checkpoints(Callback):
         if self.every_steps is not None and trainer.global_step % self.every_steps == 0:
             return True
         late = time.monotonic() - self._written_at >= 60 * self.every_minutes
-        return bool(agreed(trainer, late, trainer.global_step))
+        return bool(max_over_ranks(trainer, late, trainer.global_step))
 
     def write(self, trainer: Trainer) -> None:
         """Writes last.ckpt as of now; the one before it is kept."""

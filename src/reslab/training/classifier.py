@@ -14,7 +14,7 @@ from torch.optim import SGD, Optimizer
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
-from reslab.data.augment import partners
+from reslab.data.augment import swap_pairs
 from reslab.data.loaders import Batch
 from reslab.data.order import step_seed
 from reslab.errors import UserError
@@ -91,21 +91,21 @@ class Classifier(LightningModule):
 
     Args:
         net: The network: float images (N, C, H, W) to logits (N, num_classes).
-        optimizer: Any of torch.optim, with its settings; the rate given is the one at `lr_reference_batch`.
+        optimizer: Any of torch.optim, with its settings; the rate given is the one at `base_batch_size`.
         schedule: The law of the learning rate over training.
         loss: Of training: softmax, or binary: each class a yes or no of its own, averaged over the classes too
             (Wightman et al. 2021). Evaluation reports the softmax cross-entropy whichever it is.
         target_threshold: For the binary loss: targets above it become 1, all others 0, so that a mixed image has both
             its classes in full; null keeps their weights as targets.
         label_smoothing: The share of each training label spread over all classes (Szegedy et al. 2016).
-        lr_reference_batch: The batch size that the learning rate is stated for; the rate used is
-            lr × batch_size / lr_reference_batch (Goyal et al. 2017). Without it the rate is used as it stands.
+        base_batch_size: The batch size that the learning rate is stated for; the rate used is
+            lr × batch_size / base_batch_size (Goyal et al. 2017). Without it the rate is used as it stands.
         decay_norm_and_bias: Whether weight decay acts on norms and biases too.
         ema_decay: The decay per step of an exponential moving average of the weights; evaluation uses the
             average. Without it the weights themselves are evaluated.
-        flip_test: Whether evaluation averages the logits of an image and its mirror image.
+        flip_tta: Whether evaluation averages the logits of an image and its mirror image.
         weights: Pretrained weights to start from: a name of torchvision's (IMAGENET1K_V2), a file, or a run's folder.
-        freeze: Parts of the network that stay as they are, of stem, stage1, stage2 …: their weights are not trained,
+        freeze: LayerFactory of the network that stay as they are, of stem, stage1, stage2 …: their weights are not trained,
             their norms use and keep the statistics they have.
         backbone_lr_scale: The share of the learning rate that all but the head are trained with.
         compile: Whether to run the network through torch.compile.
@@ -121,10 +121,10 @@ class Classifier(LightningModule):
         loss: Literal["softmax", "binary"] = "softmax",
         target_threshold: float | None = None,
         label_smoothing: float = 0.0,
-        lr_reference_batch: int | None = None,
+        base_batch_size: int | None = None,
         decay_norm_and_bias: bool = False,
         ema_decay: float | None = None,
-        flip_test: bool = False,
+        flip_tta: bool = False,
         weights: str | None = None,
         freeze: Sequence[str] = (),
         backbone_lr_scale: float = 1.0,
@@ -141,25 +141,25 @@ class Classifier(LightningModule):
             )
         if ema_decay is not None and not 0 < ema_decay < 1:
             raise ValueError(f"ema_decay must lie between 0 and 1, not {ema_decay}; null turns the average off")
-        if lr_reference_batch is not None and lr_reference_batch < 1:
-            raise ValueError(f"lr_reference_batch must be at least 1, not {lr_reference_batch}")
+        if base_batch_size is not None and base_batch_size < 1:
+            raise ValueError(f"base_batch_size must be at least 1, not {base_batch_size}")
         if backbone_lr_scale <= 0:
             raise ValueError(
                 f"backbone_lr_scale must be more than 0, not {backbone_lr_scale}; freeze keeps parts as is"
             )
-        if unknown := [part for part in freeze if part not in list(net.parts())[:-1]]:
-            raise ValueError(f"freeze: {', '.join(unknown)} is none of {', '.join(list(net.parts())[:-1])}")
+        if unknown := [part for part in freeze if part not in list(net.layer_groups())[:-1]]:
+            raise ValueError(f"freeze: {', '.join(unknown)} is none of {', '.join(list(net.layer_groups())[:-1])}")
         if net.num_classes == 0:
             raise ValueError("a classifier needs num_classes >= 1: num_classes=0 is the network without its head")
         self.net = net.to(memory_format=torch.channels_last) if channels_last else net
         self.make_optimizer = optimizer
         self.schedule = schedule or Cosine()
         self.loss, self.target_threshold, self.label_smoothing = loss, target_threshold, label_smoothing
-        self.lr_reference_batch = lr_reference_batch
+        self.base_batch_size = base_batch_size
         self.decay_norm_and_bias = decay_norm_and_bias
         self.ema_decay = ema_decay
         self.ema: EMA | None = None
-        self.flip_test = flip_test
+        self.flip_tta = flip_tta
         self.weights = weights
         self.frozen = list(freeze)
         self.backbone_lr_scale = backbone_lr_scale
@@ -196,7 +196,7 @@ class Classifier(LightningModule):
 
     def _frozen_modules(self) -> list[torch.nn.Module]:
         # Looked up each time: converting to SyncBatchNorm puts other modules in their places.
-        parts = self.net.parts()
+        parts = self.net.layer_groups()
         return [module for part in self.frozen for module in parts[part]]
 
     def train(self, mode: bool = True) -> Self:
@@ -211,7 +211,7 @@ class Classifier(LightningModule):
         if self.training:
             return self.net(images)
         net = self.evaluated_net()
-        return (net(images) + net(images.flip(3))) / 2 if self.flip_test else net(images)
+        return (net(images) + net(images.flip(3))) / 2 if self.flip_tta else net(images)
 
     def evaluated_net(self) -> torch.nn.Module:
         """The network that evaluation uses: the average where there is one, else the trained one."""
@@ -233,12 +233,12 @@ class Classifier(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def _lr_scale(self) -> float:
-        if self.lr_reference_batch is None:
+        if self.base_batch_size is None:
             return 1.0
         batch_size = getattr(self.trainer.datamodule, "batch_size", None)  # type: ignore[attr-defined]
         if batch_size is None:
-            raise UserError("model.lr_reference_batch needs a datamodule with a batch_size, such as ImageData")
-        return batch_size / self.lr_reference_batch
+            raise UserError("model.base_batch_size needs a datamodule with a batch_size, such as ImageData")
+        return batch_size / self.base_batch_size
 
     def on_train_start(self) -> None:
         self._window = self._window.to(self.device)
@@ -251,7 +251,7 @@ class Classifier(LightningModule):
         own = mix if mix is not None and mix.numel() else None
         loss = self._training_loss(logits, labels, own)
         if own is not None:  # mixed images: accuracy is that on the label of greater weight
-            labels = torch.where(own >= 0.5, labels, partners(labels))
+            labels = torch.where(own >= 0.5, labels, swap_pairs(labels))
         with torch.no_grad():
             correct = (logits.argmax(1) == labels).sum()
             self._window += torch.stack([loss.detach() * len(images), correct])

@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from reslab.data.augment import partners
+from reslab.data.augment import swap_pairs
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, own: Tensor | None, smoothing: float) -> Tensor:
@@ -12,13 +12,13 @@ def cross_entropy(logits: Tensor, labels: Tensor, own: Tensor | None, smoothing:
     Args:
         logits: (N, num_classes).
         labels: int64 (N,).
-        own: The weight (), of the images' own labels, the rest being that of `partners(labels)`; None: not mixed.
+        own: The weight (), of the images' own labels, the rest being that of `swap_pairs(labels)`; None: not mixed.
         smoothing: The share of each label spread over all classes (Szegedy et al. 2016).
     """
     loss = F.cross_entropy(logits, labels, label_smoothing=smoothing)
     if own is None:
         return loss
-    return own * loss + (1 - own) * F.cross_entropy(logits, partners(labels), label_smoothing=smoothing)
+    return own * loss + (1 - own) * F.cross_entropy(logits, swap_pairs(labels), label_smoothing=smoothing)
 
 
 def binary_cross_entropy(
@@ -33,7 +33,7 @@ def binary_cross_entropy(
     classes = logits.shape[1]
     targets = F.one_hot(labels, classes).float()
     if own is not None:
-        targets = partners(targets).lerp_(targets, own)
+        targets = swap_pairs(targets).lerp_(targets, own)
     targets = targets * (1 - smoothing) + smoothing / classes
     if threshold is not None:
         targets = (targets > threshold).float()

@@ -46,15 +46,15 @@ class Schedule(ABC):
         self.warmup_start = warmup_start
 
     @abstractmethod
-    def law(self, progress: float) -> float:
+    def multiplier(self, progress: float) -> float:
         """The factor at `progress` (0 at the end of the warm-up, 1 at the end of training)."""
 
     def factor(self, step: int, total_steps: int, steps_per_epoch: float) -> float:
         """The factor of the base rate for the optimizer step number `step` (from 0) of `total_steps`."""
         warmup = min(self.warmup_epochs * steps_per_epoch, total_steps)
         if step < warmup:
-            return self.warmup_start + (self.law(0.0) - self.warmup_start) * (step + 1) / warmup
-        return self.law(min((step - warmup) / max(total_steps - warmup, 1), 1.0))
+            return self.warmup_start + (self.multiplier(0.0) - self.warmup_start) * (step + 1) / warmup
+        return self.multiplier(min((step - warmup) / max(total_steps - warmup, 1), 1.0))
 
     def scheduler(self, optimizer: Optimizer, total_steps: int, steps_per_epoch: float) -> LambdaLR:
         """torch's scheduler of this law, to be stepped once an optimizer step."""
@@ -64,11 +64,11 @@ class Schedule(ABC):
 class Constant(Schedule):
     """The base rate throughout."""
 
-    def law(self, progress: float) -> float:
+    def multiplier(self, progress: float) -> float:
         return 1.0
 
 
-class Descent(Schedule):
+class Decay(Schedule):
     """From the base rate down to a share of it.
 
     Args:
@@ -80,17 +80,17 @@ class Descent(Schedule):
         self.final = final
 
 
-class Cosine(Descent):
+class Cosine(Decay):
     """Half a cosine from 1 to `final` (Loshchilov & Hutter 2017, without restarts)."""
 
-    def law(self, progress: float) -> float:
+    def multiplier(self, progress: float) -> float:
         return self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-class Linear(Descent):
+class Linear(Decay):
     """A straight line from 1 to `final` (Li et al. 2020, "Budgeted training")."""
 
-    def law(self, progress: float) -> float:
+    def multiplier(self, progress: float) -> float:
         return 1 + (self.final - 1) * progress
 
 
@@ -116,7 +116,7 @@ class OneCycle(Schedule):
             raise ValueError(f"peak_at is a share of training and must lie between 0 and 1, not {peak_at}")
         self.peak_at, self.start, self.final, self.shape = peak_at, start, final, shape
 
-    def law(self, progress: float) -> float:
+    def multiplier(self, progress: float) -> float:
         if progress < self.peak_at:
             return self.start + (1 - self.start) * progress / self.peak_at
         down = (progress - self.peak_at) / (1 - self.peak_at)
@@ -148,7 +148,7 @@ class MultiStep(Schedule):
         # Milestones count from the first step, as in the papers, and not from the end of the warm-up.
         if step < self.warmup_epochs * steps_per_epoch:
             return super().factor(step, total_steps, steps_per_epoch)
-        return self.law(step / total_steps)
+        return self.multiplier(step / total_steps)
 
-    def law(self, progress: float) -> float:
+    def multiplier(self, progress: float) -> float:
         return self.gamma ** sum(progress >= m for m in self.milestones)

@@ -6,9 +6,8 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from reslab.training.checkpoint import Checkpoints, agreed, at_step_end
-
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+from reslab.host import STOP_SIGNALS
+from reslab.training.checkpoint import Checkpoints, at_step_end, max_over_ranks
 
 
 class Preempted(Exception):
@@ -32,7 +31,7 @@ class Preemption(Callback):
         self._received = 0
 
     def __enter__(self) -> "Preemption":
-        self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        self._before = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
         return self
 
     def __exit__(self, *exception: Any) -> None:
@@ -52,7 +51,7 @@ class Preemption(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if at_step_end(trainer, batch_idx) and (number := agreed(trainer, self._received, trainer.global_step)):
+        if at_step_end(trainer, batch_idx) and (number := max_over_ranks(trainer, self._received, trainer.global_step)):
             self._stop(trainer, number)
 
     def on_validation_batch_end(
@@ -69,7 +68,9 @@ class Preemption(Callback):
 
     def _agreed_within(self, trainer: Trainer, batch_idx: int, batches: list[int | float]) -> int:
         done = batch_idx + 1
-        return agreed(trainer, self._received, 0 if done == batches[0] else done)  # 0: now, however few they are
+        return max_over_ranks(
+            trainer, self._received, 0 if done == batches[0] else done
+        )  # 0: now, however few they are
 
     def _stop(self, trainer: Trainer, number: int) -> None:
         self.saver.write(trainer)

@@ -27,7 +27,7 @@ GRACE = 3.0  # seconds for a process to notice by itself that another is gone, a
 BEGAN = time.time()
 
 
-class Lockstep(Callback):
+class SkipRedundantSync(Callback):
     """Leaves one thing that processes exchange in a step: gradients.
 
     Lightning (since 2.5.2) broadcasts in every step whether rank 0 got a SIGTERM, and waits for it; `Preemption`
@@ -88,7 +88,7 @@ def lost_contact(error: Exception) -> bool:
     return isinstance(error, torch.distributed.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
-class Watch:
+class FailureMonitor:
     """Ends this process when another one of the run is gone, which the main thread might wait for without end.
 
     A process that fails leaves a note in the run's folder, for all to see. Rank 0 looks at the processes that it
@@ -107,7 +107,7 @@ class Watch:
         self._parent = os.getppid()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
-    def guard(self, trainer: Trainer) -> None:
+    def start(self, trainer: Trainer) -> None:
         """Begins, if there are several processes."""
         if trainer.world_size > 1:
             self._launcher = trainer.strategy.launcher
@@ -119,12 +119,12 @@ class Watch:
         while (failure := self._failure()) is None:
             time.sleep(LOOK_EVERY)
         time.sleep(GRACE)
-        self.take_last_word()
+        self.claim_shutdown()
         self.close(failure)
         self.end_others(failure.status)
         os._exit(failure.status)
 
-    def take_last_word(self) -> None:
+    def claim_shutdown(self) -> None:
         """Lets one thread say how the run ended: the other one waits here for the end of the process."""
         self._last_word.acquire()
         if self._thread.is_alive() and threading.current_thread() is threading.main_thread():
@@ -136,7 +136,7 @@ class Watch:
             message = f"rank {self.rank} on {socket.gethostname()}: {failure.message}"
             write_text(self.folder / f".failed-{self.rank}", json.dumps([message, failure.status]))
 
-    def blame(self, patience: float = 1.0) -> Failure | None:
+    def first_failure(self, patience: float = 1.0) -> Failure | None:
         """The failure of another process that may be behind one of this process; waits for it a moment."""
         deadline = time.monotonic() + patience * self._thread.is_alive()
         while (failure := self._failure()) is None and time.monotonic() < deadline:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from reslab.data import Augment, Digits, ImageData, ImageFolder, Progressive, View, loaders
+from reslab.data import Augment, Digits, ImageData, ImageFolder, ProgressiveResizing, ResizeConfig, loaders
 from reslab.data.loaders import Batch, ahead
 from reslab.errors import UserError
 from test_datamodule import SaveAfter, assert_same, train
@@ -17,30 +17,30 @@ from test_datamodule import SaveAfter, assert_same, train
 def of(pets: Path, workers: int = 0, **view: Any) -> ImageData:
     augment = Augment(flip="random", cutout=4, mixup=1.0)
     settings: dict[str, Any] = {"batch_size": 4, "val_split": 2, "num_workers": workers, "augment": augment}
-    return ImageData(ImageFolder(str(pets), image_size=32), view=View(**view), **settings)
+    return ImageData(ImageFolder(str(pets), image_size=32), resize=ResizeConfig(**view), **settings)
 
 
-GROWING: dict[str, Any] = {"progressive": Progressive(8, until=0.7, multiple=8), "train_size": 24}
+GROWING: dict[str, Any] = {"progressive": ProgressiveResizing(8, until=0.7, multiple=8), "train_size": 24}
 
 
 def test_the_law_is_ffcvs():
     # rn50_configs/rn50_88_epochs.yaml of github.com/libffcv/ffcv-imagenet: 160 until epoch 65, 192 from 76 on
-    sizes = Progressive(160, begin=65 / 88, until=76 / 88).sizes(192, 88)
+    sizes = ProgressiveResizing(160, begin=65 / 88, until=76 / 88).sizes(192, 88)
     ramp = [int(np.round(np.interp(e, [65, 76], [160, 192]) / 32)) * 32 for e in range(88)]
     assert list(sizes) == ramp
     assert (sizes[70], sizes[71], sizes[-1]) == (160, 192, 192)
 
 
 def test_sizes_begin_and_end_as_asked_and_grow_by_multiples():
-    sizes = Progressive(100, until=0.8, multiple=32).sizes(180, 10)
+    sizes = ProgressiveResizing(100, until=0.8, multiple=32).sizes(180, 10)
     assert sizes == (100, 96, 128, 128, 128, 160, 160, 160, 180, 180)
-    assert Progressive(8).sizes(32, 1) == (8,)
+    assert ProgressiveResizing(8).sizes(32, 1) == (8,)
 
 
 @pytest.mark.parametrize("wrong", [{"start": 0}, {"start": 8, "multiple": 0}, {"start": 8, "begin": 0.5, "until": 0.5}])
 def test_impossible_growth_is_refused(wrong):
-    with pytest.raises(UserError, match=r"data\.view\.progressive: "):
-        Progressive(**wrong)
+    with pytest.raises(UserError, match=r"data\.resize\.progressive: "):
+        ProgressiveResizing(**wrong)
 
 
 def shapes(batches: list[Batch]) -> list[tuple[int, ...]]:
@@ -100,7 +100,7 @@ def test_evaluation_is_resized_and_cut_as_asked(pets):
 @pytest.mark.parametrize(
     ("view", "message"),
     [
-        ({"test_size": 0}, r"data\.view\.test_size must be 1 or more"),
+        ({"test_size": 0}, r"data\.resize\.test_size must be 1 or more"),
         ({"test_size": 64, "test_resize": 60}, "test_resize 60 is less than test_size 64"),
         ({"test_resize": 20}, "test_resize 20 is less than the test size 32"),
         ({"scaled_decode": 0.0}, "share of the training size, above 0"),
@@ -112,8 +112,8 @@ def test_impossible_views_are_refused(pets, view, message):
 
 
 def test_data_in_memory_have_their_size():
-    with pytest.raises(UserError, match=r"data\.view is for data sets of image files"):
-        ImageData(Digits(), view=View(train_size=16)).setup("fit")
+    with pytest.raises(UserError, match=r"data\.resize is for data sets of image files"):
+        ImageData(Digits(), resize=ResizeConfig(train_size=16)).setup("fit")
 
 
 class FakeCuda:
@@ -179,7 +179,7 @@ def test_batches_arrive_on_the_device_unchanged_and_without_a_sync(pets):
     sampler = [(epoch, np.arange(12)) for epoch in range(20)]
     batches = of(pets)._train_batches()
     options: dict[str, Any] = {"batch_size": None, "sampler": sampler, "pin_memory": True, "num_workers": 1}
-    there = loaders.LateLoader(batches, device=torch.device("cuda"), **options)
+    there = loaders.LazyLoader(batches, device=torch.device("cuda"), **options)
     torch.cuda.set_sync_debug_mode("error")
     try:
         arrived = [[tensor.clone() for tensor in batch] for batch in there]

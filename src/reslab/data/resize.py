@@ -8,7 +8,7 @@ from reslab.errors import UserError
 
 
 @dataclass(frozen=True)
-class Progressive:
+class ProgressiveResizing:
     """A training size that grows with training, linearly between two shares of its epochs (as FFCV's recipes do).
 
     Args:
@@ -25,9 +25,9 @@ class Progressive:
 
     def __post_init__(self) -> None:
         if self.start < 1 or self.multiple < 1:
-            raise UserError("data.view.progressive: start and multiple are numbers of pixels, 1 or more")
+            raise UserError("data.resize.progressive: start and multiple are numbers of pixels, 1 or more")
         if not 0 <= self.begin < self.until <= 1:
-            raise UserError("data.view.progressive: begin and until are shares of the epochs, 0 ≤ begin < until ≤ 1")
+            raise UserError("data.resize.progressive: begin and until are shares of the epochs, 0 ≤ begin < until ≤ 1")
 
     def sizes(self, end: int, epochs: int) -> tuple[int, ...]:
         """The size in each of the epochs, on the way to `end`."""
@@ -40,7 +40,7 @@ class Progressive:
 
 
 @dataclass(frozen=True)
-class View:
+class ResizeConfig:
     """How image files are cut to size: training sees random crops, evaluation the centre.
 
     Args:
@@ -57,14 +57,14 @@ class View:
     train_size: int | None = None
     test_size: int | None = None
     test_resize: int | None = None
-    progressive: Progressive | None = None
+    progressive: ProgressiveResizing | None = None
     scaled_decode: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("train_size", "test_size", "test_resize"):
             if (size := getattr(self, name)) is not None and size < 1:
-                raise UserError(f"data.view.{name} must be 1 or more pixels, not {size}")
+                raise UserError(f"data.resize.{name} must be 1 or more pixels, not {size}")
         if self.test_size and self.test_resize and self.test_resize < self.test_size:
-            raise UserError(f"data.view.test_resize {self.test_resize} is less than test_size {self.test_size}")
+            raise UserError(f"data.resize.test_resize {self.test_resize} is less than test_size {self.test_size}")
         if self.scaled_decode is not None and self.scaled_decode <= 0:
-            raise UserError("data.view.scaled_decode is a share of the training size, above 0; 1 enlarges nothing")
+            raise UserError("data.resize.scaled_decode is a share of the training size, above 0; 1 enlarges nothing")
