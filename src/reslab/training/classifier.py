@@ -217,6 +217,11 @@ class Classifier(LightningModule):
         """The network that evaluation uses: the average where there is one, else the trained one."""
         return self.net if self.ema is None else self.ema.module
 
+    @property
+    def metric_names(self) -> list[str]:
+        """Names of all metrics that a run of this model logs."""
+        return ["train/loss", "train/acc", "lr", "images_per_second", *self.val_metrics, *self.test_metrics]
+
     # Training
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
