@@ -1,78 +1,140 @@
-"""Parameter groups, and learning-rate schedules as laws of training's progress."""
+"""Parameter groups, and learning-rate schedules as functions of training progress in [0, 1]."""
 
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from torch.optim import Optimizer
+from torch import nn
+from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from reslab.models.resnet import ResNet
 
+@dataclass(frozen=True)
+class ParamGroups:
+    """Which parameters are trained, at which share of the learning rate, with or without weight decay.
 
-def parameter_groups(net: ResNet, decay_norm_and_bias: bool, backbone_lr_scale: float = 1.0) -> list[dict[str, Any]]:
-    """Splits the parameters that are trained: weight decay leaves norms and biases alone, the backbone may be slower.
+    All but the last require a network with the contract of reslab.models.Network.
 
-    Vectors and scalars are the norms' weights and all biases; weight decay on them costs accuracy without
-    regularising anything (He et al. 2019, "Bag of tricks", section 3.1). Each group says in `lr_scale` which share
-    of the learning rate is its own; the first group's is 1.
+    Args:
+        freeze: Layer groups that stay as they are (stem, stage1, …; `net.layer_groups()` names them): their weights are
+            not trained, their norms use the statistics they have.
+        backbone_lr_scale: Share of the learning rate for everything but the head.
+        layer_decay: Learning-rate multiplier from each layer group to the one before it, counted from the head (Clark
+            et al. 2020, ELECTRA; Bao et al. 2021, BEiT): the i-th group from the end learns at layer_decay^i.
+        decay_norm_and_bias: Whether weight decay acts on norms and biases too.
     """
-    head = {id(p) for p in net.fc.parameters()}
-    groups: dict[tuple[bool, bool], dict[str, Any]] = {}
+
+    freeze: list[str] = field(default_factory=list)
+    backbone_lr_scale: float = 1.0
+    layer_decay: float = 1.0
+    decay_norm_and_bias: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("backbone_lr_scale", "layer_decay"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be more than 0, got {getattr(self, name)}; freeze keeps groups as they are")
+
+    def check(self, net: nn.Module) -> None:
+        """Raise ValueError where the network has no such layer groups, or none at all."""
+        defaults = ParamGroups()
+        names = ("freeze", "backbone_lr_scale", "layer_decay")
+        changed = [name for name in names if getattr(self, name) != getattr(defaults, name)]
+        if not changed:
+            return
+        if not hasattr(net, "layer_groups"):
+            raise ValueError(
+                f"param_groups: {', '.join(changed)} requires a network with layer groups; {type(net).__name__} has none: "
+                "implement reslab.models.Network, or leave the option out"
+            )
+        groups = list(net.layer_groups())[:-1]
+        if unknown := [group for group in self.freeze if group not in groups]:
+            raise ValueError(f"freeze: no layer group is called {', '.join(unknown)}; there are: {', '.join(groups)}")
+
+    def frozen(self, net: nn.Module) -> list[nn.Module | nn.Parameter]:
+        """Return the frozen parts of a network; looked up anew, as converting to SyncBatchNorm replaces modules."""
+        groups = net.layer_groups() if self.freeze else {}  # type: ignore[operator]
+        return [part for group in self.freeze for part in groups[group]]
+
+    def lr_scales(self, net: nn.Module) -> dict[int, float]:
+        """Return the learning-rate multiplier by id of each parameter that differs from 1."""
+        if self.backbone_lr_scale == self.layer_decay == 1:
+            return {}
+        scales: dict[int, float] = {}
+        for depth, parts in enumerate(reversed(net.layer_groups().values())):  # type: ignore[operator]
+            scale = self.layer_decay**depth * (self.backbone_lr_scale if depth else 1.0)
+            for part in parts:
+                scales |= {id(p): scale for p in (part.parameters() if isinstance(part, nn.Module) else [part])}
+        return scales
+
+
+def parameter_groups(net: nn.Module, options: ParamGroups) -> list[dict[str, Any]]:
+    """Split the trained parameters into the optimizer's groups: no weight decay for norms and biases, rates by layer.
+
+    Norm weights and biases are the vectors and scalars; weight decay on them costs accuracy without regularising
+    anything (He et al. 2019, "Bag of tricks", section 3.1). Each group holds its learning-rate multiplier in
+    `lr_scale`; that of the first group is 1.
+    """
+    scales = options.lr_scales(net)
+    groups: dict[tuple[bool, float, bool], dict[str, Any]] = {}
     for p in net.parameters():
-        slower, spared = backbone_lr_scale != 1 and id(p) not in head, p.ndim <= 1 and not decay_norm_and_bias
+        scale, spared = scales.get(id(p), 1.0), p.ndim <= 1 and not options.decay_norm_and_bias
         if p.requires_grad:
-            options = {"weight_decay": 0.0} if spared else {}
-            new = {"params": [], "lr_scale": backbone_lr_scale if slower else 1.0, **options}
-            groups.setdefault((slower, spared), new)["params"].append(p)
+            new = {"params": [], "lr_scale": scale, **({"weight_decay": 0.0} if spared else {})}
+            groups.setdefault((scale != 1, -scale, spared), new)["params"].append(p)
     return [groups[key] for key in sorted(groups)]
 
 
-class Schedule(ABC):
-    """The learning rate's factor at each optimizer step, as a law of the progress 0 … 1 through training.
+def nesterov_sgd(params: Any) -> Optimizer:
+    """SGD as in most CIFAR papers: learning rate 0.1, Nesterov momentum 0.9, weight decay 5e-4."""
+    return SGD(params, lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
 
-    Nothing here is counted in steps: `--trainer.max_epochs` stretches the whole schedule.
+
+class Schedule(ABC):
+    """Learning-rate multiplier as a function of training progress in [0, 1].
+
+    Nothing is counted in steps: the whole schedule scales with `trainer.max_epochs`.
 
     Args:
-        warmup_epochs: The rate rises linearly over this many epochs, then follows the law.
-        warmup_start: The factor that the warm-up starts from.
+        warmup_epochs: The multiplier rises linearly over this many epochs, then follows `multiplier`.
+        warmup_start: Multiplier at the start of the warm-up.
     """
 
     def __init__(self, warmup_epochs: float = 0.0, warmup_start: float = 0.0) -> None:
         if warmup_epochs < 0:
-            raise ValueError(f"warmup_epochs must not be negative, not {warmup_epochs}")
+            raise ValueError(f"warmup_epochs must be at least 0, got {warmup_epochs}")
         self.warmup_epochs = warmup_epochs
         self.warmup_start = warmup_start
 
     @abstractmethod
     def multiplier(self, progress: float) -> float:
-        """The factor at `progress` (0 at the end of the warm-up, 1 at the end of training)."""
+        """Return the multiplier at `progress` (0: end of the warm-up, 1: end of training)."""
 
     def factor(self, step: int, total_steps: int, steps_per_epoch: float) -> float:
-        """The factor of the base rate for the optimizer step number `step` (from 0) of `total_steps`."""
+        """Return the multiplier of the base rate at optimizer step `step` (from 0) of `total_steps`."""
         warmup = min(self.warmup_epochs * steps_per_epoch, total_steps)
         if step < warmup:
             return self.warmup_start + (self.multiplier(0.0) - self.warmup_start) * (step + 1) / warmup
         return self.multiplier(min((step - warmup) / max(total_steps - warmup, 1), 1.0))
 
     def scheduler(self, optimizer: Optimizer, total_steps: int, steps_per_epoch: float) -> LambdaLR:
-        """torch's scheduler of this law, to be stepped once an optimizer step."""
+        """Return a torch scheduler that follows this schedule; step it once per optimizer step."""
         return LambdaLR(optimizer, lambda step: self.factor(step, total_steps, steps_per_epoch))
 
 
 class Constant(Schedule):
-    """The base rate throughout."""
+    """The base learning rate throughout."""
 
     def multiplier(self, progress: float) -> float:
         return 1.0
 
 
 class Decay(Schedule):
-    """From the base rate down to a share of it.
+    """Base class of schedules that fall from the base rate to `final` times it.
 
     Args:
-        final: The factor at the end of training.
+        final: Multiplier at the end of training.
     """
 
     def __init__(self, final: float = 0.0, warmup_epochs: float = 0.0, warmup_start: float = 0.0) -> None:
@@ -98,10 +160,10 @@ class OneCycle(Schedule):
     """Up to the base rate and down again, once (Smith & Topin 2018).
 
     Args:
-        peak_at: The progress at which the base rate is reached.
-        start: The factor at the first step.
-        final: The factor at the end of training.
-        shape: The way down: a straight line, or half a cosine.
+        peak_at: Progress at which the base rate is reached.
+        start: Multiplier at the first step.
+        final: Multiplier at the end of training.
+        shape: Shape of the descent: a straight line or half a cosine.
     """
 
     def __init__(
@@ -113,7 +175,7 @@ class OneCycle(Schedule):
     ) -> None:
         super().__init__()
         if not 0 < peak_at < 1:
-            raise ValueError(f"peak_at is a share of training and must lie between 0 and 1, not {peak_at}")
+            raise ValueError(f"peak_at is a share of training and must be between 0 and 1, got {peak_at}")
         self.peak_at, self.start, self.final, self.shape = peak_at, start, final, shape
 
     def multiplier(self, progress: float) -> float:
@@ -125,11 +187,11 @@ class OneCycle(Schedule):
 
 
 class MultiStep(Schedule):
-    """The rate is multiplied by `gamma` at each milestone (He et al. 2015, section 4.2: ÷10 at 1/2 and 3/4).
+    """Multiply the rate by `gamma` at each milestone (He et al. 2015, section 4.2: ÷10 at 1/2 and 3/4).
 
     Args:
-        milestones: Shares of training (0 … 1), in rising order.
-        gamma: The factor at each milestone.
+        milestones: Shares of training, between 0 and 1, in increasing order.
+        gamma: Factor applied at each milestone.
     """
 
     def __init__(
@@ -141,11 +203,11 @@ class MultiStep(Schedule):
     ) -> None:
         super().__init__(warmup_epochs, warmup_start)
         if list(milestones) != sorted(milestones) or not all(0 < m < 1 for m in milestones):
-            raise ValueError(f"milestones are rising shares of training between 0 and 1, not {list(milestones)}")
+            raise ValueError(f"milestones must be increasing shares of training between 0 and 1, got {list(milestones)}")
         self.milestones, self.gamma = list(milestones), gamma
 
     def factor(self, step: int, total_steps: int, steps_per_epoch: float) -> float:
-        # Milestones count from the first step, as in the papers, and not from the end of the warm-up.
+        # As in the papers, milestones count from the first step, not from the end of the warm-up.
         if step < self.warmup_epochs * steps_per_epoch:
             return super().factor(step, total_steps, steps_per_epoch)
         return self.multiplier(step / total_steps)

@@ -1,4 +1,4 @@
-"""Stopping on a signal, at a step's end, with everything saved."""
+"""Preemption: on a signal, stop at the end of a step with a checkpoint."""
 
 import signal
 from types import FrameType
@@ -8,19 +8,21 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from reslab.host import STOP_SIGNALS
 from reslab.training.checkpoint import Checkpoints, at_step_end, max_over_ranks
+from reslab.training.lightning_internals import keep_signal_handlers
 
 
 class Preempted(Exception):
-    """The run was asked to stop and did, with a checkpoint written: run it again to go on."""
+    """The run was stopped by a signal and has written a checkpoint."""
 
 
 class Preemption(Callback):
-    """Answers SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 with a checkpoint and a clean end.
+    """Write a checkpoint and stop on SIGTERM, SIGINT, SIGUSR1 or SIGUSR2.
 
-    A handler only sets a flag: saving inside it deadlocks as soon as two processes take part. Several processes
-    agree on the flag every few steps, so that all stop at the same one, whichever of them was signalled.
+    The handler only sets a flag: saving inside it deadlocks with two ranks. Ranks exchange the flag every few steps, so
+    all stop at the same step, whichever of them got the signal.
 
-    As a context manager it also takes signals that come before the training begins, and gives them back after it.
+    As a context manager it also handles signals that arrive before training begins, and restores the previous handlers
+    on exit.
 
     Args:
         saver: Writes the checkpoint.
@@ -39,13 +41,12 @@ class Preemption(Callback):
             signal.signal(number, handler)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        # Lightning would put handlers of its own in place of these: one that broadcasts from within a handler.
-        trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+        keep_signal_handlers(trainer)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self._received == number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
-            signal.raise_signal(signal.SIGINT)  # asked twice: stop at once
+            signal.raise_signal(signal.SIGINT)  # second Ctrl-C: stop at once
         self._received = number
 
     def on_train_batch_end(
@@ -57,22 +58,22 @@ class Preemption(Callback):
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *args: Any
     ) -> None:
-        if trainer.state.fn == "fit" and (number := self._agreed_within(trainer, batch_idx, trainer.num_val_batches)):
+        if trainer.state.fn == "fit" and (number := self._received_by_any(trainer, batch_idx, trainer.num_val_batches)):
             self._stop(trainer, number)
 
     def on_test_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *args: Any
     ) -> None:
-        if number := self._agreed_within(trainer, batch_idx, trainer.num_test_batches):
-            raise Preempted(f"{signal.Signals(number).name} during the test: run the same command again to repeat it")
+        if number := self._received_by_any(trainer, batch_idx, trainer.num_test_batches):
+            raise Preempted(f"{signal.Signals(number).name} during the test: run the same command again to repeat the test")
 
-    def _agreed_within(self, trainer: Trainer, batch_idx: int, batches: list[int | float]) -> int:
+    def _received_by_any(self, trainer: Trainer, batch_idx: int, batches: list[int | float]) -> int:
         done = batch_idx + 1
         return max_over_ranks(
             trainer, self._received, 0 if done == batches[0] else done
-        )  # 0: now, however few they are
+        )  # 0: exchange now
 
     def _stop(self, trainer: Trainer, number: int) -> None:
         self.saver.write(trainer)
         name = signal.Signals(number).name
-        raise Preempted(f"{name} at step {trainer.global_step}: run the same command again to go on")
+        raise Preempted(f"{name} at step {trainer.global_step}: run the same command again to resume")

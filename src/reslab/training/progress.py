@@ -1,4 +1,4 @@
-"""What a person sees of a training: a bar on a terminal, a line an epoch in a file; and its throughput."""
+"""Progress of training: a bar on a terminal, one line per epoch in a file; and its throughput."""
 
 import sys
 import time
@@ -9,24 +9,23 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from reslab.training.checkpoint import at_step_end
-
-SHOWN = ("train/loss", "train/acc", "val/loss", "val/acc")
+from reslab.training.lightning_internals import is_logged_step, publish
 
 
 class ProgressReport(Callback):
-    """Shows loss, accuracy, images/s and the time left, from values that are on the host already.
+    """Show metrics, images/s and time left, from values that are already on the host.
 
-    Also measures the training's throughput (validation and checkpoints left out), which it logs as
-    `images_per_second` and keeps in `images` and `seconds` for the run's manifest.
+    Also measure the throughput of training, without validation and checkpoints: logged as `images_per_second`, and
+    kept in `images` and `seconds` for the manifest.
     """
 
     def __init__(self) -> None:
         self.images, self.seconds = 0, 0.0
         self._console = Console(file=sys.stdout)
         self._bar: Progress | None = None
-        self._mark = 0.0  # when the current stretch of training began
-        self._logged = (0.0, 0)  # seconds and images by the last logged step
-        self._validated_in = -1  # the epoch of the last validation
+        self._mark = 0.0  # start of the current stretch of training
+        self._logged = (0.0, 0)  # seconds and images at the last logged step
+        self._validated_in = -1  # epoch of the last validation
 
     def state_dict(self) -> dict[str, Any]:
         return {"images": self.images, "seconds": self.seconds}
@@ -54,9 +53,8 @@ class ProgressReport(Callback):
     ) -> None:
         self.images += len(batch[1]) * trainer.world_size
         step = trainer.global_step
-        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if step % every == 0 and at_step_end(trainer, batch_idx):
-            self._log_speed(trainer, step)
+        if at_step_end(trainer, batch_idx) and is_logged_step(trainer, step):
+            self._log_speed(trainer)
             self._refresh(pl_module)
         if self._bar is not None:
             self._bar.update(self._task, completed=step)
@@ -72,7 +70,7 @@ class ProgressReport(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero and self._bar is None:
             done = f"{trainer.current_epoch + 1}"
-            if trainer.max_epochs and trainer.max_epochs > 0:  # else the length is given in steps
+            if trainer.max_epochs and trainer.max_epochs > 0:  # otherwise the length is given in steps
                 done += f"/{trainer.max_epochs}"
             values = self._values(pl_module, validated=self._validated_in == trainer.current_epoch)
             print(f"epoch {done}  {values}  left {self._time_left(trainer)}", flush=True)
@@ -85,7 +83,7 @@ class ProgressReport(Callback):
         self._close_bar()
 
     def images_per_second(self) -> float | None:
-        """Training images a second over the whole run so far; None before the first."""
+        """Return training images per second over the whole run so far; None before the first step."""
         return self.images / self.seconds if self.seconds > 0 else None
 
     def _resume_clock(self) -> None:
@@ -96,13 +94,11 @@ class ProgressReport(Callback):
         self.seconds += now - self._mark
         self._mark = now
 
-    def _log_speed(self, trainer: Trainer, step: int) -> None:
+    def _log_speed(self, trainer: Trainer) -> None:
         self._stop_clock()
         seconds, images = self.seconds - self._logged[0], self.images - self._logged[1]
         self._logged = (self.seconds, self.images)
-        metrics = {"images_per_second": images / max(seconds, 1e-9), "epoch": trainer.current_epoch}
-        for logger in trainer.loggers:
-            logger.log_metrics(metrics, step=step)
+        publish(trainer, {"images_per_second": images / max(seconds, 1e-9)})
 
     def _close_bar(self) -> None:
         if self._bar is not None:
@@ -115,8 +111,8 @@ class ProgressReport(Callback):
 
     def _values(self, pl_module: LightningModule, validated: bool = True) -> str:
         latest: dict[str, float] = getattr(pl_module, "latest", {})  # host values: no sync
-        names = [name for name in SHOWN if name in latest and (validated or name.startswith("train/"))]
-        shown = [f"{name} {latest[name]:.4f}" for name in names]
+        splits = ("train/", "val/") if validated else ("train/",)
+        shown = [f"{name} {latest[name]:.4f}" for split in splits for name in latest if name.startswith(split)]
         speed = self.images_per_second()
         return "  ".join([*shown, f"{speed:,.0f} images/s"] if speed else shown)
 
