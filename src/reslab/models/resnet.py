@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
 from reslab.models import ModelError
+from reslab.models.network import Network
 
 Block = Literal["basic", "bottleneck"]
 Stem = Literal["imagenet", "cifar", "cifar_stride2"]
@@ -171,7 +172,7 @@ class Bottleneck(ResidualBlock):
 BLOCKS: dict[str, type[BasicBlock] | type[Bottleneck]] = {"basic": BasicBlock, "bottleneck": Bottleneck}
 
 
-class ResNet(nn.Module):
+class ResNet(Network):
     """A residual network for images of any size: (N, in_channels, H, W) -> (N, num_classes).
 
     With torchvision's weights it computes what torchvision's network computes. Sources: He et al. 2015 (the
@@ -244,13 +245,18 @@ class ResNet(nn.Module):
             x = getattr(self, f"layer{i + 1}")(x)
         return x.mean((2, 3))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc(self.forward_features(x))
+    @property
+    def head(self) -> nn.Module:  # type: ignore[override]
+        return self.fc  # torchvision's name, for the state dict
 
-    def layer_groups(self) -> dict[str, list[nn.Module]]:
-        """What it is made of, from the images to the logits: stem, stage1, stage2 …, head."""
+    def layer_groups(self) -> dict[str, list[nn.Module | nn.Parameter]]:
+        """Return the layers by group: stem, stage1, stage2, …, head."""
         stages = {f"stage{i + 1}": [getattr(self, f"layer{i + 1}")] for i in range(len(self.layers))}
         return {"stem": [self.conv1, self.bn1], **stages, "head": [self.fc]}
+
+    def blocks(self) -> list[nn.Module]:
+        """Return the residual blocks."""
+        return [module for module in self.modules() if isinstance(module, ResidualBlock)]
 
 
 def _check(net: ResNet) -> None:

@@ -1,0 +1,148 @@
+"""The contract of a backbone: what training, fine-tuning, sharding and export need to know about a network."""
+
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+
+from reslab.models import ModelError
+
+# Modules by these names only hold layers; layer_groups() and blocks() look inside them.
+CONTAINERS = {"model", "backbone", "trunk", "encoder", "features", "stages", "blocks", "layers"}
+
+
+class Network(nn.Module, ABC):
+    """An image classifier: (N, in_channels, H, W) -> (N, num_classes).
+
+    A network of your own is one class and one config file that names it::
+
+        class TinyNet(Network):
+            def __init__(self, width: int = 16, in_channels: int = 3, num_classes: int = 10) -> None:
+                super().__init__()
+                self.in_channels, self.num_classes, self.num_features = in_channels, num_classes, 2 * width
+                self.stem = nn.Conv2d(in_channels, width, 3, stride=2)
+                self.stage1 = nn.Sequential(nn.ReLU(), nn.Conv2d(width, 2 * width, 3, stride=2), nn.ReLU())
+                self.head = nn.Linear(self.num_features, num_classes)
+
+            def forward_features(self, x: Tensor) -> Tensor:
+                return self.stage1(self.stem(x)).mean((2, 3))
+
+    Attributes:
+        in_channels: Channels of the images.
+        num_classes: Outputs of the head; 0 if there is no head (an `nn.Identity`).
+        num_features: Inputs of the head.
+        head: The layer that maps features to logits: an attribute or a property.
+    """
+
+    in_channels: int
+    num_classes: int
+    num_features: int
+    head: nn.Module
+
+    @abstractmethod
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Return the inputs of the head: (N, in_channels, H, W) -> (N, num_features)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.forward_features(x))
+
+    def layer_groups(self) -> dict[str, list[nn.Module | nn.Parameter]]:
+        """Return all layers by name, ordered from input to output; the last group is the head.
+
+        Every parameter is in exactly one group. Override this if your layers are not registered in the order in
+        which they run, or to give the groups better names. By default each child is a group, and each layer inside
+        a child that is named in `CONTAINERS`. Parameters outside of these layers belong to the first group.
+        """
+        groups: dict[str, list[nn.Module | nn.Parameter]] = {}
+        loose: list[nn.Module | nn.Parameter] = []
+        for name, layer in _layers(self, {*self.head.modules()}):
+            if isinstance(layer, nn.Parameter):
+                loose.append(layer)
+            else:
+                groups[name.removeprefix("model.")] = [layer]
+        if loose:
+            first = next(iter(groups), "stem")
+            groups[first] = [*loose, *groups.get(first, [])]
+        return {**groups, "head": [self.head]}
+
+    def blocks(self) -> list[nn.Module]:
+        """Return the units of FSDP2 sharding: disjoint modules, each gathered as a whole when it runs.
+
+        By default these are the repeated modules inside the groups between the first one and the head.
+        """
+        middle = list(self.layer_groups().values())[1:-1]
+        return [block for group in middle for layer in group if isinstance(layer, nn.Module) for block in _units(layer)]
+
+
+def _layers(
+    parent: nn.Module, head: set[nn.Module], prefix: str = ""
+) -> Iterator[tuple[str, nn.Module | nn.Parameter]]:
+    """Yield the layers below `parent` that have weights or buffers, except the head, and parameters outside of them."""
+    yield from ((prefix + name, p) for name, p in parent.named_parameters(recurse=False))
+    for name, child in parent.named_children():
+        if child in head or not child.state_dict():
+            continue
+        if name in CONTAINERS or not head.isdisjoint(child.modules()):
+            yield from _layers(child, head, f"{prefix}{name}.")
+        else:
+            yield prefix + name, child
+
+
+def _units(module: nn.Module) -> Iterator[nn.Module]:
+    """Yield the blocks of a stage, or the module itself if it is one block."""
+    inside = [child for name, child in module.named_children() if name in CONTAINERS]
+    if type(module) in (nn.Sequential, nn.ModuleList):
+        inside = list(module.children())
+    for child in inside:
+        yield from _units(child)
+    # Sharding vectors alone (a norm) costs more collectives than it saves memory.
+    if not inside and any(p.ndim > 1 for p in module.parameters()):
+        yield module
+
+
+def check_network(net: nn.Module) -> None:
+    """Check that a module keeps the contract of `Network`.
+
+    Raises:
+        ModelError: The message lists everything that is missing or wrong.
+    """
+    wrong = [
+        f"attribute {name} must be an int, got {getattr(net, name, None)!r}"
+        for name in ("in_channels", "num_classes", "num_features")
+        if not isinstance(getattr(net, name, None), int)
+    ]
+    wrong += [
+        f"method {name}() is missing"
+        for name in ("forward_features", "layer_groups", "blocks")
+        if not callable(getattr(net, name, None))
+    ]
+    if not isinstance(getattr(net, "head", None), nn.Module):
+        wrong.append("attribute head must be an nn.Module")
+    if not wrong:
+        wrong = [*_group_errors(net), *_block_errors(net)]  # type: ignore[arg-type]
+    if wrong:
+        raise ModelError(
+            f"{type(net).__name__} does not keep the contract of reslab.models.network.Network: {'; '.join(wrong)}"
+        )
+
+
+def _group_errors(net: Network) -> Iterator[str]:
+    groups = net.layer_groups()
+    grouped = {name: {id(p) for layer in group for p in _parameters(layer)} for name, group in groups.items()}
+    count = Counter(p for group in grouped.values() for p in group)
+    for name, p in net.named_parameters():
+        if count[id(p)] != 1:
+            yield f"parameter {name} must be in one group of layer_groups(), is in {count[id(p)]}"
+    if not {id(p) for p in net.head.parameters()} <= list(grouped.values() or [set()])[-1]:
+        yield "the last group of layer_groups() must hold the head"
+
+
+def _parameters(layer: nn.Module | nn.Parameter) -> Iterator[nn.Parameter]:
+    yield from layer.parameters() if isinstance(layer, nn.Module) else [layer]
+
+
+def _block_errors(net: Network) -> Iterator[str]:
+    modules = [module for block in net.blocks() for module in block.modules()]
+    if len({id(module) for module in modules}) < len(modules):
+        yield "blocks() must be disjoint"
