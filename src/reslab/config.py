@@ -1,5 +1,6 @@
-"""The typed configuration of a run: LightningCLI's, with an allowlist and messages that name the mistake."""
+"""The typed configuration of a run: LightningCLI with an allowlist and one-message errors."""
 
+import difflib
 import hashlib
 import os
 import re
@@ -13,17 +14,18 @@ import torch
 from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch import seed_everything
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities import rank_zero_only
 
 from reslab.config_errors import explain, located, places
 from reslab.data import ImageData
 from reslab.errors import UserError
 from reslab.host import CONFIGS
 from reslab.training import Classifier
+from reslab.training.lightning_internals import rank
 
 BASE = CONFIGS / "base.yaml"
+FROM_DATA = {"num_classes": "num_classes", "in_channels": "channels", "image_size": "image_size"}  # of networks
 
-# What a config file may name. Everything else is refused before it is imported: importing runs code.
+# Modules whose classes a config may name. All others are refused before the import: importing runs code.
 ALLOWED = [
     "reslab",
     "torch.optim",
@@ -38,27 +40,22 @@ ALLOWED = [
 set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=ALLOWED)
 
 
-def rank() -> int:
-    """The number of this process among those of its run."""
-    return int(getattr(rank_zero_only, "rank", 0))  # Lightning sets it when it is imported
-
-
 @dataclass
 class RunOptions:
-    """How a run is kept.
+    """Name and directory of a run, its checkpoints, and which weights are tested.
 
     Args:
-        name: The experiment's name: runs go to runs/<name>/<id>.
-        dir: The run's folder. An unfinished run in it is continued.
-        test_weights: Which weights are tested: those at the end of training, or those with the best `monitor`.
-        monitor: The validation metric that best.ckpt goes by.
-        mode: Whether more or less of `monitor` is better.
-        checkpoint_every_steps: Write last.ckpt every so many optimizer steps.
-        checkpoint_every_minutes: Write last.ckpt whenever so many minutes have passed.
-        allow_world_size_change: Allow an unfinished run to go on with another number of processes; its bits may differ.
-        group: The group of the run in W&B, such as a study.
-        job_type: The job type of the run in W&B, such as an arm.
-        tags: The tags of the run in W&B.
+        name: Name of the experiment; runs go to runs/<name>/<id>.
+        dir: The run directory. An unfinished run in it is resumed.
+        test_weights: Weights to test: those at the end of training (last), or those with the best `monitor` (best).
+        monitor: Validation metric that decides about best.ckpt.
+        mode: Whether a higher (max) or a lower (min) `monitor` is better.
+        checkpoint_every_steps: Write last.ckpt every this many optimizer steps.
+        checkpoint_every_minutes: Write last.ckpt every this many minutes.
+        allow_world_size_change: Allow an unfinished run to resume with another number of processes; bits may differ.
+        group: W&B group of the run, such as a study.
+        job_type: W&B job type of the run, such as an arm.
+        tags: W&B tags of the run.
     """
 
     name: str = "unnamed"
@@ -75,13 +72,13 @@ class RunOptions:
 
     def __post_init__(self) -> None:
         if self.checkpoint_every_minutes <= 0:
-            raise ValueError(f"checkpoint_every_minutes must be more than 0, not {self.checkpoint_every_minutes}")
+            raise ValueError(f"checkpoint_every_minutes must be more than 0, got {self.checkpoint_every_minutes}")
         if not re.fullmatch(r"[\w.=+-]+", self.name):
-            raise ValueError(f"name is a folder's name, of letters, digits and _ . = + -, not {self.name!r}")
+            raise ValueError(f"name must consist of letters, digits and _ . = + -, got {self.name!r}")
 
 
 class Experiment(LightningCLI):
-    """Parses a run's configuration; builds data, model and trainer only when asked (`build`)."""
+    """Parse the configuration of a run; `build` creates data, model and trainer settings."""
 
     def __init__(self, args: list[str]) -> None:
         self._args = args
@@ -96,7 +93,7 @@ class Experiment(LightningCLI):
             load_from_checkpoint_support=False,
             parser_kwargs={
                 "prog": "reslab fit",
-                "description": "Trains and tests one run.",
+                "description": "Train and test one run.",
                 "exit_on_error": False,
                 "allow_abbrev": False,  # otherwise --trainer.max_epoch trains
                 "default_config_files": [str(BASE)],
@@ -106,9 +103,8 @@ class Experiment(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_class_arguments(RunOptions, "run")
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
-        parser.link_arguments("seed_everything", "model.seed", compute_fn=int)
-        parser.link_arguments("data.num_classes", "model.net.init_args.num_classes", apply_on="instantiate")
-        parser.link_arguments("data.channels", "model.net.init_args.in_channels", apply_on="instantiate")
+        for argument, source in FROM_DATA.items():  # ignored by networks without such an argument
+            parser.link_arguments(f"data.{source}", f"model.net.init_args.{argument}", apply_on="instantiate")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         try:
@@ -117,68 +113,95 @@ class Experiment(LightningCLI):
             raise UserError(explain(str(error), self._keys(), args, BASE)) from error
         for group in ("trainer", "model", "data", "run"):
             if not isinstance(self.config[group], Namespace):
-                raise UserError(located(f"{group}: keys and values, not {self.config[group]!r}", [group], args, BASE))
+                raise UserError(
+                    located(f"{group} must hold keys and values, got {self.config[group]!r}", [group], args, BASE)
+                )
 
     def _keys(self) -> list[str]:
         config = getattr(self, "config", None) or self.parser.get_defaults(skip_validation=True)
         return [key for key, _ in config.items()]
 
     def _set_seed(self) -> None:
-        """The seed is set by `build`."""
+        """Do nothing: `build` sets the seed."""
 
     def instantiate_classes(self) -> None:
-        """Building is `build`'s, after the run's folder is claimed."""
+        """Do nothing: `build` creates the objects."""
 
     def dump(self) -> str:
-        """The whole resolved configuration as YAML: a config file of the same run in a folder of its own."""
+        """Return the resolved configuration as YAML, without the run directory: a config file for the same run."""
         config = self.config.clone()
         config.run.dir = None
         return self.parser.dump(config, skip_none=False, skip_validation=True)
 
     def run_dir(self) -> Path:
-        """The run's folder: as given, else runs/<name>/<id>.
+        """Return the run directory: as given, else runs/<name>/<id>.
 
-        A job of Slurm's or torchrun's has its own id in it, so that all its processes mean the same folder, and find
-        it again when the job is repeated.
+        Under Slurm or torchrun the id contains the job's id, so that all ranks use the same run directory, and a
+        requeued job finds it again.
         """
         if self.config.run.dir:
             return Path(self.config.run.dir)
-        if rank() and "RESLAB_RUN_DIR" in os.environ:  # started by rank 0, which chose
+        if rank() and "RESLAB_RUN_DIR" in os.environ:  # chosen by rank 0, which started this process
             return Path(os.environ["RESLAB_RUN_DIR"])
         job = "_".join(os.environ[k] for k in ("SLURM_JOB_ID", "SLURM_ARRAY_TASK_ID") if k in os.environ)
         started = f"slurm{job}" if job else datetime.now().strftime("%Y%m%d-%H%M%S")
         if "TORCHELASTIC_RUN_ID" in os.environ:
             started = os.environ["TORCHELASTIC_RUN_ID"]
             if started == "none":  # torchrun's default
-                raise UserError("give torchrun an --rdzv_id, or reslab a --run.dir: all processes mean one folder")
+                raise UserError(
+                    "all ranks need the same run directory: give torchrun an --rdzv_id, or reslab a --run.dir"
+                )
         digest = hashlib.sha256(self.dump().encode()).hexdigest()[:6]
         folder = Path("runs", self.config.run.name, f"{started}-seed{int(self.config.seed_everything)}-{digest}")
         os.environ["RESLAB_RUN_DIR"] = str(folder)
         return folder
 
     def build(self) -> tuple[ImageData, Classifier, dict[str, Any]]:
-        """The data, the model, and the trainer's settings: callbacks, loggers and plugins as lists, to add to."""
+        """Create data, model and trainer settings, with callbacks, loggers and plugins as lists.
+
+        Raises:
+            UserError: A constructor refuses its arguments, or the config names a metric that the run does not log.
+        """
         seed_everything(int(self.config.seed_everything), workers=True, verbose=False)
-        if self.config.trainer.deterministic:  # float32 means float32: TF32 rounds its inputs to 10 bits
+        if self.config.trainer.deterministic:  # TF32 would round float32 inputs to 10 bits
             torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
         try:
-            built = self.parser.instantiate_classes(self.config)
-        except (ValueError, UserError) as error:  # a check at construction, with the fix in its message
+            built = self.parser.instantiate(self.config)
+        except (ValueError, UserError) as error:  # a constructor's check
             raise UserError(located(str(error), self._keys(), self._args, BASE)) from error
         self._check_links(built.data)
+        built.model.seed = int(self.config.seed_everything)
         settings = dict(built.trainer)
         for name in ("callbacks", "logger", "plugins"):
             settings[name] = _as_list(settings[name])
+        self._check_metrics(built.data, built.model, settings["callbacks"])
         return built.data, built.model, settings
 
     def _check_links(self, data: ImageData) -> None:
-        """Refuses a class or channel count typed into the config that is not the data's."""
-        typed = self.config.model.net.get("init_args", Namespace())
-        for name, value in (("num_classes", data.num_classes), ("in_channels", data.channels)):
-            key = f"model.net.init_args.{name}"
-            if typed.get(name) != value and any(places(key, self._args, BASE)):  # else it is the class's default
-                wrong = f"{name} is {typed[name]} here, {value} in the data: leave it out, it follows the data"
+        """Refuse a class count, channel count or image size in the config that is not the one of the data."""
+        init_args = self.config.model.net.get("init_args", Namespace())
+        for name, source in FROM_DATA.items():
+            key, value = f"model.net.init_args.{name}", getattr(data, source)
+            if init_args.get(name) != value and any(places(key, self._args, BASE)):  # else it is the default
+                wrong = f"{name} is {init_args[name]} here, {value} in the data: leave it out, it follows the data"
                 raise UserError(located(wrong, [key], self._args, BASE))
+
+    def _check_metrics(self, data: ImageData, model: Classifier, callbacks: list[Any]) -> None:
+        """Refuse a monitor that names a metric which neither the objective nor a callback logs."""
+        own = [name for callback in callbacks for name in getattr(callback, "metric_names", [])]
+        names = [name for name in (*model.metric_names, *own) if data.val_split or not name.startswith("val/")]
+        monitors = {f"trainer.callbacks.{type(c).__name__}.monitor": getattr(c, "monitor", None) for c in callbacks}
+        if data.val_split:
+            monitors["run.monitor"] = self.config.run.monitor
+        elif self.config.run.test_weights == "best":
+            raise UserError("run.test_weights: best requires validation data: set data.val_split above 0")
+        for key, monitor in monitors.items():
+            if monitor is not None and monitor not in names:
+                near = difflib.get_close_matches(monitor, names, 3, 0.4) or names
+                raise UserError(
+                    f"{key}: no metric is called {monitor}; nearest: {', '.join(near)}. "
+                    "(A callback that logs metrics lists their names in its attribute metric_names.)"
+                )
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -1,20 +1,21 @@
-"""Pictures of an experiment before it is run: its learning rate, its augmented images."""
+"""Pictures of an experiment before it runs: its learning rate, its augmented images."""
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch import Callback, LightningModule, Trainer
+
 from reslab.config import Experiment
 from reslab.data import ImageData
-from reslab.errors import UserError
 from reslab.runs.figures import draw_grid, draw_lr
 from reslab.training import Classifier
-from reslab.training.optimizers import parameter_groups
 
 IMAGES, EPOCHS = 6, 8
 
 
 def preview(what: str, out: Path, args: list[str]) -> None:
-    """Draws `lr` (the rate at every step) or `augment` (images by epochs, as the network sees them) into a PNG.
+    """Draw the learning rate (`lr`) or augmented training images (`augment`: images by epochs) into a PNG.
 
     Args:
         what: lr or augment.
@@ -33,13 +34,27 @@ def preview(what: str, out: Path, args: list[str]) -> None:
     print(out)
 
 
+class _Ready(Exception):
+    """Training is about to start."""
+
+
+class _StopAtTheFirstStep(Callback):
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        raise _Ready
+
+
 def learning_rates(data: ImageData, model: Classifier, settings: dict[str, Any]) -> list[float]:
-    """The rate of the first parameter group at each optimizer step."""
-    per_epoch = len(data.split[0]) // data.batch_size
-    epochs, steps = settings["max_epochs"], settings["max_steps"]
-    total = steps if steps > 0 else per_epoch * (epochs or 0)
-    if total <= 0:
-        raise UserError("the schedule needs an end: set trainer.max_epochs or trainer.max_steps")
-    base = model.make_optimizer(parameter_groups(model.net, model.decay_norm_and_bias)).param_groups[0]["lr"]
-    scale = data.batch_size / (model.base_batch_size or data.batch_size)
-    return [base * scale * model.schedule.factor(step, total, per_epoch) for step in range(total)]
+    """Return the learning rate of the first parameter group at every optimizer step.
+
+    The Trainer sets up the run as in `fit`, on one CPU, and is stopped before the first step, so that limits,
+    accumulation and lengths are those of the run.
+    """
+    one_cpu = {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto", "precision": "32-true"}
+    nothing_kept = {"logger": False, "callbacks": [_StopAtTheFirstStep()], "sync_batchnorm": False}
+    trainer = Trainer(**{**settings, **one_cpu, **nothing_kept})
+    model.weights = None
+    with contextlib.suppress(_Ready):
+        trainer.fit(model, datamodule=data)
+    scheduler: Any = trainer.lr_scheduler_configs[0].scheduler
+    base, multiplier = scheduler.base_lrs[0], scheduler.lr_lambdas[0]
+    return [base * multiplier(step) for step in range(int(trainer.estimated_stepping_batches))]

@@ -36,6 +36,7 @@ from reslab.data.order import Ints, stratified_split
 from reslab.data.resize import ResizeConfig
 from reslab.errors import UserError
 from reslab.host import available_cores
+from reslab.training.lightning_internals import batches_taken, convert_input
 
 
 class ImageData(LightningDataModule):
@@ -103,6 +104,11 @@ class ImageData(LightningDataModule):
     def image_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of what the network sees in evaluation."""
         return self.channels, self._test_size, self._test_size
+
+    @property
+    def image_size(self) -> int:
+        """Side of the images in evaluation; networks with a fixed image size follow it."""
+        return self._test_size
 
     @property
     def _test_size(self) -> int:
@@ -197,7 +203,7 @@ class ImageData(LightningDataModule):
         # no state of its own to go on in the middle of an epoch.
         if self.trainer is None or not self.trainer.training:
             return None
-        return self.trainer.fit_loop.epoch_loop.batch_progress.total.ready, _limited(self.trainer, length)
+        return batches_taken(self.trainer), _limited(self.trainer, length)
 
     def train_dataloader(self) -> DataLoader[Batch]:
         if self.trainer and self.trainer.overfit_batches:  # type: ignore[attr-defined]
@@ -299,7 +305,7 @@ class ImageData(LightningDataModule):
             images = normalize(batch.images, mean, std)
         images, own = mix(images, batch.mix) if len(batch.mix) else (images, batch.mix)
         if self.trainer:
-            images = self.trainer.precision_plugin.convert_input(images)  # networks in half or double precision
+            images = convert_input(self.trainer, images)
         return batch._replace(images=images, mix=own)
 
     def fingerprint(self) -> dict[str, str]:

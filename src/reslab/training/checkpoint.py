@@ -125,7 +125,9 @@ def resume_point(folder: Path, quarantine: bool = True) -> tuple[Path | None, li
         messages.append(f"{path} is damaged (its SHA-256 is not in {SUMS}): renamed to {aside.name}")
     if messages:
         raise UserError(
-            "\n".join([*messages, f"no intact checkpoint is left in {folder}: start the run again in another directory"])
+            "\n".join(
+                [*messages, f"no intact checkpoint is left in {folder}: start the run again in another directory"]
+            )
         )
     return None, messages
 

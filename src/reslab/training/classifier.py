@@ -10,7 +10,6 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
-from torchmetrics import MetricCollection
 
 from reslab.data import Batch
 from reslab.data.order import step_seed
@@ -72,7 +71,7 @@ class Classifier(LightningModule):
         base_batch_size: Batch size for which the learning rate is stated; the rate used is
             lr × batch_size / base_batch_size (Goyal et al. 2017). null: the rate is used unchanged.
         param_groups: Which parameters are trained, and how.
-        ema_decay: Decay per step of an exponential moving average of the weights, which evaluation then uses. null: off.
+        ema_decay: Decay per step of an exponential moving average of the weights, used by evaluation. null: off.
         flip_tta: In evaluation, average the logits of each image and its mirror image.
         execution: Compilation and memory format.
 
@@ -93,7 +92,7 @@ class Classifier(LightningModule):
         param_groups: ParamGroups = ParamGroups(),  # noqa: B008 - frozen
         ema_decay: float | None = None,
         flip_tta: bool = False,
-        execution: Execution = Execution(),  # noqa: B008 - frozen
+        execution: Execution = Execution(),
     ) -> None:
         super().__init__()
         _check(net, base_batch_size, ema_decay)
@@ -112,7 +111,7 @@ class Classifier(LightningModule):
         self.seed: int | None = None
         self.latest: dict[str, float] = {}
         self.predictions: dict[str, Tensor] = {}
-        self._metrics = nn.ModuleDict()  # by split, made when the number of classes is known
+        self._metrics: Any = nn.ModuleDict()  # by split, made when the number of classes is known
         self._test_outputs: list[Tensor] = []
         # Sums of the objective's training metrics since the last logged step, over so many images.
         self._window = torch.zeros(len(self.objective.training_metrics))
@@ -228,9 +227,8 @@ class Classifier(LightningModule):
         if not all(map(math.isfinite, sums)):
             values = dict(zip(self.objective.training_metrics, sums, strict=True))
             name, value = next((name, value) for name, value in values.items() if not math.isfinite(value))
-            raise Diverged(
-                f"the training {name} is {value} at step {step}: lower the learning rate, warm up longer, or clip gradients"
-            )
+            remedy = "lower the learning rate, warm up longer, or clip gradients"
+            raise Diverged(f"the training {name} is {value} at step {step}: {remedy}")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         count = torch.tensor([float(self._window_images)], device=self.device)
@@ -252,23 +250,21 @@ class Classifier(LightningModule):
 
     # Evaluation
 
-    def metrics(self, split: str, num_classes: int) -> MetricCollection:
-        """Return the objective's evaluation metrics for a split, made at the first call."""
+    def _update_metrics(self, split: str, logits: Tensor, labels: Tensor) -> None:
         if split not in self._metrics:
-            metrics: dict[str, Any] = self.objective.evaluation_metrics(num_classes)
-            self._metrics[split] = MetricCollection(metrics, prefix=f"{split}/", compute_groups=False).to(self.device)
-        return self._metrics[split]  # type: ignore[return-value]
+            self._metrics[split] = nn.ModuleDict(self.objective.evaluation_metrics(logits.shape[1])).to(self.device)
+        for metric in self._metrics[split].values():
+            metric.update(logits, labels)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        logits = self(batch[0])
-        self.metrics("val", logits.shape[1]).update(logits, batch[1])
+        self._update_metrics("val", self(batch[0]), batch[1])
 
     def on_validation_epoch_end(self) -> None:
         self._log_evaluation("val")
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         logits = self(batch[0])
-        self.metrics("test", logits.shape[1]).update(logits, batch[1])
+        self._update_metrics("test", logits, batch[1])
         if len(batch) > 2:  # our batches hold the images' indices; those of other loaders may not
             self._test_outputs.append(_outcomes(logits, batch[1], batch[2]))
 
@@ -284,9 +280,10 @@ class Classifier(LightningModule):
         return self(batch[0]).float().softmax(1)
 
     def _log_evaluation(self, split: str) -> None:
-        metrics: MetricCollection = self._metrics[split]  # type: ignore[assignment]
-        values = {name: float(value) for name, value in metrics.compute().items()}
-        metrics.reset()
+        metrics = self._metrics[split]
+        values = {f"{split}/{name}": float(metric.compute()) for name, metric in metrics.items()}
+        for metric in metrics.values():
+            metric.reset()
         self.latest.update(values)
         # float64: log_dict would round plain numbers to float32.
         self.log_dict({name: torch.tensor(value, dtype=torch.float64) for name, value in values.items()})
@@ -298,7 +295,7 @@ def _check(net: nn.Module, base_batch_size: int | None, ema_decay: float | None)
     if base_batch_size is not None and base_batch_size < 1:
         raise ValueError(f"base_batch_size must be at least 1, got {base_batch_size}")
     if getattr(net, "num_classes", None) == 0:
-        raise ValueError("a classifier requires num_classes of at least 1; num_classes=0 builds a network without a head")
+        raise ValueError("num_classes must be at least 1, got 0: that is a network without a head")
 
 
 OUTCOMES = ("index", "label", "prediction", "confidence", "correct_probability")

@@ -46,7 +46,7 @@ _USED: tuple[tuple[Any, str], ...] = (
 def _exists(owner: Any, name: str) -> bool:
     if hasattr(owner, name) or not isinstance(owner, type):
         return hasattr(owner, name)
-    return name in inspect.unwrap(owner.__init__).__code__.co_names
+    return name in inspect.unwrap(vars(owner)["__init__"]).__code__.co_names
 
 
 if _missing := [f"{getattr(owner, '__name__', owner)}.{name}" for owner, name in _USED if not _exists(owner, name)]:

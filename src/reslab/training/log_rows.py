@@ -15,19 +15,25 @@ class LogRows(Callback):
     between those of code that logs `trainer.global_step`. Here the step passed to `log_metrics` is replaced by the
     optimizer step being taken (`current_step`), and a row reaches the logger when the next one begins. A logger with
     `merges_rows = True` updates its last row itself and receives everything at once.
+
+    Args:
+        test_follows: A test follows the fit: its metrics belong to the row of the last step, which is kept open.
     """
+
+    def __init__(self, test_follows: bool = False) -> None:
+        self.test_follows = test_follows
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         for logger in trainer.loggers:
             if not isinstance(getattr(logger.log_metrics, "__self__", None), _Row):
-                _Row(logger, trainer)
+                _Row(logger, trainer, self.test_follows)
 
 
 class _Row:
     """The row that one logger's `log_metrics` fills."""
 
-    def __init__(self, logger: Logger, trainer: Trainer) -> None:
-        self.trainer = trainer
+    def __init__(self, logger: Logger, trainer: Trainer, test_follows: bool) -> None:
+        self.trainer, self.test_follows = trainer, test_follows
         self.merges = getattr(logger, "merges_rows", False)
         self.send, self.close = logger.log_metrics, logger.finalize
         self.step, self.values = -1, dict[str, Any]()
@@ -50,5 +56,6 @@ class _Row:
         self.values = {}
 
     def finalize(self, status: str) -> None:
-        self.flush()
+        if not (self.test_follows and self.trainer.state.fn == "fit" and status == "success"):
+            self.flush()
         self.close(status)

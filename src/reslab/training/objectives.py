@@ -25,7 +25,7 @@ class Labels(NamedTuple):
 
     Attributes:
         labels: int64 (N,).
-        lam: Mixup lambda, float32 (): the weight of an image's own label; its partner's weighs 1 - lam. None: no mixing.
+        lam: Mixup lambda, float32 (): weight of an image's own label; its partner's weighs 1 - lam. None: no mixing.
     """
 
     labels: Tensor
@@ -222,17 +222,20 @@ class Distillation(CrossEntropy):
         if not 0 <= alpha <= 1:
             raise ValueError(f"alpha must be between 0 and 1, got {alpha}")
         self.temperature, self.alpha, self.weights = temperature, alpha, weights
-        self._source = (teacher,)
-        self._teacher: tuple[nn.Module, ...] = ()  # in a tuple: a registered submodule would be saved and averaged
+        self._source = (teacher,)  # in tuples: a registered submodule would be saved, averaged and moved
+        self._teacher: tuple[nn.Module, ...] = ()
+        self._record: dict[str, Any] = {}
 
     def prepare(self, net: nn.Module) -> dict[str, Any]:
-        teacher = self._load(net)
-        theirs, ours = (getattr(n, "num_classes", None) for n in (teacher, net))
-        if theirs != ours and None not in (theirs, ours):
-            raise UserError(f"model.objective: the teacher has {theirs} classes, the network has {ours}")
-        self._teacher = (teacher.requires_grad_(False).eval(),)
-        source = self._source[0] if isinstance(self._source[0], str) else type(teacher).__name__
-        return {"teacher": source, "teacher_sha256": weights_sha256(teacher.state_dict())}
+        if not self._teacher:
+            teacher = self._load(net)
+            theirs, ours = (getattr(n, "num_classes", None) for n in (teacher, net))
+            if theirs != ours and None not in (theirs, ours):
+                raise UserError(f"model.objective: the teacher has {theirs} classes, the network has {ours}")
+            self._teacher = (teacher.requires_grad_(False).eval(),)
+            source = self._source[0] if isinstance(self._source[0], str) else type(teacher).__name__
+            self._record = {"teacher": source, "teacher_sha256": weights_sha256(teacher.state_dict())}
+        return self._record
 
     def _load(self, net: nn.Module) -> nn.Module:
         (source,) = self._source

@@ -34,7 +34,9 @@ class ParamGroups:
     def __post_init__(self) -> None:
         for name in ("backbone_lr_scale", "layer_decay"):
             if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be more than 0, got {getattr(self, name)}; freeze keeps groups as they are")
+                raise ValueError(
+                    f"{name} must be more than 0, got {getattr(self, name)}; freeze keeps groups as they are"
+                )
 
     def check(self, net: nn.Module) -> None:
         """Raise ValueError where the network has no such layer groups, or none at all."""
@@ -45,7 +47,7 @@ class ParamGroups:
             return
         if not hasattr(net, "layer_groups"):
             raise ValueError(
-                f"param_groups: {', '.join(changed)} requires a network with layer groups; {type(net).__name__} has none: "
+                f"param_groups: {', '.join(changed)} requires layer groups, {type(net).__name__} has none: "
                 "implement reslab.models.Network, or leave the option out"
             )
         groups = list(net.layer_groups())[:-1]
@@ -203,7 +205,9 @@ class MultiStep(Schedule):
     ) -> None:
         super().__init__(warmup_epochs, warmup_start)
         if list(milestones) != sorted(milestones) or not all(0 < m < 1 for m in milestones):
-            raise ValueError(f"milestones must be increasing shares of training between 0 and 1, got {list(milestones)}")
+            raise ValueError(
+                f"milestones must be increasing shares of training between 0 and 1, got {list(milestones)}"
+            )
         self.milestones, self.gamma = list(milestones), gamma
 
     def factor(self, step: int, total_steps: int, steps_per_epoch: float) -> float:

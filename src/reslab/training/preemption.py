@@ -65,13 +65,13 @@ class Preemption(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *args: Any
     ) -> None:
         if number := self._received_by_any(trainer, batch_idx, trainer.num_test_batches):
-            raise Preempted(f"{signal.Signals(number).name} during the test: run the same command again to repeat the test")
+            raise Preempted(
+                f"{signal.Signals(number).name} during the test: run the same command again to repeat the test"
+            )
 
     def _received_by_any(self, trainer: Trainer, batch_idx: int, batches: list[int | float]) -> int:
         done = batch_idx + 1
-        return max_over_ranks(
-            trainer, self._received, 0 if done == batches[0] else done
-        )  # 0: exchange now
+        return max_over_ranks(trainer, self._received, 0 if done == batches[0] else done)  # 0: exchange now
 
     def _stop(self, trainer: Trainer, number: int) -> None:
         self.saver.write(trainer)

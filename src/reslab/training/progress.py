@@ -60,7 +60,8 @@ class ProgressReport(Callback):
             self._bar.update(self._task, completed=step)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._stop_clock()
+        if not trainer.sanity_checking:  # the clock is not running yet
+            self._stop_clock()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._resume_clock()
