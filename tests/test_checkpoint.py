@@ -1,4 +1,4 @@
-"""Checkpoint files: whichever rename a kill comes before, what is there is known to be whole."""
+"""Checkpoint files: a kill before any rename leaves an intact checkpoint that can be told from a damaged one."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("moment", range(1, 6))
-def test_a_kill_before_any_rename_leaves_a_checkpoint_to_resume_from(
+def test_kill_before_any_rename_leaves_a_checkpoint_to_resume_from(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: int
 ) -> None:
     writer, last = VerifiedCheckpointIO(), tmp_path / "last.ckpt"
@@ -30,13 +30,13 @@ def test_a_kill_before_any_rename_leaves_a_checkpoint_to_resume_from(
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "replace", replace)
-        try:  # a save renames four times: the sums, last to previous, the new one, the sums again
+        try:  # a save renames four times: sums, last to previous, the new file, sums again
             writer.save_checkpoint({"global_step": 3}, last)
         except Killed:
             assert moment <= 4
         else:
             assert moment == 5
-    for step in (4, 5):  # and the saves after it lose nothing either
+    for step in (4, 5):  # later saves lose nothing either
         assert all(checksum_matches(path) for path in tmp_path.glob("*.ckpt"))
         found, messages = resume_point(tmp_path)
         assert found and not messages and read_checkpoint(found)["global_step"] in (2, 3, 4)
@@ -44,7 +44,7 @@ def test_a_kill_before_any_rename_leaves_a_checkpoint_to_resume_from(
     assert [read_checkpoint(tmp_path / f"{name}.ckpt")["global_step"] for name in ("last", "previous")] == [5, 4]
 
 
-def test_the_sums_are_those_of_sha256sum(tmp_path: Path) -> None:
+def test_sums_are_those_of_sha256sum(tmp_path: Path) -> None:
     import subprocess
 
     for step in (1, 2, 3):
@@ -54,8 +54,8 @@ def test_the_sums_are_those_of_sha256sum(tmp_path: Path) -> None:
     assert len((tmp_path / SUMS).read_text().splitlines()) == 3
 
 
-def test_a_damaged_record_is_no_crash(tmp_path: Path) -> None:
+def test_damaged_sums_file_is_reported(tmp_path: Path) -> None:
     VerifiedCheckpointIO().save_checkpoint({"global_step": 1}, tmp_path / "last.ckpt")
     (tmp_path / SUMS).write_bytes(b"\xff\xfe no sums")
-    with pytest.raises(UserError, match="no whole checkpoint"):
+    with pytest.raises(UserError, match="no intact checkpoint"):
         resume_point(tmp_path)

@@ -1,4 +1,4 @@
-"""Every config file loads; a mistake in one is answered with its key, its file and the nearest valid name."""
+"""Every shipped config file loads; a mistake is reported with its key, its file and the nearest valid name."""
 
 import re
 import subprocess
@@ -17,7 +17,7 @@ CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 DIGITS = CONFIGS / "experiment" / "digits.yaml"
 EXPERIMENTS = sorted((CONFIGS / "experiment").glob("*.yaml"))
 OVERLAYS = sorted(f for folder in ("recipe", "trainer", "logger") for f in (CONFIGS / folder).glob("*.yaml"))
-LEAVES = sorted(f for folder in ("net", "data") for f in (CONFIGS / folder).glob("*.yaml"))
+LEAVES = sorted(f for folder in ("net", "data", "objective") for f in (CONFIGS / folder).glob("*.yaml"))
 
 
 def named(paths: list[Path]) -> list:
@@ -32,7 +32,7 @@ def parse(*configs: Path, options: list[str] | None = None) -> Experiment:
 
 
 def test_no_config_file_is_forgotten() -> None:
-    tested = {"experiment", "recipe", "trainer", "logger", "net", "data", "ablation", "sweep"}
+    tested = {"experiment", "recipe", "trainer", "logger", "net", "objective", "data", "ablation", "sweep"}
     assert {path.name for path in CONFIGS.iterdir()} <= tested | {"base.yaml"}
     assert len(EXPERIMENTS) >= 13 and len(OVERLAYS) >= 12
 
@@ -46,7 +46,7 @@ def test_experiment_parses_and_is_named_after_its_file(path: Path) -> None:
 
 @pytest.mark.parametrize("path", [p for p in named(EXPERIMENTS) if "imagenet_" not in str(p.id)])
 def test_experiment_builds_data_model_and_trainer_settings(path: Path) -> None:
-    with torch.device("meta"):  # shapes without the arithmetic
+    with torch.device("meta"):  # shapes without arithmetic
         data, model, settings = parse(path).build()
         logits = model.eval()(torch.zeros(2, *data.image_shape))
     assert model.net.num_classes == data.num_classes
@@ -55,7 +55,7 @@ def test_experiment_builds_data_model_and_trainer_settings(path: Path) -> None:
     assert logits.shape == (2, data.num_classes)
 
 
-def test_imagenet_takes_its_classes_from_the_folders(tmp_path: Path) -> None:
+def test_imagenet_classes_follow_the_folders(tmp_path: Path) -> None:
     for wnid in ("n01440764", "n02102040", "n03000684"):
         (tmp_path / "imagenet" / "train" / wnid).mkdir(parents=True)
     path = CONFIGS / "experiment" / "imagenet_resnet18.yaml"
@@ -77,7 +77,7 @@ def test_header_states_command_hardware_time_and_result(path: Path) -> None:
 @pytest.mark.parametrize("path", named(OVERLAYS))
 def test_overlay_stacks_on_an_experiment(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
-    assert text.startswith("# "), "an overlay says in its first line what it is for"
+    assert text.startswith("# "), "the first line of an overlay says what it is for"
     if "timm." in text:
         pytest.importorskip("timm", reason="timm is not installed: its optimizers are not tested")
     assert parse(DIGITS, path).config.run.name == "digits"
@@ -85,14 +85,14 @@ def test_overlay_stacks_on_an_experiment(path: Path) -> None:
 
 @pytest.mark.parametrize("path", named([*EXPERIMENTS, *OVERLAYS, CONFIGS / "base.yaml"]))
 def test_no_config_inside_a_config(path: Path) -> None:
-    # jsonargparse would let it replace whole groups without a word.
+    # jsonargparse would let it replace whole groups silently.
     assert "config" not in yaml.safe_load(path.read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize("path", named(LEAVES))
 def test_leaf_takes_its_place_in_an_experiment(path: Path) -> None:
     assert path.read_text(encoding="utf-8").startswith("# ")
-    key = {"net": "model.net", "data": "data.dataset"}[path.parent.name]
+    key = {"net": "model.net", "data": "data.dataset", "objective": "model.objective"}[path.parent.name]
     config = parse(DIGITS, options=[f"--{key}={path}"]).config
     assert config[key].class_path == yaml.safe_load(path.read_text(encoding="utf-8"))["class_path"]
 
@@ -104,7 +104,7 @@ def test_he_recipe_is_the_papers(depth: int) -> None:
     assert (config.trainer.max_steps, config.data.batch_size, config.data.val_split) == (64_000, 128, 5000)
     assert (sgd.lr, sgd.momentum, sgd.nesterov, sgd.weight_decay) == (0.1, 0.9, False, 1e-4)
     assert (schedule.milestones, schedule.gamma) == ([0.5, 0.75], 0.1)
-    assert config.model.decay_norm_and_bias and config.model.net.init_args.shortcut == "A"
+    assert config.model.param_groups.decay_norm_and_bias and config.model.net.init_args.shortcut == "A"
     assert (config.data.augment.crop_padding, config.data.augment.flip) == (4, "random")
 
 
@@ -127,11 +127,11 @@ def test_rate_falls_at_the_published_epochs(name: str) -> None:
         assert schedule.factor(step, total, an_epoch) == schedule.gamma ** (drops + 1)
 
 
-# What a user gets wrong
+# Mistakes
 
 
 def refusal(folder: Path, text: str, *options: str) -> str:
-    """The answer to the demonstration with the config `text` stacked on it."""
+    """Return the error message for the digits experiment with the config `text` stacked on it."""
     (folder / "mine.yaml").write_text(text, encoding="utf-8")
     with pytest.raises(UserError) as caught:
         parse(DIGITS, folder / "mine.yaml", options=list(options)).build()
@@ -142,7 +142,7 @@ def refusal(folder: Path, text: str, *options: str) -> str:
 
 
 def words(message: str) -> set[str]:
-    """The dotted names in a message, whole, and their last parts."""
+    """Return the dotted names in a message and their last parts."""
     names = re.findall(r"[\w.]*\w", message)
     return {*names, *(name.rpartition(".")[2] for name in names)}
 
@@ -153,7 +153,8 @@ UNKNOWN_KEYS = [
     ("data: {batchsize: 64}", "data.batchsize", "data.batch_size"),
     ("data: {augment: {crop_pading: 1}}", "crop_pading", "crop_padding"),
     ("run: {nam: x}", "run.nam", "run.name"),
-    ("model: {label_smothing: 0.1}", "model.label_smothing", "model.label_smoothing"),
+    ("model: {objective: {init_args: {label_smothing: 0.1}}}", "label_smothing", "label_smoothing"),
+    ("model: {param_groups: {freez: [stem]}}", "freez", "freeze"),
     ("model: {net: {init_args: {shortcat: A}}}", "shortcat", "shortcut"),
     ("model: {schedule: {init_args: {peak_att: 0.2}}}", "peak_att", "peak_at"),
     ("model: {optimizer: {init_args: {momentun: 0.9}}}", "momentun", "momentum"),
@@ -161,6 +162,7 @@ UNKNOWN_KEYS = [
 WRONG_NAMES = [
     ("model: {optimizer: {class_path: torch.optim.SDG}}", "model.optimizer", "SGD"),
     ("model: {schedule: {class_path: Cosin}}", "model.schedule", "Cosine"),
+    ("model: {objective: {class_path: CrossEntrop}}", "model.objective", "CrossEntropy"),
     ("model: {schedule: {class_path: reslab.training.OneCicle}}", "model.schedule", "OneCycle"),
     ("data: {dataset: {class_path: CIFAR11}}", "data.dataset", "CIFAR10"),
     ("data: {augment: {flip: randm}}", "flip", "random"),
@@ -169,7 +171,7 @@ WRONG_NAMES = [
 ]
 WRONG_TYPES = [
     ("data: {batch_size: many}", "data.batch_size", "int"),
-    ("model: {label_smoothing: [1]}", "model.label_smoothing", "float"),
+    ("model: {objective: {init_args: {label_smoothing: [1]}}}", "label_smoothing", "float"),
     ("model: {net: {init_args: {layers: two}}}", "layers", "two"),
     ("trainer: {max_epochs: 1.5}", "trainer.max_epochs", "int"),
     ("trainer: 3", "trainer", ""),
@@ -177,19 +179,19 @@ WRONG_TYPES = [
 
 
 @pytest.mark.parametrize(("text", "key", "nearest"), UNKNOWN_KEYS)
-def test_unknown_key_is_answered_with_the_nearest(tmp_path: Path, text: str, key: str, nearest: str) -> None:
+def test_unknown_key_is_reported_with_the_nearest(tmp_path: Path, text: str, key: str, nearest: str) -> None:
     message = refusal(tmp_path, text)
     assert key in message and nearest in words(message)
 
 
 @pytest.mark.parametrize(("text", "key", "nearest"), WRONG_NAMES)
-def test_unknown_name_is_answered_with_the_nearest(tmp_path: Path, text: str, key: str, nearest: str) -> None:
+def test_unknown_name_is_reported_with_the_nearest(tmp_path: Path, text: str, key: str, nearest: str) -> None:
     message = refusal(tmp_path, text)
     assert key in message and nearest in message
 
 
 @pytest.mark.parametrize(("text", "key", "expected"), WRONG_TYPES)
-def test_wrong_type_says_what_was_expected(tmp_path: Path, text: str, key: str, expected: str) -> None:
+def test_wrong_type_is_reported_with_the_expected_one(tmp_path: Path, text: str, key: str, expected: str) -> None:
     message = refusal(tmp_path, text)
     assert key in message and expected in message
 
@@ -197,9 +199,9 @@ def test_wrong_type_says_what_was_expected(tmp_path: Path, text: str, key: str, 
 OUT_OF_RANGE = [
     ("data: {batch_size: 0}", "batch_size", "1 or more"),
     ("data: {augment: {crop_padding: -1}}", "crop_padding", "0 or more"),
-    ("model: {label_smoothing: 1.5}", "label_smoothing", "[0, 1)"),
+    ("model: {objective: {init_args: {label_smoothing: 1.5}}}", "label_smoothing", "[0, 1)"),
     ("model: {ema_decay: 2.0}", "ema_decay", "between 0 and 1"),
-    ("model: {freeze: [stem, stage9]}", "freeze", "stem, stage1, stage2, stage3"),
+    ("model: {param_groups: {freeze: [stem, stage9]}}", "freeze", "stem, stage1, stage2, stage3"),
     (
         "model: {schedule: {class_path: MultiStep, init_args: {milestones: [0.5, 3]}}}",
         "milestones",
@@ -212,7 +214,9 @@ OUT_OF_RANGE = [
 
 
 @pytest.mark.parametrize(("text", "key", "remedy"), OUT_OF_RANGE)
-def test_value_out_of_range_says_what_is_allowed(tmp_path: Path, text: str, key: str, remedy: str) -> None:
+def test_value_out_of_range_is_reported_with_the_allowed_range(
+    tmp_path: Path, text: str, key: str, remedy: str
+) -> None:
     message = refusal(tmp_path, text)
     assert key in message and remedy in message
 
@@ -220,24 +224,24 @@ def test_value_out_of_range_says_what_is_allowed(tmp_path: Path, text: str, key:
 @pytest.mark.parametrize(
     ("option", "key", "nearest"),
     [
-        ("--trainer.max_epoch=12", "trainer.max_epoch", "trainer.max_epochs"),  # an abbreviation is no key
+        ("--trainer.max_epoch=12", "trainer.max_epoch", "trainer.max_epochs"),  # abbreviations are not accepted
         ("--data.num_worker=2", "data.num_worker", "data.num_workers"),
         ("--model.net.init_args.shortcut=D", "shortcut", "identity"),
     ],
 )
-def test_mistake_on_the_command_line(option: str, key: str, nearest: str) -> None:
+def test_mistake_on_the_command_line_is_located(option: str, key: str, nearest: str) -> None:
     with pytest.raises(UserError) as caught:
         parse(DIGITS, options=[option])
     message = str(caught.value)
     assert key in message and nearest in words(message) and "command line" in message
 
 
-def test_file_that_is_not_there() -> None:
+def test_missing_config_file_is_named() -> None:
     with pytest.raises(UserError, match=r"nowhere\.yaml"):
         parse(Path("nowhere.yaml"))
 
 
-def test_leaf_that_is_not_there_is_named_with_the_file_that_names_it(tmp_path: Path) -> None:
+def test_missing_leaf_is_named_with_the_file_that_references_it(tmp_path: Path) -> None:
     message = refusal(tmp_path, "model: {net: ../net/resnet9.yaml}")
     assert "resnet9.yaml" in message
 
@@ -257,10 +261,10 @@ PLACES = [
 
 @pytest.mark.parametrize("name", FORBIDDEN)
 @pytest.mark.parametrize("place", PLACES)
-def test_config_cannot_name_what_is_not_allowed(
+def test_config_cannot_name_modules_outside_the_allowlist(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, name: str
 ) -> None:
-    # A module whose name only begins like an allowed one, and which leaves a trace when it is imported.
+    # A module whose name begins like an allowed one, and which leaves a file when it is imported.
     trace = tmp_path / "imported"
     (tmp_path / "reslab_evil.py").write_text(f"open({str(trace)!r}, 'w')\nclass Callback: ...\n")
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -268,7 +272,7 @@ def test_config_cannot_name_what_is_not_allowed(
     assert not trace.exists()
 
 
-def test_a_package_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Nowhere:
         def find_spec(self, name: str, *args: object) -> None:
             if name.partition(".")[0] == "timm":
@@ -283,7 +287,7 @@ def test_a_package_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: p
     assert "TimmRandAugment needs timm: pip install timm" in refusal(tmp_path, policy)
 
 
-def test_command_line_answers_with_one_message_and_status_2(tmp_path: Path) -> None:
+def test_command_line_prints_one_message_and_exits_with_2(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("trainer: {max_epoch: 3}")
     command = [
         sys.executable,
@@ -298,4 +302,35 @@ def test_command_line_answers_with_one_message_and_status_2(tmp_path: Path) -> N
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2
     assert "trainer.max_epochs" in done.stderr and "Traceback" not in done.stderr
-    assert [path.name for path in tmp_path.iterdir()] == ["mine.yaml"], "a refused run leaves nothing behind"
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.yaml"], "a refused run leaves no files"
+
+
+MONITORS = [
+    ("run: {monitor: val/accuracy}", "run.monitor", "val/acc"),
+    ("trainer: {callbacks: [{class_path: EarlyStopping, init_args: {monitor: val_loss}}]}", "EarlyStopping", "val/loss"),
+    ("run: {monitor: val/f1}", "run.monitor", "val/loss"),
+    ("{data: {val_split: 0}, trainer: {callbacks: [{class_path: EarlyStopping, init_args: {monitor: val/acc}}]}}",
+     "EarlyStopping", "test/acc"),
+    ("{data: {val_split: 0}, run: {test_weights: best}}", "run.test_weights", "data.val_split"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "key", "nearest"), MONITORS)
+def test_metric_that_no_run_logs_is_reported_before_anything_starts(
+    tmp_path: Path, text: str, key: str, nearest: str
+) -> None:
+    (tmp_path / "mine.yaml").write_text(text, encoding="utf-8")
+    with pytest.raises(UserError) as caught:
+        parse(DIGITS, tmp_path / "mine.yaml").build()
+    assert key in str(caught.value) and nearest in str(caught.value)
+
+
+def test_monitor_of_a_metric_that_a_callback_publishes_is_accepted() -> None:
+    from lightning.pytorch.callbacks import EarlyStopping
+
+    experiment = parse(DIGITS)
+    data, model, _ = experiment.build()
+    publisher = type("Publisher", (), {"metric_names": ["grad_norm"]})()
+    experiment._check_metrics(data, model, [EarlyStopping("grad_norm"), publisher])
+    with pytest.raises(UserError, match="grad_norm"):
+        experiment._check_metrics(data, model, [EarlyStopping("grad_norm")])

@@ -1,4 +1,4 @@
-"""jsonargparse's errors, said in one message: the key, where it stands, and the nearest valid names."""
+"""Turn jsonargparse's errors into one message: the key, where it is set, and the nearest valid names."""
 
 import difflib
 import importlib
@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-# Where the short class names of config files come from.
+# Modules whose classes a config may name without their module.
 NAMESPACES = (
     "reslab.models",
     "reslab.data",
@@ -23,10 +23,10 @@ NAMESPACES = (
 
 
 def explain(message: str, known_keys: Sequence[str], args: Sequence[str], base: Path) -> str:
-    """What is wrong, where, and what was probably meant.
+    """Return what is wrong, where, and what was probably meant.
 
     Args:
-        message: jsonargparse's.
+        message: jsonargparse's message.
         known_keys: Every dotted key of the configuration.
         args: The command line, which names the config files.
         base: The config file that is read before all others.
@@ -37,9 +37,9 @@ def explain(message: str, known_keys: Sequence[str], args: Sequence[str], base: 
     near: list[str]
     if "import path denylist" in message:
         name = _first(r"Importing '([^']+)'", message)
-        reason, key, near = f"{name!r} is not on the list of what a config may name", _key(message), []
-        reason += ": reslab, torch.optim, timm.optim, torchvision.transforms.v2, and lightning's callbacks, loggers, "
-        reason += "strategies, profilers and plugins"
+        reason, key, near = f"a config must not name {name!r}", _key(message), []
+        reason += "; allowed are reslab, torch.optim, timm.optim, torchvision.transforms.v2, and lightning's "
+        reason += "callbacks, loggers, strategies, profilers and plugins"
     elif name := _first(r"No module named '(\w+)", message):
         reason, key, near = f"{name} is not installed: pip install {name}", _key(message), []
     elif (key := _unknown_key(message)) is not None:
@@ -57,27 +57,27 @@ def explain(message: str, known_keys: Sequence[str], args: Sequence[str], base: 
         reason, key, near = *_wrong_value(message), _nearest_choices(message)
     lines = [f"{key}: {reason}" if key else reason]
     if key and (found := list(places(key, args, base))):
-        lines.append(f"  stands in: {found[-1]}")
+        lines.append(f"  set in: {found[-1]}")
     if near:
         lines.append(f"  nearest: {', '.join(near)}")
     return "\n".join(lines)
 
 
 def key_in(message: str, known_keys: Sequence[str]) -> str | None:
-    """The config key that a constructor's message speaks of by its last name, if it speaks of one."""
+    """Return the config key whose last part a constructor's message mentions, if any."""
     words = set(re.findall(r"[\w.]+", message))
     named = [key for key in known_keys if key in words or key.rpartition(".")[2] in words]
     return max(named, key=lambda key: (key in words, len(key.rpartition(".")[2])), default=None)
 
 
 def located(message: str, known_keys: Sequence[str], args: Sequence[str], base: Path) -> str:
-    """A constructor's message with the key it speaks of, and the file and line where that stands."""
-    # jsonargparse wraps it where the type is a union: the constructor's own words are in the list of errors.
+    """Return a constructor's message with its key, and the file and line where that is set."""
+    # For a union type, jsonargparse wraps it: the constructor's message is in the list of errors.
     own = [line for line in re.findall(r"^\s*- (.+)$", message, re.MULTILINE) if not line.startswith("Expected a")]
     message = own[0] if own else message
     key = key_in(message, known_keys)
     found = list(places(key, args, base)) if key else []
-    return "\n".join([f"{key}: {message}" if key else message, *(f"  stands in: {p}" for p in found[-1:])])
+    return "\n".join([f"{key}: {message}" if key else message, *(f"  set in: {p}" for p in found[-1:])])
 
 
 def _first(pattern: str, text: str) -> str | None:
@@ -86,7 +86,7 @@ def _first(pattern: str, text: str) -> str | None:
 
 
 def _key(message: str) -> str:
-    """The dotted key that the message is about: nested messages each name a part of it."""
+    """Return the dotted key of a message; nested messages each name a part of it."""
     parts = re.findall(r'Parser key "([^"]+)"', message)
     return ".init_args.".join(parts)
 
@@ -102,7 +102,7 @@ def _unknown_key(message: str) -> str | None:
 
 
 def _class_keys(key: str, message: str) -> list[str]:
-    """The keys that the class named in the message takes."""
+    """Return the keys that the class named in the message accepts."""
     path = _first(r"class_path[= ]'([\w.]+)'", message)
     if path is None:
         return []
@@ -112,7 +112,7 @@ def _class_keys(key: str, message: str) -> list[str]:
 
 
 def _nearest(key: str, known: Sequence[str]) -> list[str]:
-    """The known keys of the same group with the likeliest last name; failing that, the likeliest whole key."""
+    """Return the nearest keys of the same group; if there are none, the nearest keys of all."""
     group, _, name = key.rpartition(".")
     names = [k.rpartition(".")[2] for k in known if k.rpartition(".")[0] == group]
     near = difflib.get_close_matches(name, names, 3, 0.5)
@@ -128,14 +128,14 @@ def _class_names() -> list[str]:
 
 
 def _wrong_value(message: str) -> tuple[str, str]:
-    """What was expected and what was given; the key."""
+    """Return a sentence with the expected type and the given value, and the key."""
     expected = dict.fromkeys(re.findall(r"Expected an? (.+?)(?:\. Got value|$)", message, re.MULTILINE))
     plain = [re.sub(r"<class '([\w.]+)'>|typing\.Literal", lambda m: m.group(1) or "one of ", e) for e in expected]
     given = _first(r"(?:Got value|Given value): (.+)", message)
     if not plain:
         return " ".join(re.sub(r'Parser key "[^"]+":', "", message).split()), _key(message)
     wanted = " or ".join(plain).replace("NoneType", "null")
-    return f"expected {wanted}" + (f", not {given}" if given else ""), _key(message)
+    return f"expected {wanted}" + (f", got {given}" if given else ""), _key(message)
 
 
 def _nearest_choices(message: str) -> list[str]:
@@ -145,7 +145,7 @@ def _nearest_choices(message: str) -> list[str]:
 
 
 def _files(args: Sequence[str], base: Path) -> list[Path]:
-    """The config files of a command line, in the order in which they are read."""
+    """Return the config files of a command line in reading order."""
     flags = ("--config", "-c")
     apart = [args[i + 1] for i, arg in enumerate(args[:-1]) if arg in flags]
     joined = [arg.partition("=")[2] for arg in args if arg.startswith(("--config=", "-c="))]
@@ -164,7 +164,7 @@ def _syntax_error(args: Sequence[str], base: Path) -> str | None:
 
 
 def places(key: str, args: Sequence[str], base: Path) -> Iterator[str]:
-    """Where the key is given, in the order in which it is read: files (with their lines), then the command line."""
+    """Yield the places that set a key, in reading order: files with their lines, then the command line."""
     wanted = [part for part in key.split(".") if part != "init_args"]
     for path in _files(args, base):
         yield from _lines(path, wanted)
@@ -182,7 +182,7 @@ def _lines(path: Path, wanted: list[str]) -> Iterator[str]:
 
 
 def _walk(node: Any, wanted: list[str], path: Path) -> Iterator[str]:
-    """Follows the key down one file, and into the leaves that it names by path."""
+    """Follow a key through one file, and into the files that it references by path."""
     if isinstance(node, yaml.ScalarNode) and str(node.value).endswith((".yaml", ".yml")):
         yield from _lines(path.parent / node.value, wanted)
     if not isinstance(node, yaml.MappingNode):
