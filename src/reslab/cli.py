@@ -90,9 +90,10 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--out", metavar="DIR", help="the new run's folder, default RUN-reproduced")
     _add_ablate(add("ablate", None, "plan, run or report a study: arms × seeds in, a verdict out"))
     command = add("list", _list, "list models, data sets, experiments or ablation studies")
-    command.add_argument("what", nargs="?", choices=[*LISTS, "models"], help="one of them; all by default")
-    command = add("summary", _summary, "a model's layers: shapes, parameters, FLOPs")
-    command.add_argument("model", help="a name of `reslab list models`")
+    command.add_argument("what", nargs="?", choices=[*LISTS, "models"], help="default: all of them")
+    command.add_argument("pattern", nargs="?", help="with models: timm, torchvision, or a pattern such as 'timm/convnext*'")
+    command = add("summary", _summary, "print a model's layers: shapes, parameters, FLOPs")
+    command.add_argument("model", help="a name from `reslab list models`, timm/NAME or torchvision/NAME")
     command.add_argument("--input", default="3,224,224", type=_shape, metavar="C,H,W", help="default 3,224,224")
     command.add_argument("--classes", default=1000, type=int, metavar="N", help="default 1000")
     add("doctor", _doctor, "check the machine, and the data of an experiment: [--config FILE …]", takes_config=True)
@@ -152,11 +153,21 @@ LISTS = {"data": "data", "experiments": "experiment", "recipes": "recipe", "abla
 def _list(args: argparse.Namespace, rest: list[str]) -> None:
     from reslab.models.zoo import list_models
 
+    if args.pattern and args.what != "models":
+        raise UserError(f"reslab list {args.what} accepts no pattern: only `reslab list models PATTERN` does")
     for what in [args.what] if args.what else ["models", *LISTS]:
         if args.what is None:
             print(f"{what}:")
-        for line in list_models() if what == "models" else _config_lines(LISTS[what]):
+        lines = list_models(args.pattern) if what == "models" else _config_lines(LISTS[what])
+        if what == "models" and args.pattern is None:
+            lines += [
+                "timm/NAME         every image classifier of timm: reslab list models timm, or 'timm/convnext*'",
+                "torchvision/NAME  every image classifier of torchvision: reslab list models torchvision",
+            ]
+        for line in lines:
             print(f"  {line}" if args.what is None else line)
+    if args.pattern and not lines:
+        raise UserError(f"no model matches {args.pattern!r}")
 
 
 def _config_lines(folder: str) -> list[str]:

@@ -2,14 +2,14 @@
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from torch import Tensor, nn
 
 from reslab.models import ModelError
 
 # Modules by these names only hold layers; layer_groups() and blocks() look inside them.
-CONTAINERS = {"model", "backbone", "trunk", "encoder", "features", "stages", "blocks", "layers"}
+CONTAINERS = {"model", "backbone", "trunk", "trunk_output", "encoder", "features", "stages", "blocks", "layers"}
 
 
 class Network(nn.Module, ABC):
@@ -59,8 +59,10 @@ class Network(nn.Module, ABC):
         for name, layer in _layers(self, {*self.head.modules()}):
             if isinstance(layer, nn.Parameter):
                 loose.append(layer)
-            else:
-                groups[name.removeprefix("model.")] = [layer]
+            else:  # layers that share parameters are in one group
+                shared = [group for group in groups if not _ids([layer]).isdisjoint(_ids(groups[group]))]
+                merged = [old for group in shared for old in groups.pop(group)]
+                groups[[*shared, name.removeprefix("model.")][0]] = [*merged, layer]
         if loose:
             first = next(iter(groups), "stem")
             groups[first] = [*loose, *groups.get(first, [])]
@@ -71,8 +73,17 @@ class Network(nn.Module, ABC):
 
         By default these are the repeated modules inside the groups between the first one and the head.
         """
-        middle = list(self.layer_groups().values())[1:-1]
-        return [block for group in middle for layer in group if isinstance(layer, nn.Module) for block in _units(layer)]
+        blocks: list[nn.Module] = []
+        for group in list(self.layer_groups().values())[1:-1]:
+            for block in (unit for layer in group if isinstance(layer, nn.Module) for unit in _units(layer)):
+                if _ids([block]).isdisjoint(_ids(blocks)):
+                    blocks.append(block)
+        return blocks
+
+
+def _ids(layers: Iterable[nn.Module | nn.Parameter]) -> set[int]:
+    """Return the identities of all parameters in the layers."""
+    return {id(p) for layer in layers for p in (layer.parameters() if isinstance(layer, nn.Module) else [layer])}
 
 
 def _layers(
@@ -94,10 +105,11 @@ def _units(module: nn.Module) -> Iterator[nn.Module]:
     inside = [child for name, child in module.named_children() if name in CONTAINERS]
     if type(module) in (nn.Sequential, nn.ModuleList):
         inside = list(module.children())
-    for child in inside:
-        yield from _units(child)
+    if type(module) is nn.ModuleList or any(next(child.children(), None) is not None for child in inside):
+        for child in inside:
+            yield from _units(child)
     # Sharding vectors alone (a norm) costs more collectives than it saves memory.
-    if not inside and any(p.ndim > 1 for p in module.parameters()):
+    elif any(p.ndim > 1 for p in module.parameters()):
         yield module
 
 
@@ -120,29 +132,19 @@ def check_network(net: nn.Module) -> None:
     if not isinstance(getattr(net, "head", None), nn.Module):
         wrong.append("attribute head must be an nn.Module")
     if not wrong:
-        wrong = [*_group_errors(net), *_block_errors(net)]  # type: ignore[arg-type]
+        wrong = list(_layer_errors(net))  # type: ignore[arg-type]
     if wrong:
-        raise ModelError(
-            f"{type(net).__name__} does not keep the contract of reslab.models.network.Network: {'; '.join(wrong)}"
-        )
+        raise ModelError(f"{type(net).__name__} is not a complete reslab.models.Network: {'; '.join(wrong)}")
 
 
-def _group_errors(net: Network) -> Iterator[str]:
-    groups = net.layer_groups()
-    grouped = {name: {id(p) for layer in group for p in _parameters(layer)} for name, group in groups.items()}
-    count = Counter(p for group in grouped.values() for p in group)
-    for name, p in net.named_parameters():
-        if count[id(p)] != 1:
-            yield f"parameter {name} must be in one group of layer_groups(), is in {count[id(p)]}"
-    if not {id(p) for p in net.head.parameters()} <= list(grouped.values() or [set()])[-1]:
+def _layer_errors(net: Network) -> Iterator[str]:
+    groups = [_ids(group) for group in net.layer_groups().values()]
+    count = Counter(p for group in groups for p in group)
+    misplaced = [f"{name} is in {count[id(p)]}" for name, p in net.named_parameters() if count[id(p)] != 1]
+    if misplaced:
+        yield f"each parameter must be in one group of layer_groups(): {', '.join(misplaced[:3])}"
+    if not groups or not _ids([net.head]) <= groups[-1]:
         yield "the last group of layer_groups() must hold the head"
-
-
-def _parameters(layer: nn.Module | nn.Parameter) -> Iterator[nn.Parameter]:
-    yield from layer.parameters() if isinstance(layer, nn.Module) else [layer]
-
-
-def _block_errors(net: Network) -> Iterator[str]:
-    modules = [module for block in net.blocks() for module in block.modules()]
-    if len({id(module) for module in modules}) < len(modules):
+    blocks = [id(p) for block in net.blocks() for p in block.parameters()]
+    if len(set(blocks)) < len(blocks):
         yield "blocks() must be disjoint"

@@ -1,37 +1,38 @@
-"""A network layer by layer: output shapes, parameters, and the arithmetic of one forward pass."""
+"""A network layer by layer: output shapes, parameters, and the cost of one forward pass."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from reslab.models import ModelError
-from reslab.models.resnet import ResNet
 
 CONVENTION = (
-    "Counted: a forward pass; a multiply-add is 1 MAC and 2 FLOPs; convolutions and the head.\n"
+    "Counted: one forward pass; a multiply-add is 1 MAC and 2 FLOPs; convolutions, linear layers, attention.\n"
     "Not counted: norms, biases, activations, additions, pooling."
 )
+
+Shape = tuple[int, ...]  # without the batch: (C, H, W)
 
 
 class Layer(NamedTuple):
     name: str  # as in the state dict: layer1.0.conv1
     kind: str
-    output: tuple[int, ...]  # without the batch: (C, H, W)
+    output: Shape
     parameters: int
     flops: int
 
 
 @dataclass(frozen=True)
 class Summary:
-    """The layers in the order in which they run; as text, a table."""
+    """The layers in the order in which they run; printed as a table."""
 
     rows: list[Layer]
-    input_size: tuple[int, ...]
+    input_size: Shape
 
     @property
     def parameters(self) -> int:
@@ -63,40 +64,63 @@ class Summary:
         return "\n".join([header, rule, *layers, rule, total, "", in_words, CONVENTION])
 
 
-def summarize(net: ResNet, input_size: Sequence[int] = (3, 224, 224)) -> Summary:
-    """What each layer gives out, holds and costs for images of input_size (C, H, W).
+def summarize(net: nn.Module, input_size: Sequence[int] = (3, 224, 224)) -> Summary:
+    """Return the output shape, parameters and cost of each layer for images of input_size (C, H, W).
 
-    Nothing is computed (it runs on the meta device) and the network is left as it is. Layers that have
-    neither parameters nor a new shape (activations, identities) have no row.
+    Nothing is computed (it runs on the meta device), and the network is not changed. Layers without parameters that
+    keep the shape (activations, identities) are left out. Parameters and operations outside of layers are in the row of
+    the module that has them.
 
     Raises:
-        ModelError: (a ValueError) The network does not take such images.
+        ModelError: (a ValueError) The network does not accept such images.
     """
-    size = tuple(input_size)
-    if len(size) != 3 or size[0] != net.in_channels or min(size) < 1:
-        raise ModelError(f"input {size} is not (C, H, W) with C = {net.in_channels}, as the network takes")
-    leaves = {name: module for name, module in net.named_modules() if not list(module.children())}
-    parameters = {name: sum(p.numel() for p in module.parameters()) for name, module in leaves.items()}
-    outputs: dict[str, tuple[int, ...]] = {}
+    size, channels = tuple(input_size), getattr(net, "in_channels", None)
+    if len(size) != 3 or min(size) < 1 or channels not in (None, size[0]):
+        raise ModelError(f"input size must be (C, H, W) with C = {channels or 'the number of channels'}, got {size}")
+    modules = dict(net.named_modules())
+    shapes, flops = _run(net, modules, size)
+    parameters = dict.fromkeys(shapes, 0)
+    for name, module in modules.items():
+        while name not in shapes:  # a layer that its parent runs without calling it, as attention does
+            name = name.rpartition(".")[0]
+        parameters[name] += sum(p.numel() for p in module.parameters(recurse=False))
+    rows = []
+    for name, (before, after) in shapes.items():
+        children = [f"{name}.{child}".lstrip(".") for child, _ in modules[name].named_children()]
+        cost = flops[name] - sum(flops.get(child, 0) for child in children)
+        if parameters[name] or cost or (not children and before != after):
+            rows.append(Layer(name or "(network)", type(modules[name]).__name__, after, parameters[name], cost))
+    return Summary(rows, size)
 
-    def remember(name: str, _: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
-        if parameters[name] or output.shape != inputs[0].shape:
-            outputs[name] = tuple(output.shape[1:])
 
-    hooks = [module.register_forward_hook(partial(remember, name)) for name, module in leaves.items()]
+def _run(
+    net: nn.Module, modules: dict[str, nn.Module], size: tuple[int, ...]
+) -> tuple[dict[str, tuple[Shape, Shape]], dict[str, int]]:
+    """Return each module's input and output shape, in the order in which they finish, and its FLOPs for one image."""
+    shapes: dict[str, tuple[Shape, Shape]] = {}
+
+    def remember(name: str, _: nn.Module, inputs: Any, output: Any) -> None:
+        shapes[name] = _shape(inputs), _shape(output)
+
+    hooks = [module.register_forward_hook(partial(remember, name)) for name, module in modules.items()]
     # Two images: in training mode batch norm refuses a single one whose last stage is 1×1.
     images = torch.empty(2, *size, device="meta")
-    state = {name: value.to("meta") for name, value in net.state_dict().items()}
+    state = {name: value.to("meta") for name, value in [*net.named_parameters(), *net.named_buffers()]}
     try:
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             torch.func.functional_call(net, state, (images,))
+    except (RuntimeError, AssertionError, ValueError, IndexError) as error:
+        raise ModelError(f"{type(net).__name__} does not accept images of {size}: {error}") from error
     finally:
         for hook in hooks:
             hook.remove()
     counts = counter.get_flop_counts()
-    flops = {name: sum(counts.get(f"{type(net).__name__}.{name}", {}).values()) // 2 for name in outputs}
-    rows = [
-        Layer(name, type(leaves[name]).__name__, output, parameters[name], flops[name])
-        for name, output in outputs.items()
-    ]
-    return Summary(rows, size)
+    root = type(net).__name__
+    return shapes, {name: sum(counts.get(f"{root}.{name}".rstrip("."), {}).values()) // 2 for name in modules}
+
+
+def _shape(values: Any) -> Shape:
+    """Return the shape of the first tensor without the batch; () if there is none."""
+    while isinstance(values, Sequence | Mapping) and values and not isinstance(values, str):
+        values = next(iter(values.values() if isinstance(values, Mapping) else values))
+    return tuple(values.shape[1:]) if isinstance(values, Tensor) else ()
