@@ -22,8 +22,9 @@ from reslab.data import ImageData
 from reslab.data.loaders import BatchKey
 from reslab.errors import Exit, UserError
 from reslab.files import replacing
+from reslab.runs.csv_logger import MetricsCSV
 from reslab.runs.folder import RunFolder
-from reslab.runs.metrics import MetricsCSV, cut
+from reslab.runs.metrics import cut
 from reslab.runs.record import RunRecord
 from reslab.runs.tracking import WandB
 from reslab.training import Classifier
@@ -48,9 +49,7 @@ def fit(argv: list[str]) -> int:
     experiment = Experiment(argv)
     built = experiment.build()  # first: a value refused at construction must leave no run directory behind
     if experiment.config.run.test_weights == "best" and not built[0].val_split:
-        raise UserError(
-            "run.test_weights: best requires validation images: set data.val_split"
-        )
+        raise UserError("run.test_weights: best requires validation images: set data.val_split")
     folder = RunFolder(experiment.run_dir())
     if rank() != 0:
         return Run(experiment, folder, argv).execute(*built)
@@ -98,9 +97,10 @@ class Run:
         every = options.checkpoint_every_steps, options.checkpoint_every_minutes
         progress, saver = ProgressReport(), Checkpoints(self.folder.checkpoints, options.monitor, options.mode, *every)
         with Preemption(saver) as preemption:
+            columns = ["step", "epoch", *model.metric_names]
             # reslab's own callbacks. The order matters: a checkpoint holds what was logged at the same step.
             callbacks = [SkipRedundantSync(), progress, saver, preemption]
-            trainer = self._trainer(settings, callbacks)
+            trainer = self._trainer(settings, callbacks, MetricsCSV(self.folder.metrics, columns))
             self.failures.start(trainer)
             resumed = checkpoint is not None
             self.record.note_environment(trainer.world_size, resumed, options.allow_world_size_change)
@@ -127,7 +127,7 @@ class Run:
             cut(self.folder.metrics, step)
         return checkpoint
 
-    def _trainer(self, settings: dict[str, Any], callbacks: list[Callback]) -> Trainer:
+    def _trainer(self, settings: dict[str, Any], callbacks: list[Callback], metrics: MetricsCSV) -> Trainer:
         self.trackers = [logger for logger in settings["logger"] if isinstance(logger, WandB)]
         if self.record.writes:
             self._start_trackers()
@@ -137,7 +137,7 @@ class Run:
             **{
                 **settings,
                 "callbacks": [*settings["callbacks"], *callbacks],
-                "logger": [*settings["logger"], MetricsCSV(self.folder.metrics)],
+                "logger": [*settings["logger"], metrics],
                 "plugins": [*settings["plugins"], VerifiedCheckpointIO()],
                 "default_root_dir": str(self.folder.path),
             }

@@ -1,5 +1,6 @@
 """The life of a run's manifest.json: opened by every attempt, updated, closed with a status. No torch at import."""
 
+import hashlib
 import os
 import secrets
 import socket
@@ -15,6 +16,7 @@ from reslab.errors import UserError
 from reslab.files import write_text
 from reslab.runs import manifest as manifests
 from reslab.runs.folder import RunFolder
+from reslab.runs.masking import mask_command
 
 
 class RunRecord:
@@ -58,9 +60,8 @@ class RunRecord:
             self.manifest = self._new_manifest(config, argv)
             if self.writes:
                 write_text(self.folder.config, config)
-        self.manifest["attempts"].append(
-            {"started": manifests.now(), "host": socket.gethostname(), "pid": os.getpid()},
-        )
+        started = {"started": manifests.now(), "host": socket.gethostname(), "pid": os.getpid()}
+        self.manifest["attempts"].append(started)
         if self.writes:
             self.folder.clear_leftovers()
         self.write(status="running")
@@ -74,8 +75,8 @@ class RunRecord:
             "id": secrets.token_hex(4),
             "name": values["run"]["name"],
             "seed": values["seed_everything"],
-            "command": manifests.command(["fit", *argv]),
-            "config_sha256": manifests.config_sha256(config),
+            "command": mask_command(["reslab", "fit", *argv]),
+            "config_sha256": hashlib.sha256(config.encode()).hexdigest(),
             "rule": values["run"]["test_weights"],
             "git": manifests.git_state(Path(__file__).parent, keep=diff),
             "attempts": [],
