@@ -237,7 +237,7 @@ def accuracy(sizes: Sizes, root: str) -> str:
         folder.probe()
         run = Run(Experiment(argv), folder, argv)
         run.execute(data, model, settings)
-        results, wall = run.manifest["results"], run.manifest["wall_seconds"]
+        results, wall = run.record.manifest["results"], run.record.manifest["wall_seconds"]
     when = "not reached" if clock.reached is None else f"of validation after {clock.reached:.0f} s"
     found = f"test/acc {results['test/acc']:.4f} after {wall:.0f} s in all (seed 0)"
     return f"{experiment}, one cycle: {TARGET:.0%} {when}; {found}"

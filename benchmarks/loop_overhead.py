@@ -114,7 +114,7 @@ def main() -> None:
         data, model, settings = Experiment(argv).build()
         settings["callbacks"].append(turns)
         run = Run(Experiment(argv), folder, argv)
-        run._open()
+        run.record.open(run.experiment.dump(), argv)
         with contextlib.suppress(Done):
             run._train_and_test(data, model, settings)
     ratios = turns.ratios[1:]

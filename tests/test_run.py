@@ -104,7 +104,7 @@ def test_a_finished_run_without_its_report_gets_it(repo: Path, run: Path) -> Non
 def test_another_config_in_the_same_folder_is_refused(repo: Path, run: Path) -> None:
     before = (run / "manifest.json").read_bytes()
     done = fit(repo, "--run.dir", run, "--seed_everything", "7")
-    assert done.returncode == 2 and "seed_everything: 0 there, 7 here" in done.stderr
+    assert done.returncode == 2 and "seed_everything: 0 (in the run directory) != 7 (requested)" in done.stderr
     assert "Traceback" not in done.stderr and (run / "manifest.json").read_bytes() == before
 
 

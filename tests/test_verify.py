@@ -1,4 +1,4 @@
-"""Provenance: what changed in a run's folder is found, a run comes out the same again, and secrets stay out of it."""
+"""Provenance: verify finds changed files, reproduce repeats a run bit for bit, and no file holds a secret."""
 
 import csv
 import json
@@ -18,16 +18,19 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from reslab.cli import main
+from reslab.diff import differences
 from reslab.errors import UserError
+from reslab.files import sha256_file
 from reslab.runs import manifest as manifests
-from reslab.runs.verify import Divergence, differences, divergences, reproduce, verify
+from reslab.runs.masking import mask_command
+from reslab.runs.verify import Divergence, divergences, reproduce, verify
 
 KEY = "0123456789abcdef0123456789abcdef01234567"
 
 
 @pytest.fixture(scope="module")
 def original(repo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A short finished run, made where a key is in the environment."""
+    """A short finished run, trained with an API key in the environment."""
     folder = tmp_path_factory.mktemp("runs") / "a run"
     command = [sys.executable, "-m", "reslab", "fit", "--config", repo / "configs/experiment/digits.yaml"]
     options = ["--run.dir", folder, "--trainer.max_epochs", "3", "--trainer.log_every_n_steps", "5"]
@@ -39,11 +42,11 @@ def original(repo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(original: Path, tmp_path: Path) -> Path:
-    """The run, for one test to damage; with a diff, as if the tree had been dirty."""
+    """A copy of the run for one test to damage, with a diff as of a dirty tree."""
     folder = Path(shutil.copytree(original, tmp_path / "a run"))
     diff = folder / "uncommitted.diff"
     diff.write_text("diff --git a/README.md b/README.md\n")
-    digest = manifests.config_sha256(diff.read_text())
+    digest = sha256_file(diff)
     git = {"sha": "f00d", "dirty": True, "diff": diff.name, "diff_sha256": digest}
     edit_manifest(folder, git=git)
     return folder
@@ -69,7 +72,7 @@ def change_a_weight(path: Path) -> None:
 # Verify
 
 
-def test_an_untouched_run_is_as_recorded(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify_accepts_untouched_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", str(run)]) == 0
     *items, conclusion = capsys.readouterr().out.splitlines()
     checkpoints = ["checkpoints/best.ckpt", "checkpoints/last.ckpt"]
@@ -88,7 +91,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize(("name", "damage"), [(name, damage) for name, all in DAMAGES.items() for damage in all])
-def test_what_was_damaged_is_named(
+def test_verify_names_damaged_file(
     run: Path, name: str, damage: Callable[[Path], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
     damage(run / name)
@@ -104,7 +107,7 @@ def test_what_was_damaged_is_named(
     assert [line.split()[1].rstrip(":") for line in wrong[1:]] == consequences.get(name, [])
 
 
-def test_other_data_are_found_out(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify_detects_other_data(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert verify(str(run), ["--data.split_seed", "1"]) == 1
     assert "not as recorded: data: split (differs)" in capsys.readouterr().out
     assert verify(str(run), ["--data.dataset", "reslab.data.CIFAR10", "--data.root", str(tmp_path)]) == 1
@@ -113,17 +116,15 @@ def test_other_data_are_found_out(run: Path, tmp_path: Path, capsys: pytest.Capt
 
 MANIFESTS = {
     "truncated": (lambda text: text[: len(text) // 2], "cannot read the manifest"),
-    "no mapping": (lambda text: "[]", "it is no run's manifest"),
-    "a key gone": (lambda text: text.replace('"weights_sha256"', '"weights"'), "it lacks weights_sha256"),
+    "not a mapping": (lambda text: "[]", "it is not the manifest of a run"),
+    "missing key": (lambda text: text.replace('"weights_sha256"', '"weights"'), "it lacks weights_sha256"),
     "unfinished": (lambda text: text.replace('"complete"', '"preempted"'), "not finished (status: preempted)"),
 }
 
 
 @pytest.mark.parametrize("case", MANIFESTS)
 @pytest.mark.parametrize("command", [verify, reproduce])
-def test_a_run_that_is_unfinished_or_has_no_whole_manifest_is_refused(
-    run: Path, command: Callable[[str], int], case: str
-) -> None:
+def test_unfinished_run_or_damaged_manifest_is_refused(run: Path, command: Callable[[str], int], case: str) -> None:
     change, message = MANIFESTS[case]
     manifest = run / "manifest.json"
     manifest.write_text(change(manifest.read_text()))
@@ -135,9 +136,7 @@ def test_a_run_that_is_unfinished_or_has_no_whole_manifest_is_refused(
 # Reproduce
 
 
-def test_a_run_comes_out_the_same_again_also_when_that_is_interrupted(
-    run: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_reproduce_is_identical_after_interruption(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
     again = run.with_name("a run-reproduced")
     command = [sys.executable, "-m", "reslab", "reproduce", str(run), "--data.num_workers", "1"]
     with subprocess.Popen(command) as process:
@@ -146,7 +145,7 @@ def test_a_run_comes_out_the_same_again_also_when_that_is_interrupted(
         process.send_signal(signal.SIGTERM)
     assert process.returncode == 75
     out = capfd.readouterr().out
-    assert "the code is not the run's" in out and "git.sha" not in out and "  sha: f00d there" in out
+    assert "the code has changed since the run" in out and "git.sha" not in out and "  sha: f00d (run) != " in out
     assert f"git checkout f00d && git apply '{run}/uncommitted.diff'" in out
 
     assert reproduce(str(run)) == 0
@@ -155,7 +154,7 @@ def test_a_run_comes_out_the_same_again_also_when_that_is_interrupted(
     assert [attempt["how"].partition(":")[0] for attempt in manifest["attempts"]] == ["preempted", "complete"]
 
 
-def test_where_two_runs_part_and_what_may_explain_it(
+def test_reproduce_reports_first_difference_and_possible_causes(
     run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     environment = manifests.read(run / "manifest.json")["environment"]
@@ -163,28 +162,29 @@ def test_where_two_runs_part_and_what_may_explain_it(
     options = ["--seed_everything", "1", "--trainer.max_epochs", "1"]
     assert main(["reproduce", str(run), "--out", str(tmp_path / "other"), *options]) == 1
     out = capfd.readouterr().out
-    there, here = (next(csv.DictReader((f / "metrics.csv").open())) for f in (run, tmp_path / "other"))
-    losses = f"{there['train/loss']} there, {here['train/loss']} here"
-    assert "the weights differ\nthe metrics part at step 5:\n" in out
+    first, second = (next(csv.DictReader((f / "metrics.csv").open())) for f in (run, tmp_path / "other"))
+    losses = f"{first['train/loss']} (run) != {second['train/loss']} (reproduction)"
+    assert "the weights differ\nthe metrics differ from step 5 on:\n" in out
     assert f"  train/loss   from step 5: {losses}\n" in out and "val/acc      from step 20: " in out
     assert "images_per_second" not in out
-    assert f"environment.packages.torch: 1.0 there, {environment['packages']['torch']} here" in out
-    assert "git.sha: f00d there" in out and "config.seed_everything: 0 there, 1 here" in out
+    version = environment["packages"]["torch"]
+    assert f"environment.packages.torch: 1.0 (run) != {version} (reproduction)" in out
+    assert "git.sha: f00d (run)" in out and "config.seed_everything: 0 (run) != 1 (reproduction)" in out
 
 
-def test_a_reproduction_that_fails_is_no_difference(
+def test_failed_reproduction_reports_no_difference(
     run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "executable", shutil.which("false"))
     assert reproduce(str(run)) == 1
-    assert "did not come to its end (exit status 1)" in capsys.readouterr().out
+    assert "the reproduction did not finish (exit status 1)" in capsys.readouterr().out
 
 
-def test_a_run_is_not_reproduced_onto_itself_nor_from_another_config(run: Path) -> None:
+def test_reproduce_refuses_same_directory_and_changed_config(run: Path) -> None:
     with pytest.raises(UserError, match="is the run itself"):
         reproduce(str(run), out=f"{run}/../a run")
     flip_a_byte(run / "config.yaml")
-    with pytest.raises(UserError, match="not the config of this run any more"):
+    with pytest.raises(UserError, match="is no longer the config of this run"):
         reproduce(str(run))
 
 
@@ -193,21 +193,21 @@ METRICS = st.dictionaries(NAMES, st.dictionaries(st.integers(1, 5), st.sampled_f
 
 
 @given(METRICS, METRICS)
-def test_runs_agree_before_the_step_where_they_part_and_not_at_it(there: dict, here: dict) -> None:
-    found = {parting.metric: parting for parting in divergences(there, here)}
-    for name in {*there, *here}:
-        a, b = there.get(name, {}), here.get(name, {})
-        if name not in found:
+def test_divergence_is_the_first_differing_step(first: dict, second: dict) -> None:
+    diverging = {d.metric: d for d in divergences(first, second)}
+    for name in {*first, *second}:
+        a, b = first.get(name, {}), second.get(name, {})
+        if name not in diverging:
             assert a == b
             continue
-        step = found[name].step
-        assert found[name] == Divergence(name, step, a.get(step), b.get(step))
+        step = diverging[name].step
+        assert diverging[name] == Divergence(name, step, a.get(step), b.get(step))
         assert a.get(step) != b.get(step) and all(a.get(s) == b.get(s) for s in range(step))
 
 
-def test_differences_are_told_by_their_dotted_keys() -> None:
-    there, here = {"a": {"b": 1, "c": [1]}, "d": 2}, {"a": {"b": 1, "c": [2]}, "e": None, "f": 0}
-    assert list(differences(there, here)) == [("a.c", [1], [2]), ("d", 2, None), ("f", None, 0)]
+def test_differences_have_dotted_keys() -> None:
+    first, second = {"a": {"b": 1, "c": [1]}, "d": 2}, {"a": {"b": 1, "c": [2]}, "e": None, "f": 0}
+    assert list(differences(first, second)) == [("a.c", [1], [2]), ("d", 2, None), ("f", None, 0)]
 
 
 # The code
@@ -219,7 +219,7 @@ def git(folder: Path, *args: str | Path) -> str:
 
 
 def tree(folder: Path) -> dict[str, tuple[bytes | str, bool]]:
-    """What a folder holds: the contents of its files or the targets of its links, and whether they can be run."""
+    """Return all files of a directory: contents or link target, and whether they are executable."""
     paths = {str(p.relative_to(folder)): p for p in folder.rglob("*") if ".git" not in p.relative_to(folder).parts}
     files = {name: p for name, p in paths.items() if p.is_symlink() or p.is_file()}
     return {
@@ -230,7 +230,7 @@ def tree(folder: Path) -> dict[str, tuple[bytes | str, bool]]:
 
 @pytest.fixture
 def dirty(tmp_path: Path) -> Path:
-    """A checkout with every kind of change."""
+    """A checkout with every kind of uncommitted change."""
     repo = tmp_path / "repo"
     git(tmp_path, "init", "-q", repo)
     before = {"a.py": b"a = 1\n", "crlf": b"x\r\ny\r\n", "latin-1": b"caf\xe9\n", "bin": b"\0\1", "gone": b""}
@@ -254,7 +254,7 @@ def dirty(tmp_path: Path) -> Path:
     return repo
 
 
-def test_the_kept_diff_makes_the_same_tree_of_a_clean_clone(dirty: Path, tmp_path: Path) -> None:
+def test_saved_diff_restores_the_tree_in_a_clean_clone(dirty: Path, tmp_path: Path) -> None:
     before = {p: p.read_bytes() for p in (dirty / ".git").rglob("*") if p.is_file()}
     state = manifests.git_state(dirty / "ein Ordner", keep=tmp_path / "kept.diff")
     assert {p: p.read_bytes() for p in (dirty / ".git").rglob("*") if p.is_file()} == before
@@ -264,7 +264,7 @@ def test_the_kept_diff_makes_the_same_tree_of_a_clean_clone(dirty: Path, tmp_pat
     assert tree(tmp_path / "clone") == tree(dirty)
 
 
-def test_large_files_secrets_and_runs_are_left_out_of_the_diff(dirty: Path, tmp_path: Path) -> None:
+def test_diff_leaves_out_large_files_secrets_and_runs(dirty: Path, tmp_path: Path) -> None:
     clean = manifests.git_state(dirty)
     (dirty / "big").write_bytes(bytes(2**20 + 1))
     (dirty / ".env").write_text("A=1")
@@ -278,7 +278,7 @@ def test_large_files_secrets_and_runs_are_left_out_of_the_diff(dirty: Path, tmp_
     assert state["left_out"] == [".env", "api_key.txt", "big"] and state["untracked"] == clean["untracked"]
 
 
-def test_a_clean_tree_keeps_no_diff_and_a_folder_outside_git_no_state(dirty: Path, tmp_path: Path) -> None:
+def test_git_state_of_clean_tree_and_outside_git(dirty: Path, tmp_path: Path) -> None:
     git(dirty, "add", ".")
     git(dirty, "commit", "-qm", "second")
     state = manifests.git_state(dirty, keep=tmp_path / "kept.diff")
@@ -289,7 +289,7 @@ def test_a_clean_tree_keeps_no_diff_and_a_folder_outside_git_no_state(dirty: Pat
 # Secrets
 
 
-def test_a_key_in_the_environment_is_in_no_file_of_the_run(original: Path) -> None:
+def test_no_file_of_a_run_holds_a_key_of_the_environment(original: Path) -> None:
     assert not [path for path in original.rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]
 
 
@@ -307,15 +307,15 @@ def test_a_key_in_the_environment_is_in_no_file_of_the_run(original: Path) -> No
         ["--note", "a variable's value: correct horse"],
     ],
 )
-def test_a_command_line_is_kept_without_its_secrets(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_command_line_is_masked(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "correct horse")
-    kept = manifests.command(["fit", *words, "--seed_everything", "7"])
-    assert "hunter2" not in kept and "correct horse" not in kept and "***" in kept
-    assert kept.startswith("reslab fit ") and kept.endswith(" --seed_everything 7")
-    assert "there" not in " ".join(words) or "there" in kept
+    masked = mask_command(["reslab", "fit", *words, "--seed_everything", "7"])
+    assert "hunter2" not in masked and "correct horse" not in masked and "***" in masked
+    assert masked.startswith("reslab fit ") and masked.endswith(" --seed_everything 7")
+    assert "there" not in " ".join(words) or "there" in masked
 
 
-def test_a_key_in_an_error_stays_out_of_the_manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_key_in_an_error_is_masked_in_the_manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DATA_PASSWORD", 'a "quoted" one')
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     how = f'failed: no access to https://x/{KEY} with a "quoted" one'
@@ -326,7 +326,7 @@ def test_a_key_in_an_error_stays_out_of_the_manifest(tmp_path: Path, monkeypatch
     )
 
 
-def test_a_key_that_no_option_takes_is_refused_without_being_repeated(
+def test_unknown_option_with_a_key_is_refused_without_printing_it(
     repo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = str(repo / "configs/experiment/digits.yaml")

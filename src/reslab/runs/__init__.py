@@ -1,1 +1,1 @@
-"""A run's folder: what is in it, where it came from, and what is drawn from it."""
+"""Run directories: record, metrics, provenance, figures, report, tracking, verification."""

@@ -1,57 +1,46 @@
-"""The pictures of a run, drawn from its folder: curves, confusions, mistakes, reliability. No torch here."""
+"""Figures of a run, drawn from its run directory: curves, confusions, mistakes, reliability. No torch at import."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
 import numpy as np
-import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from reslab.runs.folder import RunFolder
+from reslab.runs.metrics import Series, read_metrics
 
-# Okabe and Ito's colours, told apart by all kinds of colour vision: one meaning each, in every figure.
+# Okabe and Ito's colour-blind safe palette: one meaning per colour, in every figure.
 TRAIN, VAL, TEST, INK, MUTED = "#8C8C8C", "#0072B2", "#D55E00", "#222222", "#6B6B6B"
-WIDTH = 5.6  # inches: 10 pt is then still readable when a phone shows the figure at 360 px
+COLORS = {"train": TRAIN, "val": VAL, "test": TEST}
+WIDTH = 5.6  # inches: 10 pt text stays readable on a phone 360 px wide
 STYLE: dict[Any, Any] = {
     "text.parse_math": False,  # a class name may hold a dollar sign
-    "font.size": 10,
-    "text.color": INK,
-    "axes.titlesize": 11,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.labelcolor": MUTED,
-    "axes.edgecolor": "#B0B0B0",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#EBEBEB",
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-    "xtick.major.size": 0,
-    "ytick.major.size": 0,
-    "lines.solid_capstyle": "round",
-    "savefig.dpi": 150,
-}
+    "font.size": 10, "text.color": INK, "lines.solid_capstyle": "round", "savefig.dpi": 150,
+    "axes.titlesize": 11, "axes.titleweight": "bold", "axes.titlelocation": "left", "axes.labelcolor": MUTED,
+    "axes.edgecolor": "#B0B0B0", "axes.spines.top": False, "axes.spines.right": False,
+    "axes.grid": True, "axes.axisbelow": True, "grid.color": "#EBEBEB",
+    "xtick.color": MUTED, "ytick.color": MUTED, "xtick.major.size": 0, "ytick.major.size": 0,
+}  # fmt: skip
 CAPTIONS = {
-    "learning_curves": "Loss and accuracy over training; the diamond is the one evaluation on the test set.",
-    "learning_rate": "The learning rate of every logged step.",
-    "confusion": "What the test images of each class were taken for.",
-    "mistakes": "The wrong test images the network was surest of: odd images, odd labels, or blind spots.",
-    "reliability": "Is 80 % confidence right 80 % of the time? Below the dashed line: over-confident.",
+    "learning_curves": "Loss and metrics over training; the diamond is the single evaluation on the test set.",
+    "learning_rate": "The learning rate at every logged step.",
+    "confusion": "Predicted classes of the test images, by true class.",
+    "mistakes": "The most confident wrong predictions: unusual images, wrong labels, or blind spots of the network.",
+    "reliability": "Are predictions of 80 % confidence right 80 % of the time? Below the dashed line: over-confident.",
 }
+EXTRA_PANELS = 4  # of the learning curves, beside loss and accuracy
 
 Images = np.ndarray | Callable[[int], np.ndarray]
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """The tested weights' answers for the M test images, in the order of their indices."""
+    """Predictions of the tested weights for the M test images, ordered by index."""
 
     index: np.ndarray  # int64 (M,)
     label: np.ndarray  # int64 (M,)
@@ -61,7 +50,7 @@ class Predictions:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Accuracy against confidence in B equal-width bins, and the expected calibration error."""
+    """Accuracy against confidence in B bins of equal width, and the expected calibration error."""
 
     count: np.ndarray  # int (B,)
     accuracy: np.ndarray  # (B,), NaN in an empty bin
@@ -69,40 +58,25 @@ class Calibration:
     ece: float
 
 
-def read_metrics(run_dir: Path) -> pd.DataFrame:
-    """metrics.csv, all columns floats, NaN where nothing (finite) was logged; no rows without a file."""
-    path = RunFolder(run_dir).metrics
-    if not path.exists() or path.stat().st_size == 0:
-        return pd.DataFrame({"step": []})
-    # A run that is being written may end in half a line: what is no number counts as not logged.
-    return pd.read_csv(path).apply(pd.to_numeric, errors="coerce").astype(float).replace([np.inf, -np.inf], np.nan)
-
-
 def read_predictions(run_dir: Path) -> Predictions | None:
-    """predictions.npz, or None where the run has not been tested."""
+    """Read predictions.npz; None if there is none, or it holds no classified images."""
     path = RunFolder(run_dir).predictions
     if not path.exists():
         return None
-    with np.load(path) as arrays:
-        return Predictions(*(arrays[field.name] for field in fields(Predictions)))
-
-
-def series(metrics: pd.DataFrame, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and values (n,) of one metric, where it was logged."""
-    if name not in metrics:
-        return np.empty(0), np.empty(0)
-    rows = metrics.dropna(subset=["step", name])
-    return rows["step"].to_numpy(), rows[name].to_numpy()
+    columns = [field.name for field in fields(Predictions)]
+    with np.load(path) as arrays:  # an objective other than classification saves other columns
+        predictions = Predictions(*(arrays[name] for name in columns)) if {*columns} <= {*arrays} else None
+    return predictions if predictions and len(predictions.label) else None
 
 
 def confusion_counts(labels: np.ndarray, predictions: np.ndarray, num_classes: int) -> np.ndarray:
-    """Counts (num_classes, num_classes): row the true class, column the predicted one."""
+    """Count predictions in a matrix (num_classes, num_classes): true classes in rows, predicted ones in columns."""
     pairs = np.bincount(labels * num_classes + predictions, minlength=num_classes**2)
     return pairs.reshape(num_classes, num_classes)
 
 
 def most_confused(counts: np.ndarray, top: int) -> list[tuple[int, int, int]]:
-    """The `top` most frequent (true, predicted, count) with true ≠ predicted; ties in class order."""
+    """Return the `top` most frequent mistakes as (true, predicted, count); ties in class order."""
     wrong = counts * (1 - np.eye(len(counts), dtype=counts.dtype))
     order = np.argsort(-wrong, axis=None, kind="stable")[:top]
     rows, columns = np.unravel_index(order, wrong.shape)
@@ -110,22 +84,22 @@ def most_confused(counts: np.ndarray, top: int) -> list[tuple[int, int, int]]:
 
 
 def calibrate(confidence: np.ndarray, correct: np.ndarray, bins: int = 15) -> Calibration:
-    """Expected calibration error over bins ((b - 1)/B, b/B] (Guo et al. 2017, section 2, equation 3).
+    """Compute the expected calibration error over bins ((b - 1)/B, b/B] (Guo et al. 2017, section 2, equation 3).
 
-    `confidence` (M,) in [0, 1] (NaN, from a network that broke, counts as 0) and `correct` bool (M,).
+    `confidence` (M,) lies in [0, 1], where NaN (from diverged weights) counts as 0; `correct` is bool (M,).
     """
     confidence = np.nan_to_num(confidence.astype(np.float64))
-    where = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
-    count = np.bincount(where, minlength=bins)
+    bin_index = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
+    count = np.bincount(bin_index, minlength=bins)
     with np.errstate(invalid="ignore"):  # 0 / 0 in an empty bin
-        accuracy = np.bincount(where, weights=correct, minlength=bins) / count
-        mean = np.bincount(where, weights=confidence, minlength=bins) / count
+        accuracy = np.bincount(bin_index, weights=correct, minlength=bins) / count
+        mean = np.bincount(bin_index, weights=confidence, minlength=bins) / count
     ece = float(np.nansum(count * np.abs(accuracy - mean)) / max(len(confidence), 1))
     return Calibration(count, accuracy, mean, ece)
 
 
 def wilson(successes: int, n: int) -> tuple[float, float]:
-    """The 95 % interval of a binomial proportion (Wilson 1927), sound also at 0, at 1 and for small n."""
+    """Return the 95 % interval of a binomial proportion (Wilson 1927); valid at 0 and 1 and for small n too."""
     z, p = 1.959964, successes / n
     centre, half = p + z**2 / (2 * n), z * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
     low, high = (centre - half) / (1 + z**2 / n), (centre + half) / (1 + z**2 / n)
@@ -133,24 +107,24 @@ def wilson(successes: int, n: int) -> tuple[float, float]:
 
 
 def shorten(name: str, length: int = 18) -> str:
-    """One line of at most `length` characters."""
+    """Shorten a name to one line of at most `length` characters."""
     line = " ".join(name.split())
     return line if len(line) <= length else line[: length - 1].rstrip() + "…"
 
 
 def draw_figures(run_dir: Path, class_names: Sequence[str], images: Images) -> list[Path]:
-    """Draw what the run's metrics.csv and predictions.npz allow into its figures/, and return the PNGs.
+    """Draw the figures that metrics.csv and predictions.npz have data for into figures/, and return their paths.
 
     `class_names` (K,); `images` uint8 (M, H, W, C), or a function from a test index to one image (H, W, C).
-    A figure that no longer has anything to show is removed.
+    An existing figure without data is removed.
     """
-    metrics, predictions = read_metrics(run_dir), read_predictions(run_dir)
+    metrics, predictions = read_metrics(RunFolder(run_dir).metrics), read_predictions(run_dir)
     with mpl.rc_context(STYLE):
         figures = {
             "learning_curves": learning_curves(metrics),
-            "learning_rate": learning_rate(*series(metrics, "lr")),
+            "learning_rate": learning_rate(*metrics["lr"]) if "lr" in metrics else None,
         }
-        if predictions is not None and len(predictions.label):
+        if predictions is not None:
             figures |= {
                 "confusion": confusion(predictions, class_names),
                 "mistakes": mistakes(predictions, class_names, images),
@@ -162,13 +136,13 @@ def draw_figures(run_dir: Path, class_names: Sequence[str], images: Images) -> l
 
 
 def draw_lr(steps: Sequence[float], lrs: Sequence[float], path: Path) -> None:
-    """Draw a schedule, lrs (n,) at optimizer steps (n,), n ≥ 1, as a PNG."""
+    """Draw a schedule, learning rates (n,) at optimizer steps (n,), n ≥ 1, as a PNG."""
     with mpl.rc_context(STYLE):
         _save(learning_rate(np.asarray(steps, float), np.asarray(lrs, float)), path)
 
 
 def draw_grid(images: np.ndarray, path: Path, titles: Sequence[str] = (), row_titles: Sequence[str] = ()) -> None:
-    """Draw uint8 images (R, C, H, W, Ch), Ch 1 or 3, as a PNG with a title a column and a name a row."""
+    """Draw uint8 images (R, C, H, W, Ch), Ch 1 or 3, as a PNG with one title per column and row."""
     rows, columns, height, width, _ = images.shape
     cell = max(0.75, WIDTH / columns)  # inches
     with mpl.rc_context(STYLE):
@@ -191,17 +165,30 @@ def _save(figure: Figure | None, path: Path) -> list[Path]:
     return [path]
 
 
-def learning_curves(metrics: pd.DataFrame) -> Figure | None:
-    """Loss above accuracy against the optimizer step: train, val, and the test result; None without any."""
-    figure = Figure(figsize=(WIDTH, 5.6), layout="constrained")
-    top, bottom = figure.subplots(2, sharex=True)
-    drawn = [_curves(ax, metrics, name) for ax, name in ((top, "loss"), (bottom, "acc"))]
-    if not any(drawn):
+def learning_curves(metrics: Mapping[str, Series]) -> Figure | None:
+    """Draw loss, accuracy and further validation metrics against the optimizer step, one panel each."""
+    validated = [name.removeprefix("val/") for name in metrics if name.startswith("val/")]
+    extra = [name for name in validated if name not in ("loss", "acc")][:EXTRA_PANELS]
+    panels = {name: curves for name in ("loss", "acc", *extra) if (curves := _by_split(metrics, name))}
+    if not panels:
         return None
-    top.set_title("Loss")
-    bottom.set_title("Accuracy (%)")
-    _steps(bottom)
+    figure = Figure(figsize=(WIDTH, 2.8 * len(panels)), layout="constrained")
+    axes = figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0]
+    for ax, (name, curves) in zip(axes, panels.items(), strict=True):
+        title = {"loss": "Loss", "acc": "Accuracy"}.get(name, name)
+        ax.set_title(f"{title} (%)" if is_accuracy(name) else title)
+        _curves(ax, curves, percent=is_accuracy(name))
+    _steps(axes[-1])
     return figure
+
+
+def _by_split(metrics: Mapping[str, Series], name: str) -> dict[str, Series]:
+    return {split: metrics[f"{split}/{name}"] for split in COLORS if f"{split}/{name}" in metrics}
+
+
+def is_accuracy(name: str) -> bool:
+    """Whether a metric, with or without its split, is shown in percent: acc, acc5, val/acc."""
+    return name.rpartition("/")[2].startswith("acc")
 
 
 def _steps(ax: Axes) -> None:
@@ -211,34 +198,32 @@ def _steps(ax: Axes) -> None:
     ax.xaxis.set_major_formatter("{x:,.0f}")
 
 
-def _curves(ax: Axes, metrics: pd.DataFrame, name: str) -> bool:
-    scale, unit = (100, ".1f") if name == "acc" else (1, "#.3g")
-    curves = []
-    for split, color in (("train", TRAIN), ("val", VAL), ("test", TEST)):
-        steps, values = series(metrics, f"{split}/{name}")
-        if len(steps):
-            values = _plot(ax, steps, values * scale, color, point=split == "test")
-            curves.append((values, f"{split} {values[-1]:{unit}}", color))
-    if curves:
-        _limits(ax, np.concatenate([values for values, _, _ in curves]), percent=name == "acc")
-        _end_labels(ax, [(values[-1], text, color) for values, text, color in curves])
-    return bool(curves)
+def _curves(ax: Axes, curves: Mapping[str, Series], percent: bool) -> None:
+    scale, unit = (100, ".1f") if percent else (1, "#.3g")
+    drawn = {
+        split: _plot(ax, steps, values * scale, COLORS[split], point=split == "test")
+        for split, (steps, values) in curves.items()
+    }
+    _limits(ax, np.concatenate([*drawn.values()]), percent)
+    labels = [(values[-1], f"{split} {values[-1]:{unit}}", COLORS[split]) for split, values in drawn.items()]
+    _end_labels(ax, labels)
 
 
 def _plot(ax: Axes, steps: np.ndarray, values: np.ndarray, color: str, point: bool) -> np.ndarray:
     if point:
         ax.plot(steps[-1:], values[-1:], "D", color=color, ms=7, mec="white", zorder=5, clip_on=False)
         return values[-1:]
-    window = len(values) // 40  # single batches are noisy: their running mean, the batches faint behind it
+    window = len(values) // 40  # single batches are noisy: draw a running mean, and the batches faintly behind it
     if window > 1:
         ax.plot(steps, values, color=color, lw=0.7, alpha=0.35)
-        values = pd.Series(values).rolling(window, center=True, min_periods=1).mean().to_numpy()
+        ones = np.ones(window)
+        values = np.convolve(values, ones, "same") / np.convolve(np.ones(len(values)), ones, "same")
     ax.plot(steps, values, color=color, lw=1.8, marker="o" if len(values) <= 40 else "", ms=3.5)
     return values
 
 
 def _limits(ax: Axes, values: np.ndarray, percent: bool) -> None:
-    """Fit the axis to the curves, not to the noise behind them; logarithmic for a loss of wide range."""
+    """Fit the axis to the curves, not to the noise behind them; logarithmic for values of a wide range."""
     low, high = values.min(), values.max()
     if not percent and low > 0 and high > 30 * low:
         ax.set(yscale="log", ylim=(low / 1.3, high * 1.3))
@@ -251,14 +236,14 @@ def _limits(ax: Axes, values: np.ndarray, percent: bool) -> None:
 
 
 def _end_labels(ax: Axes, labels: list[tuple[float, str, str]]) -> None:
-    """Name each curve, (last value, text, colour), at its height right of the axes."""
+    """Write the text of each curve, given as (last value, text, colour), at its height to the right of the axes."""
     heights = ax.transAxes.inverted().transform(ax.transData.transform([(0, y) for y, _, _ in labels]))[:, 1]
     for height, (_, text, color) in zip(_spread(heights, 0.1), labels, strict=True):
         ax.text(1.03, height, text, transform=ax.transAxes, va="center", color=color, weight="bold", fontsize=9)
 
 
 def _spread(heights: np.ndarray, gap: float) -> np.ndarray:
-    """Heights (n,) in their order but at least `gap` apart, and none above 1."""
+    """Move heights (n,) at least `gap` apart, in their order, and none above 1."""
     order, offsets = np.argsort(heights), gap * np.arange(len(heights))
     placed = np.empty_like(heights)
     placed[order] = np.minimum(np.maximum.accumulate(heights[order] - offsets) + offsets, 1 - offsets[::-1])
@@ -266,7 +251,7 @@ def _spread(heights: np.ndarray, gap: float) -> np.ndarray:
 
 
 def learning_rate(steps: np.ndarray, lrs: np.ndarray) -> Figure | None:
-    """The learning rate (n,) against the optimizer step (n,), its peak named; None where n is 0."""
+    """Draw the learning rate (n,) against the optimizer step (n,) and label its peak; None if n is 0."""
     if not len(steps):
         return None
     figure = Figure(figsize=(WIDTH, 2.3), layout="constrained")
@@ -278,22 +263,15 @@ def learning_rate(steps: np.ndarray, lrs: np.ndarray) -> Figure | None:
     ax.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
     ax.yaxis.set_major_formatter("{x:g}")
     peak = int(np.argmax(lrs))
-    left = steps[peak] <= (steps[0] + steps[-1]) / 2
-    ax.annotate(
-        f"peak {lrs[peak]:.4g} at step {steps[peak]:,.0f}",
-        (steps[peak], lrs[peak]),
-        xytext=(6 if left else -6, 4),
-        textcoords="offset points",
-        ha="left" if left else "right",
-        color=VAL,
-        weight="bold",
-        fontsize=9,
-    )
+    side, offset = ("left", 6) if steps[peak] <= (steps[0] + steps[-1]) / 2 else ("right", -6)
+    style: Any = {"textcoords": "offset points", "ha": side, "color": VAL, "weight": "bold", "fontsize": 9}
+    text = f"peak {lrs[peak]:.4g} at step {steps[peak]:,.0f}"
+    ax.annotate(text, (steps[peak], lrs[peak]), xytext=(offset, 4), **style)
     return figure
 
 
 def confusion(predictions: Predictions, class_names: Sequence[str]) -> Figure | None:
-    """The confusion matrix; above 30 classes, where no one can read one, the most confused pairs instead."""
+    """Draw the confusion matrix; above 30 classes, where it is unreadable, the most confused pairs instead."""
     counts = confusion_counts(predictions.label, predictions.prediction, len(class_names))
     return _matrix(counts, class_names) if len(class_names) <= 30 else _pairs(counts, class_names)
 
@@ -302,7 +280,7 @@ def _matrix(counts: np.ndarray, names: Sequence[str]) -> Figure:
     k = len(names)
     share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     wrong = share * (1 - np.eye(k))
-    # In one colour scale the diagonal would drown the mistakes: it gets a colour of its own.
+    # On one colour scale the diagonal would drown the mistakes: it gets a separate colour.
     tint = np.where(np.eye(k, dtype=bool), share * 0.8, wrong / max(wrong.max(), 0.05) * 0.9)
     hue = np.where(np.eye(k, dtype=bool)[..., None], mpl.colors.to_rgb(VAL), mpl.colors.to_rgb(TEST))
     side = max(WIDTH, 0.34 * k + 1.4)
@@ -316,7 +294,7 @@ def _matrix(counts: np.ndarray, names: Sequence[str]) -> Figure:
     ax.set_xticks(range(k), ticks, rotation=45, ha="right", rotation_mode="anchor")
     ax.set_yticks(range(k), ticks)
     ax.set(xlabel="predicted", ylabel="true")
-    ax.set_title(f"Confusions: {np.trace(counts):,} of {counts.sum():,} right")
+    ax.set_title(f"Confusion matrix: {np.trace(counts):,} of {counts.sum():,} correct")
     ax.spines[:].set_visible(False)
     ax.grid(False)
     return figure
@@ -342,13 +320,13 @@ def _pairs(counts: np.ndarray, names: Sequence[str], top: int = 20) -> Figure | 
 
 
 def mistakes(predictions: Predictions, class_names: Sequence[str], images: Images, top: int = 20) -> Figure | None:
-    """The `top` most confident mistakes with predicted and true class; None where every image is right."""
+    """Draw the `top` most confident mistakes with predicted and true class; None if there is no mistake."""
     wrong = np.flatnonzero(predictions.label != predictions.prediction)
     if not len(wrong):
         return None
     shown = wrong[np.argsort(-np.nan_to_num(predictions.confidence[wrong]), kind="stable")][:top]
     rows = -(-len(shown) // 5)
-    # In inches, not left to the layout engine, which shrinks images to make room for long names.
+    # Placed in inches: the layout engine would shrink images to make room for long names.
     height = 1.52 * rows + 0.4
     figure = Figure(figsize=(WIDTH, height))
     _headline(figure, f"Most confident mistakes: {len(shown)} of {len(wrong):,}")
@@ -367,19 +345,13 @@ def mistakes(predictions: Predictions, class_names: Sequence[str], images: Image
 
 
 def _note(ax: Axes, line: int, text: str, color: str) -> None:
-    """One line of text below an image."""
-    place = (0, -2 - 10 * line)  # points
-    ax.annotate(
-        shorten(text, 14),
-        (0.5, 0),
-        place,
-        xycoords="axes fraction",
-        textcoords="offset points",
-        ha="center",
-        va="top",
-        fontsize=8,
-        color=color,
-    )
+    """Write one line of text below an image."""
+    place: Any = {
+        "xytext": (0, -2 - 10 * line),
+        "xycoords": "axes fraction",
+        "textcoords": "offset points",
+    }  # in points
+    ax.annotate(shorten(text, 14), (0.5, 0), **place, ha="center", va="top", fontsize=8, color=color)
 
 
 def _headline(figure: Figure, text: str) -> None:
@@ -387,7 +359,7 @@ def _headline(figure: Figure, text: str) -> None:
 
 
 def _show(ax: Axes, image: np.ndarray) -> None:
-    """One image uint8 (H, W, C), C 1 (grey) or 3; matplotlib enlarges small ones by whole pixels."""
+    """Show one image, uint8 (H, W, C), C 1 (grey) or 3."""
     ax.imshow(image.squeeze(-1) if image.shape[-1] == 1 else image, cmap="gray", vmin=0, vmax=255)
     ax.set(xticks=[], yticks=[])
     ax.grid(False)
@@ -395,7 +367,7 @@ def _show(ax: Axes, image: np.ndarray) -> None:
 
 
 def reliability(predictions: Predictions) -> Figure:
-    """Accuracy against confidence with 95 % intervals and the number of images in each of 15 bins."""
+    """Draw accuracy against confidence with 95 % intervals, and the number of images, in each of 15 bins."""
     correct = predictions.label == predictions.prediction
     bins = calibrate(predictions.confidence, correct)
     width = 1 / len(bins.count)

@@ -1,4 +1,4 @@
-"""A run's folder: its layout, and the lock that keeps two runs out of one folder."""
+"""The run directory: its layout, and the lock that keeps two runs from sharing one."""
 
 import contextlib
 import fcntl
@@ -7,20 +7,20 @@ import os
 import shutil
 import socket
 from collections.abc import Iterator
-from datetime import UTC, datetime
 from pathlib import Path
 
 from reslab.errors import UserError
 from reslab.files import write_text
+from reslab.runs.manifest import now
 
 MIN_FREE_BYTES = 64 * 2**20
 
 
 class RunFolder:
-    """The paths of a run's folder.
+    """Paths in a run directory.
 
     Args:
-        path: The folder; it need not exist yet.
+        path: The run directory. It need not exist yet.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -36,33 +36,33 @@ class RunFolder:
 
     @classmethod
     def existing(cls, path: str | Path) -> "RunFolder":
-        """The folder of a run that was started; raises UserError where there is none."""
+        """Return the run directory of a run that was started; raise UserError if it is not one."""
         folder = cls(path)
         if not folder.manifest.exists():
-            raise UserError(f"{path} is no run folder: it has no manifest.json (runs are made by `reslab fit`)")
+            raise UserError(f"{path} is not a run directory: it has no manifest.json (`reslab fit` creates runs)")
         return folder
 
     def probe(self) -> None:
-        """Makes the folder and tries what a run will do in it; raises UserError with the cause."""
+        """Create the run directory and check that a run can write there; raise UserError with the cause."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             write_text(self.path / "probe", "probe")
             (self.path / "probe").unlink()
         except OSError as error:
-            raise UserError(f"cannot write in the run folder {self.path}: {error.strerror or error}") from error
+            raise UserError(f"cannot write to the run directory {self.path}: {error.strerror or error}") from error
         free = shutil.disk_usage(self.path).free
         if free < MIN_FREE_BYTES:
-            room = f"only {free / 2**20:.0f} MiB are free for the run folder {self.path}"
-            raise UserError(f"{room}: make room, or give another --run.dir")
+            space = f"only {free / 2**20:.0f} MiB are free for the run directory {self.path}"
+            raise UserError(f"{space}: free some space, or choose another --run.dir")
 
     def clear_leftovers(self) -> None:
-        """Removes what a killed run left half written, and the notes of processes that failed."""
+        """Remove half-written files of a killed attempt, and failure notes of its ranks."""
         for pattern in (".*.part", "*/.*.part", ".failed-*"):
             for path in self.path.glob(pattern):
                 path.unlink()
 
     def busy(self) -> bool:
-        """Whether a process holds the folder."""
+        """Whether a process holds the lock."""
         if not (self.path / ".lock").exists():
             return False
         with (self.path / ".lock").open("a") as file:
@@ -74,10 +74,10 @@ class RunFolder:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Holds the folder for this process; raises UserError saying who has it.
+        """Lock the run directory for this process; raise UserError naming the process that holds it.
 
-        A record lock is the kernel's: it ends with its process, however that ends, and no fork inherits it. So
-        a lock file that a dead run left behind holds nobody up.
+        The kernel releases a record lock when its process ends, however it ends, and no fork inherits it: a lock
+        file left behind by a dead run blocks nobody.
         """
         with (self.path / ".lock").open("a+") as file:
             try:
@@ -86,8 +86,7 @@ class RunFolder:
                 file.seek(0)
                 raise UserError(f"{self.path} is in use by another run: {_holder(file.read())}") from error
             file.truncate(0)
-            since = datetime.now(UTC).isoformat(timespec="seconds")
-            json.dump({"host": socket.gethostname(), "pid": os.getpid(), "since": since}, file)
+            json.dump({"host": socket.gethostname(), "pid": os.getpid(), "since": now()}, file)
             file.flush()
             yield
 
@@ -96,4 +95,4 @@ def _holder(text: str) -> str:
     with contextlib.suppress(ValueError, KeyError):
         lock = json.loads(text)
         return f"pid {lock['pid']} on {lock['host']}, since {lock['since']}"
-    return "its lock file does not say whose"
+    return "its lock file names no process"

@@ -1,4 +1,4 @@
-"""manifest.json: where a run came from and how it ended."""
+"""Read and write manifest.json; collect the provenance of a run: code, software, hardware."""
 
 import hashlib
 import json
@@ -17,37 +17,21 @@ from typing import Any
 
 from reslab.errors import UserError
 from reslab.files import replacing, write_text
-from reslab.runs.masking import keeps_secrets, mask, mask_command
+from reslab.runs.masking import keeps_secrets, mask
 
 PACKAGES = (
-    "reslab",
-    "torch",
-    "torchvision",
-    "lightning",
-    "torchmetrics",
-    "numpy",
-    "jsonargparse",
-    "safetensors",
-    "wandb",
-)
-# These say where and how a run is carried out, not which run it is.
+    "reslab", "torch", "torchvision", "lightning", "torchmetrics", "numpy", "jsonargparse", "safetensors", "wandb",
+)  # fmt: skip
+# Config keys that say where and how a run is executed; a run resumes although they change.
 NOT_IDENTITY = (
-    *(
-        "run.dir",
-        "run.group",
-        "run.job_type",
-        "run.tags",
-        "run.allow_world_size_change",
-        "trainer.logger",
-        "trainer.devices",
-    ),
-    *("trainer.num_nodes", "data.root", "data.download", "data.num_workers"),
-)
-LARGEST_NEW_FILE = 2**20  # bytes: a new file beyond that is no code
+    "run.dir", "run.group", "run.job_type", "run.tags", "run.allow_world_size_change",
+    "trainer.logger", "trainer.devices", "trainer.num_nodes", "data.root", "data.download", "data.num_workers",
+)  # fmt: skip
+LARGEST_NEW_FILE = 2**20  # bytes: a larger untracked file is not code
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The manifest in `path`; raises UserError where it is missing or no JSON."""
+    """Read a manifest; raise UserError if it is missing or not JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -55,42 +39,32 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def write(path: Path, manifest: dict[str, Any]) -> None:
-    """Writes the manifest atomically, and no secret of the environment with it."""
+    """Write a manifest atomically, with the secrets of the environment masked."""
     write_text(path, mask(json.dumps(manifest, indent=2, default=str, allow_nan=False)) + "\n")
 
 
 def now() -> str:
-    """The time in UTC, to the second, as ISO 8601."""
+    """Return the time in UTC as ISO 8601, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def duration(seconds: float) -> str:
-    """Seconds as a person says them: 41.2 s, 12 min 34 s, 3 h 05 min."""
+    """Format seconds for readers: 41.2 s, 12 min 34 s, 3 h 05 min."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest:02} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
 
 
-def command(argv: list[str]) -> str:
-    """The command line as it was given, what looks like a secret replaced by ***."""
-    return mask_command(["reslab", *argv])
-
-
-def config_sha256(text: str) -> str:
-    """SHA-256 of a resolved config's YAML text."""
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
 def git_state(folder: Path, keep: Path | None = None) -> dict[str, Any] | None:
-    """The commit that the code is at, and what has been changed since; None outside git.
+    """Return the commit and the uncommitted changes of a repository; None outside git.
 
-    `git apply` makes the changes again in a clean clone. They include new files, but for those that git ignores,
-    those in run folders, and those that are named in `left_out`: too large, or keepers of secrets.
+    `git apply` restores the changes in a clean clone. They include untracked files, except files that git ignores,
+    files in run directories, and those listed in `left_out`, which are too large or hold secrets.
 
     Args:
-        folder: Any in the repository.
-        keep: The file that the changes are written to, if there are any.
+        folder: Any directory in the repository.
+        keep: The file to write the changes to, if there are any.
     """
     try:
         root = Path(os.fsdecode(_git(folder, "rev-parse", "--show-toplevel")).rstrip("\n"))
@@ -119,19 +93,19 @@ def _git(folder: Path, *args: str, stdin: bytes = b"", variables: dict[str, str]
 
 
 def _new_files(root: Path) -> tuple[list[str], list[str]]:
-    """The files that git neither knows nor ignores: those to keep, those to leave out."""
+    """List the files that git neither tracks nor ignores: those to keep, and those to leave out."""
     listed = os.fsdecode(_git(root, "ls-files", "--others", "--exclude-standard", "-z")).split("\0")
     names = [name for name in listed if name and not any((root / d / ".lock").exists() for d in Path(name).parents)]
-    # A name that ends in / is another repository in this one.
+    # A name that ends in / is a nested repository.
     large = {n for n in names if n.endswith("/") or (root / n).lstat().st_size > LARGEST_NEW_FILE}
     left_out = [name for name in names if name in large or keeps_secrets(name)]
     return [name for name in names if name not in left_out], left_out
 
 
 def _diff(root: Path, new: list[str]) -> bytes:
-    """What `git diff HEAD` would say if the new files were known to git; whatever the user's settings for diffs are."""
+    """Return `git diff HEAD` as if the new files were tracked, whatever the user's diff settings are."""
     index, objects = (os.fsdecode(_git(root, "rev-parse", "--git-path", x)).rstrip("\n") for x in ("index", "objects"))
-    with tempfile.TemporaryDirectory() as scratch:  # the repository's own index and objects stay as they are
+    with tempfile.TemporaryDirectory() as scratch:  # leave the repository untouched
         variables = {
             "GIT_INDEX_FILE": str(shutil.copy2(root / index, Path(scratch, "index"))),
             "GIT_OBJECT_DIRECTORY": scratch,
@@ -148,7 +122,7 @@ def _diff(root: Path, new: list[str]) -> bytes:
 
 
 def environment() -> dict[str, Any]:
-    """Software and hardware, and the flags that decide about bits, read back from where they take effect."""
+    """Return software, hardware and determinism flags, as they are in effect in this process."""
     import torch
 
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]

@@ -1,4 +1,4 @@
-"""Keys and tokens stay out of what a run writes."""
+"""Keep keys and tokens out of the files of a run."""
 
 import json
 import os
@@ -8,20 +8,20 @@ from collections.abc import Iterator, Sequence
 
 MASK = "***"
 _NAME = r"[\w.-]*(?:key|token|secret|password|credential)[\w-]*"
-_FLAG = re.compile(rf"(?i)--?{_NAME}")  # its value is the next word …
-_WORD = re.compile(rf"(?is)\A((?:--?)?{_NAME}\+?=).*")  # … or the rest of this one …
-_INSIDE = re.compile(rf"(?i)({_NAME}[\"']?\s*[:=]\s*)(?:\"[^\"]*\"|'[^']*'|[^\s,&}}\]]+)")  # … or within YAML or a URL
+_FLAG = re.compile(rf"(?i)--?{_NAME}")  # its value is the next word,
+_WORD = re.compile(rf"(?is)\A((?:--?)?{_NAME}\+?=).*")  # or the rest of this word,
+_INSIDE = re.compile(rf"(?i)({_NAME}[\"']?\s*[:=]\s*)(?:\"[^\"]*\"|'[^']*'|[^\s,&}}\]]+)")  # or inside YAML or a URL
 _LOGIN = re.compile(r"(://[^/\s:@]*:)[^/\s@]+(?=@)")
 _VARIABLE = re.compile(r"(?i)(?:key|token|secret|password)$")
 _FILE = re.compile(
     r"(?ix) (?:^|/) (?: \.env(?:\.[^/]*)? | [._]netrc | id_(?:rsa|ecdsa|ed25519) | [^/]*\.(?:pem|key)"
     r" | [^/]*(?<![a-z])(?:secrets?|credentials?|passwords?|api[_-]?key|tokens?)(?:\.(?:txt|json|ya?ml|toml|ini))?) $"
 )
-_SHORTEST = 8  # characters: a shorter value is no key, and stands in ordinary words
+_SHORTEST = 8  # characters: shorter values are not keys, and occur in ordinary words
 
 
 def mask(text: str) -> str:
-    """The text without the values of this process's secret environment variables, such as WANDB_API_KEY."""
+    """Mask the values of secret environment variables, such as WANDB_API_KEY, in a text."""
     values = [value for name, value in os.environ.items() if _VARIABLE.search(name) and len(value) >= _SHORTEST]
     for value in sorted(values, key=len, reverse=True):
         text = text.replace(value, MASK).replace(json.dumps(value)[1:-1], MASK)
@@ -29,7 +29,7 @@ def mask(text: str) -> str:
 
 
 def mask_command(words: Sequence[str]) -> str:
-    """A command line, quoted for a shell, without what looks like a secret by its name or is one in the environment."""
+    """Join a command line for a shell, with secrets masked: by option name, or by their value in the environment."""
     return shlex.join(mask(word) for word in _without_secrets(words))
 
 
@@ -45,5 +45,5 @@ def _without_secrets(words: Sequence[str]) -> Iterator[str]:
 
 
 def keeps_secrets(name: str) -> bool:
-    """Whether a file of this name is one that keys and passwords are kept in: .env, .netrc, *.pem, api_key.txt …"""
+    """Whether a file with this name usually holds keys or passwords: .env, .netrc, *.pem, api_key.txt."""
     return _FILE.search(name) is not None
