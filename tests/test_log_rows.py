@@ -11,7 +11,7 @@ from lightning.pytorch.loggers.logger import Logger
 
 from reslab import Classifier, ImageData, create_model
 from reslab.data import Digits
-from reslab.runs.metrics import MetricsCSV
+from reslab.runs.csv_logger import MetricsCSV
 from reslab.training.log_rows import LogRows
 from reslab.training.progress import ProgressReport
 
@@ -73,7 +73,7 @@ def run(folder: Path, callbacks: list[Callback], **settings: Any) -> tuple[list[
     quiet = ("enable_checkpointing", "enable_progress_bar", "enable_model_summary")
     trainer = Trainer(
         accelerator="cpu",
-        logger=[recorder, MetricsCSV(path)],
+        logger=[recorder, MetricsCSV(path, ["step"])],
         callbacks=[*callbacks, LogRows(test_follows=True), ProgressReport()],
         **{**dict.fromkeys(quiet, False), "max_epochs": 2, "log_every_n_steps": 5, **settings},
     )

@@ -91,7 +91,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_ablate(add("ablate", None, "plan, run or report a study: arms × seeds in, a verdict out"))
     command = add("list", _list, "list models, data sets, experiments or ablation studies")
     command.add_argument("what", nargs="?", choices=[*LISTS, "models"], help="default: all of them")
-    command.add_argument("pattern", nargs="?", help="with models: timm, torchvision, or a pattern such as 'timm/convnext*'")
+    command.add_argument(
+        "pattern", nargs="?", help="with models: timm, torchvision, or a pattern such as 'timm/convnext*'"
+    )
     command = add("summary", _summary, "print a model's layers: shapes, parameters, FLOPs")
     command.add_argument("model", help="a name from `reslab list models`, timm/NAME or torchvision/NAME")
     command.add_argument("--input", default="3,224,224", type=_shape, metavar="C,H,W", help="default 3,224,224")

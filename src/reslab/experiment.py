@@ -17,7 +17,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from safetensors.torch import save
 
-from reslab.config import Experiment, rank
+from reslab.config import Experiment
 from reslab.data import ImageData
 from reslab.data.loaders import BatchKey
 from reslab.errors import Exit, UserError
@@ -30,6 +30,8 @@ from reslab.runs.tracking import WandB
 from reslab.training import Classifier
 from reslab.training.checkpoint import Checkpoints, VerifiedCheckpointIO, read_checkpoint, resume_point, weights_sha256
 from reslab.training.classifier import Diverged
+from reslab.training.lightning_internals import rank, saves_distributed_checkpoints
+from reslab.training.log_rows import LogRows
 from reslab.training.preemption import Preempted, Preemption
 from reslab.training.processes import (
     Failure,
@@ -48,8 +50,7 @@ def fit(argv: list[str]) -> int:
     """Run `reslab fit`: start a run, or resume the unfinished one in --run.dir; return the exit status."""
     experiment = Experiment(argv)
     built = experiment.build()  # first: a value refused at construction must leave no run directory behind
-    if experiment.config.run.test_weights == "best" and not built[0].val_split:
-        raise UserError("run.test_weights: best requires validation images: set data.val_split")
+    built[1].objective.prepare(built[1].net)  # a missing teacher, too
     folder = RunFolder(experiment.run_dir())
     if rank() != 0:
         return Run(experiment, folder, argv).execute(*built)
@@ -99,7 +100,7 @@ class Run:
         with Preemption(saver) as preemption:
             columns = ["step", "epoch", *model.metric_names]
             # reslab's own callbacks. The order matters: a checkpoint holds what was logged at the same step.
-            callbacks = [SkipRedundantSync(), progress, saver, preemption]
+            callbacks = [LogRows(test_follows=True), SkipRedundantSync(), progress, saver, preemption]
             trainer = self._trainer(settings, callbacks, MetricsCSV(self.folder.metrics, columns))
             self.failures.start(trainer)
             resumed = checkpoint is not None
@@ -107,6 +108,8 @@ class Run:
             if self.record.writes:
                 data.prepare_data()
                 self.record.write(data={**data.fingerprint(), "class_names": data.class_names})
+                if objective := model.objective.prepare(model.net):
+                    self.record.write(objective=objective)
             trainer.fit(model, datamodule=data, ckpt_path=checkpoint, weights_only=True)
             self.record.manifest["samples_per_second"] = progress.images_per_second()
             self._test(trainer, model, data, saver)
@@ -131,7 +134,7 @@ class Run:
         self.trackers = [logger for logger in settings["logger"] if isinstance(logger, WandB)]
         if self.record.writes:
             self._start_trackers()
-        if getattr(settings["strategy"], "_save_distributed_checkpoint", False):
+        if saves_distributed_checkpoints(settings["strategy"]):
             raise UserError("a checkpoint must be one file: set --trainer.strategy.save_distributed_checkpoint false")
         return Trainer(
             **{

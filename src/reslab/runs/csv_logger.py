@@ -20,6 +20,8 @@ class MetricsCSV(Logger):
         columns: The names of the first columns. Other names get a column when they are first logged.
     """
 
+    merges_rows = True  # LogRows passes everything on at once: a row must be on disk before the checkpoint of its step
+
     def __init__(self, path: Path, columns: Sequence[str]) -> None:
         super().__init__()
         self.path = path

@@ -123,7 +123,9 @@ class Classifier(LightningModule):
     @property
     def metric_names(self) -> list[str]:
         """Names of everything a run of this model logs."""
-        return [*self.objective.metric_names(getattr(self.net, "num_classes", 2)), "lr", "images_per_second"]
+        names = self.objective.metric_names(getattr(self.net, "num_classes", 2))
+        training = len(self.objective.training_metrics)
+        return [*names[:training], "lr", "images_per_second", *names[training:]]
 
     def setup(self, stage: str) -> None:
         expected = getattr(self.trainer.datamodule, "num_classes", None)  # type: ignore[attr-defined]
