@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import random
 import resource
+import runpy
 import signal
 import socket
 import subprocess
@@ -198,6 +199,7 @@ def _forked(argv: list[str], log: str, fault: Fault | None, largest_file: int | 
 
 
 def _main(argv: list[str], fault: Fault | None) -> None:
+    runpy.run_path(str(Path(__file__).parent / "user/sitecustomize.py"))
     from reslab.cli import main
 
     if fault:

@@ -50,7 +50,7 @@ class ParamGroups:
                 f"param_groups: {', '.join(changed)} requires layer groups, {type(net).__name__} has none: "
                 "implement reslab.models.Network, or leave the option out"
             )
-        groups = list(net.layer_groups())[:-1]
+        groups = list(net.layer_groups())[:-1]  # type: ignore[operator]
         if unknown := [group for group in self.freeze if group not in groups]:
             raise ValueError(f"freeze: no layer group is called {', '.join(unknown)}; there are: {', '.join(groups)}")
 
