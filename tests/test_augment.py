@@ -91,7 +91,7 @@ def test_normalisation_is_torchvisions_in_channels_last(channels):
 def test_all_of_it_is_torchvisions_pipeline_given_the_same_parameters():
     augment = Augment(crop_padding=4, flip="random", cutout=8, erasing=0.5)
     images = photos(64, 32, 32)
-    draws = augment.draw(seed=1, epoch=2, indices=np.arange(64), size=32)
+    draws = augment.params(seed=1, epoch=2, indices=np.arange(64), size=32)
     ours = augment.apply(images, torch.from_numpy(draws), MEAN, STD)
     for image, out, (dy, dx, mirrored, cy, cx, *box) in zip(chw(images), ours, draws.tolist(), strict=True):
         x = tvf.crop(tvf.pad(image, [4]), dy, dx, 32, 32)
@@ -105,17 +105,17 @@ def test_all_of_it_is_torchvisions_pipeline_given_the_same_parameters():
 
 def test_draws_are_those_of_the_image_and_the_epoch():
     augment = Augment(crop_padding=4, flip="random", cutout=8)
-    draws = augment.draw(0, 5, np.arange(5000), 32)
-    np.testing.assert_array_equal(draws[[7, 3]], augment.draw(0, 5, np.array([7, 3]), 32))
-    assert (draws != augment.draw(0, 6, np.arange(5000), 32)).any(1).mean() > 0.99
+    draws = augment.params(0, 5, np.arange(5000), 32)
+    np.testing.assert_array_equal(draws[[7, 3]], augment.params(0, 5, np.array([7, 3]), 32))
+    assert (draws != augment.params(0, 6, np.arange(5000), 32)).any(1).mean() > 0.99
     assert not draws[:, 5:].any()
     for column, places in zip(draws.T[:5], (9, 9, 2, 32, 32), strict=True):
         assert sorted(set(column)) == list(range(places))
-    assert Augment().draw(0, 0, np.arange(3), 32).shape == (3, 0)
+    assert Augment().params(0, 0, np.arange(3), 32).shape == (3, 0)
 
 
 def test_alternating_flips_show_every_image_both_ways_in_two_epochs():
-    flips = [Augment(flip="alternating").draw(0, epoch, np.arange(1000), 32)[:, 2] for epoch in range(4)]
+    flips = [Augment(flip="alternating").params(0, epoch, np.arange(1000), 32)[:, 2] for epoch in range(4)]
     assert (flips[0] != flips[1]).all()
     assert (flips[0] == flips[2]).all()
     assert 400 < flips[0].sum() < 600
@@ -210,7 +210,7 @@ def test_cutmix_is_torchvisions(height, width, channels, data):
 
 
 def plans(augment, n=2000, size=32):
-    return np.array([augment.draw_mix(0, i // 50, i, size) for i in range(n)])
+    return np.array([augment.mix_params(0, i // 50, i, size) for i in range(n)])
 
 
 @pytest.mark.parametrize("alpha", [0.2, 1.0, 8.0])
@@ -238,19 +238,19 @@ def test_with_mixup_and_cutmix_each_batch_takes_one_of_them():
 
 def test_every_step_has_a_mix_of_its_own_that_moves_no_other_draw():
     augment = Augment(flip="random", mixup=1.0)
-    drawn = augment.draw_mix(0, 5, 7, 32)
-    np.testing.assert_array_equal(drawn, augment.draw_mix(0, 5, 7, 32))
+    drawn = augment.mix_params(0, 5, 7, 32)
+    np.testing.assert_array_equal(drawn, augment.mix_params(0, 5, 7, 32))
     others = [(0, 5, 3), (0, 6, 7), (1, 5, 7)]
-    assert all(augment.draw_mix(seed, epoch, step, 32)[0] != drawn[0] for seed, epoch, step in others)
-    assert Augment().draw_mix(0, 5, 7, 32).shape == (0,)
-    draws = [a.draw(0, 5, np.arange(100), 32) for a in (augment, Augment(flip="random"))]
+    assert all(augment.mix_params(seed, epoch, step, 32)[0] != drawn[0] for seed, epoch, step in others)
+    assert Augment().mix_params(0, 5, 7, 32).shape == (0,)
+    draws = [a.params(0, 5, np.arange(100), 32) for a in (augment, Augment(flip="random"))]
     np.testing.assert_array_equal(*draws)
 
 
 def test_the_mix_is_the_same_on_every_machine_and_version():
     # Frozen: a change here changes every run with mixed images.
-    assert Augment(mixup=0.2).draw_mix(0, 0, 0, 32).tolist() == [16772412, 0, 0, 32, 32]
-    assert Augment(cutmix=1.0).draw_mix(0, 0, 4, 32).tolist() == [0, 4, 5, 32, 32]
+    assert Augment(mixup=0.2).mix_params(0, 0, 0, 32).tolist() == [16772412, 0, 0, 32, 32]
+    assert Augment(cutmix=1.0).mix_params(0, 0, 4, 32).tolist() == [0, 4, 5, 32, 32]
 
 
 def test_resized_crops_have_the_distribution_of_torchvisions():

@@ -16,8 +16,9 @@ from reslab import Classifier, create_model
 from reslab.data import CIFAR10, Augment, DataError, Digits, ImageData, ImageFolder, ImageSource
 from reslab.data.augment import swap_pairs
 from reslab.data.datasets import Arrays
-from reslab.data.loaders import Batch, BatchKey, EvalOrder, TrainOrder
+from reslab.data.batches import Batch
 from reslab.data.order import permutation
+from reslab.data.samplers import BatchKey, EvalOrder, TrainOrder
 from reslab.errors import UserError
 
 AUGMENT = Augment(crop_padding=1, flip="random", cutout=2, mixup=1.0, cutmix=1.0, erasing=0.5)

@@ -14,7 +14,7 @@ from torchvision.transforms.v2 import functional as tvf
 
 from reslab.data import Augment, DataError, ImageData, ImageFolder, ImageNet, ResizeConfig, decode
 from reslab.data.augment import resized_crop_box
-from reslab.data.decode import RandomCrop, decode_bytes, named, resize_and_crop, resized_crop
+from reslab.data.decode import RandomCrop, as_data_error, decode_bytes, height_offset, resize_and_crop, resized_crop
 from reslab.data.order import RESIZED_CROP, uniforms
 from reslab.errors import UserError
 
@@ -95,8 +95,8 @@ def test_simplejpeg_and_torchvision_give_the_same_crop(monkeypatch, kind, channe
 def test_rows_below_the_crop_are_not_decoded_and_change_nothing(monkeypatch, kind, share):
     crop = RandomCrop(3, False, Augment(scale=(0.02, 0.3)), share)
     decoded = []
-    keep = RandomCrop._decoded
-    monkeypatch.setattr(RandomCrop, "_decoded", lambda *args: decoded.append(args[2]) or keep(*args))
+    keep = RandomCrop._decode_jpeg
+    monkeypatch.setattr(RandomCrop, "_decode_jpeg", lambda *args: decoded.append(args[2]) or keep(*args))
     some = [crop(KINDS[kind], u, 12) for u in draws(40)]
     monkeypatch.setattr(decode, "ROWS_BELOW", 10_000)
     whole = [crop(KINDS[kind], u, 12) for u in draws(40)]
@@ -111,22 +111,22 @@ def test_a_truncated_file_is_named_wherever_the_crop_is(progressive, missing):
     data = jpeg(progressive=progressive)[:-missing]
     crop = RandomCrop(3, False, Augment(scale=(0.02, 0.3)))
     for u in draws(20):
-        with pytest.raises(DataError, match=r"^pets/cat.jpg cannot be read"), named(Path("pets/cat.jpg")):
+        with pytest.raises(DataError, match=r"^pets/cat.jpg cannot be read"), as_data_error(Path("pets/cat.jpg")):
             crop(data, u, 12)
 
 
 def test_the_number_of_rows_is_found_in_a_baseline_jpeg_of_one_scan():
     for kind, data in KINDS.items():
-        at = decode.rows_field(data)
+        at = height_offset(data)
         if kind == "progressive":
             assert at is None
         else:
             assert data[at : at + 2] == Image.open(io.BytesIO(data)).height.to_bytes(2, "big")
     data = KINDS["4:2:0"]
     frame, scan = data.index(b"\xff\xc0"), data.index(b"\xff\xda")
-    assert decode.rows_field(data[:frame] + b"\xff\xfe\x00\x04hi" + data[frame:]) == frame + 6 + 5
-    assert decode.rows_field(data[: scan + 4] + b"\x01" + data[scan + 5 :]) is None  # one component in the first scan
-    assert [decode.rows_field(data[:n]) for n in (0, 3, frame, scan)] == [None] * 4
+    assert height_offset(data[:frame] + b"\xff\xfe\x00\x04hi" + data[frame:]) == frame + 6 + 5
+    assert height_offset(data[: scan + 4] + b"\x01" + data[scan + 5 :]) is None  # one component in the first scan
+    assert [height_offset(data[:n]) for n in (0, 3, frame, scan)] == [None] * 4
 
 
 @needs_simplejpeg
@@ -168,8 +168,8 @@ def test_scaled_decoding_changes_pixels_a_little_where_the_crop_is_large(channel
 @needs_simplejpeg
 def test_scaled_decoding_keeps_the_share_asked_for(monkeypatch):
     decoded = []
-    keep = RandomCrop._decoded
-    monkeypatch.setattr(RandomCrop, "_decoded", lambda *args: decoded.append(args[2:4]) or keep(*args))
+    keep = RandomCrop._decode_jpeg
+    monkeypatch.setattr(RandomCrop, "_decode_jpeg", lambda *args: decoded.append(args[2:4]) or keep(*args))
     whole = Augment(scale=(1.0, 1.0), ratio=(1.0, 1.0))
     for share, size, height in (
         (1.0, 201, 401),
@@ -223,7 +223,7 @@ def test_a_damaged_file_gives_an_image_or_an_error_with_its_name(kind, spots, ke
         data[int(place * len(data))] = value
     crop = RandomCrop(3, True, Augment(), share if decode.simplejpeg else None)
     try:
-        with named(Path("pets/cat.jpg")):
+        with as_data_error(Path("pets/cat.jpg")):
             assert crop(bytes(data[: int(kept * len(data))]), draws(1)[0], 16).shape == (3, 16, 16)
     except DataError as error:
         assert str(error).startswith("pets/cat.jpg ")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from reslab.data import DataError, files
-from reslab.data.files import Files, labelled
+from reslab.data.files import Files, file_table
 
 CLASSES = ["cat", "dog"]
 
@@ -28,7 +28,7 @@ def settle(top: Path) -> None:
 @pytest.fixture
 def top(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """pets/train with ten files in each of two classes, some in a deeper folder; tables of any size are kept."""
-    monkeypatch.setattr(files, "KEPT_FROM", 1)
+    monkeypatch.setattr(files, "CACHE_FROM", 1)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     top = tmp_path / "pets" / "train"
     for name in CLASSES:
@@ -45,14 +45,14 @@ def rows(table: Files) -> list[tuple[str, int, int]]:
 def listings(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Collects the folders that are listed from now on."""
     seen: list[Path] = []
-    listed = files._listed
-    monkeypatch.setattr(files, "_listed", lambda top, classes: seen.append(top) or listed(top, classes))
+    listed = files._list_files
+    monkeypatch.setattr(files, "_list_files", lambda top, classes: seen.append(top) or listed(top, classes))
     return seen
 
 
 def test_a_kept_table_is_the_listed_one(top, monkeypatch):
     seen = listings(monkeypatch)
-    first, second = labelled(top, CLASSES), labelled(top, CLASSES)
+    first, second = file_table(top, CLASSES), file_table(top, CLASSES)
     assert seen == [top]
     expected = [(f"{c}/{d}größe {i}.JPEG", i + 1, n) for n, c in enumerate(CLASSES) for d, i in _places_of_ten()]
     assert rows(first) == rows(second) == expected
@@ -65,9 +65,9 @@ def _places_of_ten() -> list[tuple[str, int]]:
 
 
 def test_small_folders_are_listed_every_time_and_leave_nothing_behind(top, monkeypatch):
-    monkeypatch.setattr(files, "KEPT_FROM", 21)
+    monkeypatch.setattr(files, "CACHE_FROM", 21)
     seen = listings(monkeypatch)
-    labelled(top, CLASSES), labelled(top, CLASSES)
+    file_table(top, CLASSES), file_table(top, CLASSES)
     assert seen == [top, top]
     assert [path.name for path in top.parent.iterdir()] == ["train"]
 
@@ -85,16 +85,16 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_change_is_seen(top, monkeypatch, change):
-    labelled(top, CLASSES)
+    file_table(top, CLASSES)
     CHANGES[change](top)
     seen = listings(monkeypatch)
     classes = sorted(path.name for path in top.iterdir())
-    changed = labelled(top, classes)
+    changed = file_table(top, classes)
     assert seen == [top]
-    monkeypatch.setattr(files, "KEPT_FROM", 10**6)
-    for place in files._places(top):
+    monkeypatch.setattr(files, "CACHE_FROM", 10**6)
+    for place in files._cache_paths(top):
         place.unlink(missing_ok=True)
-    assert rows(changed) == rows(labelled(top, classes))
+    assert rows(changed) == rows(file_table(top, classes))
 
 
 DAMAGE = {
@@ -108,53 +108,53 @@ DAMAGE = {
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_table_is_made_again(top, monkeypatch, damage):
-    whole = rows(labelled(top, CLASSES))
-    place = files._places(top)[0]
+    whole = rows(file_table(top, CLASSES))
+    place = files._cache_paths(top)[0]
     place.write_bytes(DAMAGE[damage](place.read_bytes()))
     seen = listings(monkeypatch)
-    assert rows(labelled(top, CLASSES)) == rows(labelled(top, CLASSES)) == whole
+    assert rows(file_table(top, CLASSES)) == rows(file_table(top, CLASSES)) == whole
     assert seen == [top]
 
 
 def test_a_folder_that_changes_right_now_is_not_trusted_to_stay(top, monkeypatch):
     write(top / "cat" / "new.jpg")
     seen = listings(monkeypatch)
-    labelled(top, CLASSES), labelled(top, CLASSES)
+    file_table(top, CLASSES), file_table(top, CLASSES)
     assert seen == [top, top]
 
 
 def test_where_the_data_may_not_be_written_the_users_cache_keeps_the_table(top, tmp_path, monkeypatch):
-    files._places(top)[0].mkdir()  # in the way of the table, as missing permissions are (but for root)
+    files._cache_paths(top)[0].mkdir()  # in the way of the table, as missing permissions are (but for root)
     seen = listings(monkeypatch)
-    assert rows(labelled(top, CLASSES)) == rows(labelled(top, CLASSES))
+    assert rows(file_table(top, CLASSES)) == rows(file_table(top, CLASSES))
     assert seen == [top]
     assert len([*(tmp_path / "cache" / "reslab").iterdir()]) == 1
 
 
 def test_a_process_is_given_the_kept_tables_name_not_its_content(top, monkeypatch):
-    kept = labelled(top, CLASSES)
+    kept = file_table(top, CLASSES)
     assert len(pickle.dumps(kept)) < 500
     assert rows(pickle.loads(pickle.dumps(kept))) == rows(kept)
-    monkeypatch.setattr(files, "KEPT_FROM", 21)
-    files._places(top)[0].unlink()
-    assert rows(pickle.loads(pickle.dumps(labelled(top, CLASSES)))) == rows(kept)
+    monkeypatch.setattr(files, "CACHE_FROM", 21)
+    files._cache_paths(top)[0].unlink()
+    assert rows(pickle.loads(pickle.dumps(file_table(top, CLASSES)))) == rows(kept)
 
 
-def _keep_often(table: Files, folders: files.Folders, place: Path) -> None:
+def _keep_often(table: Files, folders: files.ModificationTimes, place: Path) -> None:
     for _ in range(30):
-        files._keep(table, folders, place)
+        files._write_cache(table, folders, place)
 
 
 def test_several_processes_may_keep_a_table_at_once(top):
-    table, folders = files._listed(top, CLASSES)
-    place = files._places(top)[0]
-    files._keep(table, folders, place)
+    table, folders = files._list_files(top, CLASSES)
+    place = files._cache_paths(top)[0]
+    files._write_cache(table, folders, place)
     context = multiprocessing.get_context("fork")
     writers = [context.Process(target=_keep_often, args=(table, folders, place)) for _ in range(3)]
     for writer in writers:
         writer.start()
     while any(writer.is_alive() for writer in writers):
-        found = files._valid(top, place)
+        found = files._read_cache(top, place)
         assert found is not None and rows(found) == rows(table)
     assert [writer.exitcode for writer in writers] == [0, 0, 0]
     assert sorted(path.name for path in top.parent.iterdir()) == [place.name, "train"]
@@ -163,4 +163,4 @@ def test_several_processes_may_keep_a_table_at_once(top):
 def test_a_link_to_nowhere_is_named(top):
     (top / "cat" / "lost.jpg").symlink_to(top / "nowhere.jpg")
     with pytest.raises(DataError, match=r"cat/lost\.jpg cannot be read \(No such file"):
-        labelled(top, CLASSES)
+        file_table(top, CLASSES)

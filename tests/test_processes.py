@@ -98,7 +98,7 @@ def test_a_finished_run_is_evaluated_by_any_number_of_processes(undisturbed_two:
 @pytest.mark.slow
 def test_a_batch_that_does_not_divide_is_refused(tmp_path: Path) -> None:
     ended = fit_two(tmp_path, "--data.batch_size=63")
-    assert ended.status == 2 and ended.output.count("63 does not divide among 2 devices") == 2, ended.output
+    assert ended.status == 2 and ended.output.count("63 is not a multiple of 2 devices") == 2, ended.output
     assert "use 62 or 64" in ended.output and manifest(tmp_path)["status"] == "failed"
 
 
@@ -116,7 +116,7 @@ def test_a_signal_to_one_process_stops_both(
     assert traces(tmp_path) == traces(undisturbed_two)
 
 
-LOADING = "reslab.data.loaders:ArrayBatches.__getitem__"
+LOADING = "reslab.data.batches:ArrayBatches.__getitem__"
 START = "reslab.experiment:Run._resume_point"
 # What happens to a process, and what the run says; the exit status is 1, and 2 where the user can help it.
 ENDS = {

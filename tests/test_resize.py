@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from reslab.data import Augment, Digits, ImageData, ImageFolder, ProgressiveResizing, ResizeConfig, loaders
-from reslab.data.loaders import Batch, ahead
+from reslab.data import Augment, Digits, ImageData, ImageFolder, ProgressiveResizing, ResizeConfig, loader
+from reslab.data.batches import Batch
+from reslab.data.loader import LazyLoader, prefetch_to_device
 from reslab.errors import UserError
 from test_datamodule import SaveAfter, assert_same, train
 
@@ -162,14 +163,14 @@ class FakeBatch(tuple):
 
 def test_copies_run_one_batch_ahead_and_are_waited_for_one_by_one(monkeypatch):
     cuda = FakeCuda()
-    monkeypatch.setattr(loaders.torch, "cuda", cuda)
+    monkeypatch.setattr(loader.torch, "cuda", cuda)
     FakeBatch.cuda = cuda
-    for batch in ahead(iter([FakeBatch([i]) for i in range(3)]), torch.device("cuda")):
+    for batch in prefetch_to_device(iter([FakeBatch([i]) for i in range(3)]), torch.device("cuda")):
         cuda.said.append(f"use {batch[0]}")
     copied = ["[ copy 0 ]", "[ copy 1 ]", "[ copy 2 ]"]
     used = [f"wait for event after copy {i} keep {i} use {i}" for i in range(3)]
     assert " ".join(cuda.said) == " ".join([copied[0], copied[1], used[0], copied[2], used[1], used[2]])
-    assert list(ahead(iter([]), torch.device("cuda"))) == []
+    assert list(prefetch_to_device(iter([]), torch.device("cuda"))) == []
 
 
 @pytest.mark.gpu
@@ -179,7 +180,7 @@ def test_batches_arrive_on_the_device_unchanged_and_without_a_sync(pets):
     sampler = [(epoch, np.arange(12)) for epoch in range(20)]
     batches = of(pets)._train_batches()
     options: dict[str, Any] = {"batch_size": None, "sampler": sampler, "pin_memory": True, "num_workers": 1}
-    there = loaders.LazyLoader(batches, device=torch.device("cuda"), **options)
+    there = LazyLoader(batches, device=torch.device("cuda"), **options)
     torch.cuda.set_sync_debug_mode("error")
     try:
         arrived = [[tensor.clone() for tensor in batch] for batch in there]

@@ -22,7 +22,7 @@ from safetensors.torch import save
 
 from reslab.config import Experiment, rank
 from reslab.data import ImageData
-from reslab.data.loaders import BatchKey
+from reslab.data.samplers import BatchKey
 from reslab.diff import differences
 from reslab.errors import Exit, UserError
 from reslab.files import replacing, write_text

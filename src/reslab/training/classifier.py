@@ -15,7 +15,7 @@ from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from reslab.data.augment import swap_pairs
-from reslab.data.loaders import Batch
+from reslab.data.batches import Batch
 from reslab.data.order import step_seed
 from reslab.errors import UserError
 from reslab.models.resnet import ResNet
