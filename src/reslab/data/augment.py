@@ -242,7 +242,7 @@ def swap_pairs(x: Tensor) -> Tensor:
 
 
 def erased_boxes(u: npt.NDArray[np.float32], size: int, probability: float) -> npt.NDArray[np.int64]:
-    """Return the boxes (top, left, height, width) of torchvision's RandomErasing in images of side `size`, int64 (N, 4).
+    """Return the boxes (top, left, height, width) of torchvision's RandomErasing for images of one size, int64 (N, 4).
 
     Computed from 23 uniform numbers per image: whether to erase, ten attempts at an area and an aspect ratio (as in
     `resized_crop_box`), and the place. The box is empty where nothing is erased.

@@ -305,7 +305,7 @@ class ImageData(LightningDataModule):
         }
 
     def preview(self, n_images: int = 8, n_epochs: int = 8) -> tuple[np.ndarray, list[str]]:
-        """Return training images as augmented in the first epochs, uint8 (images, epochs, H, W, C), and their classes."""
+        """Return training images as seen in the first epochs, uint8 (images, epochs, H, W, C), and their class names."""
         batches, train = self._train_batches(), self.split[0]
         rows = train[np.linspace(0, len(train) - 1, n_images + n_images % 2).astype(int)]  # even: may be mixed in pairs
         augmented = [self.on_after_batch_transfer(batches[BatchKey(rows, epoch)]).images for epoch in range(n_epochs)]
