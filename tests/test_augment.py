@@ -1,4 +1,4 @@
-"""The same images as torchvision's transforms make, given the same parameters."""
+"""Augmentation: the same images as torchvision's transforms, given the same parameters."""
 
 import random
 
@@ -35,7 +35,7 @@ sides = st.integers(0, 16)
 
 @settings(max_examples=60, deadline=None)
 @given(sizes, sizes, st.sampled_from([1, 3]), st.integers(1, 4), st.sampled_from(["zeros", "reflect"]), st.data())
-def test_crops_are_torchvisions(height, width, channels, padding, mode, data):
+def test_crop_matches_torchvision(height, width, channels, padding, mode, data):
     images = photos(3, height, width, channels)
     offsets = st.lists(st.integers(0, 2 * padding), min_size=3, max_size=3)
     dy, dx = data.draw(offsets), data.draw(offsets)
@@ -46,7 +46,7 @@ def test_crops_are_torchvisions(height, width, channels, padding, mode, data):
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=6))
-def test_flips_are_torchvisions(mirrored):
+def test_flip_matches_torchvision(mirrored):
     images = photos(len(mirrored), 5, 7)
     ours = flip(images, torch.tensor(mirrored).long())
     theirs = [tvf.horizontal_flip(x) if m else x for x, m in zip(chw(images), mirrored, strict=True)]
@@ -55,7 +55,7 @@ def test_flips_are_torchvisions(mirrored):
 
 @settings(max_examples=60, deadline=None)
 @given(sizes, sizes, st.data())
-def test_boxes_are_erased_as_torchvision_erases_them(height, width, data):
+def test_erase_matches_torchvision(height, width, data):
     boxes = [[data.draw(st.integers(-8, 11)) for _ in range(2)] + [data.draw(sides) for _ in range(2)] for _ in "abc"]
     normal = normalize(photos(3, height, width), MEAN, STD)
     theirs = normal.clone()
@@ -66,11 +66,11 @@ def test_boxes_are_erased_as_torchvision_erases_them(height, width, data):
     assert torch.equal(erase(normal, *torch.tensor(boxes).T), theirs)
 
 
-def test_boxes_to_erase_have_the_distribution_of_torchvisions():
-    size, n, chance = 40, 4000, 0.3
-    boxes = erased_boxes(uniforms(0, 0, range(n), 23), size, chance)
+def test_erased_boxes_have_the_distribution_of_torchvision():
+    size, n, probability = 40, 4000, 0.3
+    boxes = erased_boxes(uniforms(0, 0, range(n), 23), size, probability)
     erased = boxes[boxes[:, 2] > 0]
-    assert abs(len(erased) / n - chance) < 0.03
+    assert abs(len(erased) / n - probability) < 0.03
     assert (erased[:, :2] >= 0).all() and (erased[:, :2] + erased[:, 2:] <= size).all()
     torch.manual_seed(0)
     transform, image = v2.RandomErasing(), torch.empty(3, size, size)
@@ -80,7 +80,7 @@ def test_boxes_to_erase_have_the_distribution_of_torchvisions():
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_normalisation_is_torchvisions_in_channels_last(channels):
+def test_normalize_matches_torchvision_and_is_channels_last(channels):
     images = photos(4, 8, 8, channels)
     ours = normalize(images, MEAN[:channels], STD[:channels])
     theirs = tvf.normalize(tvf.to_dtype(chw(images), torch.float32, scale=True), MEAN[:channels], STD[:channels])
@@ -88,12 +88,12 @@ def test_normalisation_is_torchvisions_in_channels_last(channels):
     assert ours.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_all_of_it_is_torchvisions_pipeline_given_the_same_parameters():
+def test_whole_pipeline_matches_torchvision_given_the_same_parameters():
     augment = Augment(crop_padding=4, flip="random", cutout=8, erasing=0.5)
     images = photos(64, 32, 32)
-    draws = augment.draw(seed=1, epoch=2, indices=np.arange(64), size=32)
-    ours = augment.apply(images, torch.from_numpy(draws), MEAN, STD)
-    for image, out, (dy, dx, mirrored, cy, cx, *box) in zip(chw(images), ours, draws.tolist(), strict=True):
+    params = augment.params(seed=1, epoch=2, indices=np.arange(64), size=32)
+    ours = augment.apply(images, torch.from_numpy(params), MEAN, STD)
+    for image, out, (dy, dx, mirrored, cy, cx, *box) in zip(chw(images), ours, params.tolist(), strict=True):
         x = tvf.crop(tvf.pad(image, [4]), dy, dx, 32, 32)
         x = tvf.horizontal_flip(x) if mirrored else x
         x = tvf.normalize(tvf.to_dtype(x, torch.float32, scale=True), MEAN, STD)
@@ -103,19 +103,19 @@ def test_all_of_it_is_torchvisions_pipeline_given_the_same_parameters():
         torch.testing.assert_close(out, x, rtol=0, atol=1e-6)
 
 
-def test_draws_are_those_of_the_image_and_the_epoch():
+def test_params_depend_on_the_image_and_the_epoch_only():
     augment = Augment(crop_padding=4, flip="random", cutout=8)
-    draws = augment.draw(0, 5, np.arange(5000), 32)
-    np.testing.assert_array_equal(draws[[7, 3]], augment.draw(0, 5, np.array([7, 3]), 32))
-    assert (draws != augment.draw(0, 6, np.arange(5000), 32)).any(1).mean() > 0.99
-    assert not draws[:, 5:].any()
-    for column, places in zip(draws.T[:5], (9, 9, 2, 32, 32), strict=True):
-        assert sorted(set(column)) == list(range(places))
-    assert Augment().draw(0, 0, np.arange(3), 32).shape == (3, 0)
+    params = augment.params(0, 5, np.arange(5000), 32)
+    np.testing.assert_array_equal(params[[7, 3]], augment.params(0, 5, np.array([7, 3]), 32))
+    assert (params != augment.params(0, 6, np.arange(5000), 32)).any(1).mean() > 0.99
+    assert not params[:, 5:].any()
+    for column, count in zip(params.T[:5], (9, 9, 2, 32, 32), strict=True):
+        assert sorted(set(column)) == list(range(count))
+    assert Augment().params(0, 0, np.arange(3), 32).shape == (3, 0)
 
 
-def test_alternating_flips_show_every_image_both_ways_in_two_epochs():
-    flips = [Augment(flip="alternating").draw(0, epoch, np.arange(1000), 32)[:, 2] for epoch in range(4)]
+def test_alternating_flips_show_each_image_both_ways_in_two_epochs():
+    flips = [Augment(flip="alternating").params(0, epoch, np.arange(1000), 32)[:, 2] for epoch in range(4)]
     assert (flips[0] != flips[1]).all()
     assert (flips[0] == flips[2]).all()
     assert 400 < flips[0].sum() < 600
@@ -127,7 +127,7 @@ POLICIES = [v2.AutoAugment(), v2.RandAugment(), v2.TrivialAugmentWide(interpolat
 
 @pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: type(policy).__name__)
 @pytest.mark.parametrize("channels", [1, 3])
-def test_transforms_are_torchvisions_under_the_seed_of_the_image(policy, channels):
+def test_transforms_match_torchvision_seeded_per_image(policy, channels):
     images = photos(12, 24, 30, channels)
     ours, augment = images.clone(), Augment(transforms=[policy, policy])
     augment.transform(ours, seed=1, epoch=2, indices=np.arange(12))
@@ -138,122 +138,121 @@ def test_transforms_are_torchvisions_under_the_seed_of_the_image(policy, channel
     assert (ours != images).flatten(1).any(1).sum() > 6
 
 
-def test_a_transform_sees_nothing_but_the_image_and_its_seed():
+def test_transforms_depend_on_the_image_and_its_seed_only():
     augment, images = Augment(transforms=[v2.RandAugment()]), photos(8, 16, 16)
-    together, apart = images.clone(), images.clone()
+    together, one_by_one = images.clone(), images.clone()
     torch.manual_seed(3)
     before = torch.random.get_rng_state()
     augment.transform(together, 0, 5, np.arange(8))
     assert torch.equal(torch.random.get_rng_state(), before)
     torch.manual_seed(4)
     for i in reversed(range(8)):
-        augment.transform(apart[i : i + 1], 0, 5, np.array([i]))
-    assert torch.equal(together, apart)
+        augment.transform(one_by_one[i : i + 1], 0, 5, np.array([i]))
+    assert torch.equal(together, one_by_one)
     for seed, epoch, first in [(1, 5, 0), (0, 6, 0), (0, 5, 8)]:
         other = images.clone()
         augment.transform(other, seed, epoch, np.arange(first, first + 8))
         assert not torch.equal(other, together)
 
 
-def test_timms_policy_has_the_seed_of_the_image_and_moves_no_other_generator():
-    pytest.importorskip("timm", reason="timm is not installed: its RandAugment is not tested")
+def test_timm_randaugment_is_seeded_per_image_and_restores_the_global_generators():
+    pytest.importorskip("timm", reason="requires timm")
     policy = TimmRandAugment("rand-m9-n4-mstd0.5-inc1-p1")
     image = Image.fromarray(photos(1, 32, 32)[0].numpy())
-    made, states = [], []
+    outputs, states = [], []
     for seed in (0, 1, 0):
         torch.manual_seed(seed)
         states.append((random.getstate(), np.random.get_state()[1].tolist()))  # noqa: NPY002
-        made.append(np.asarray(policy(image)))
+        outputs.append(np.asarray(policy(image)))
     assert states[0] == states[1] == states[2]
-    assert np.array_equal(made[0], made[2]) and not np.array_equal(made[0], made[1])
+    assert np.array_equal(outputs[0], outputs[2]) and not np.array_equal(outputs[0], outputs[1])
 
 
-def test_a_transform_that_changes_the_size_is_refused():
-    with pytest.raises(UserError, match="keep its size"):
+def test_transform_that_changes_the_image_size_is_an_error():
+    with pytest.raises(UserError, match="must keep the size"):
         Augment(transforms=[v2.Resize(8)]).transform(photos(2, 16, 16), 0, 0, np.arange(2))
 
 
 def mixed_by(kind, images, **parameters):
-    """Four images and soft labels of torchvision's MixUp or CutMix, two by two, given its parameters."""
+    """Return four images and soft labels, mixed in pairs by torchvision's MixUp or CutMix with these parameters."""
     transform = kind(num_classes=4)
     transform.make_params = lambda inputs: parameters
     pairs = [transform(images[i : i + 2], torch.arange(i, i + 2)) for i in (0, 2)]
     return [torch.cat(parts) for parts in zip(*pairs, strict=True)]
 
 
-def assert_mixed(plan, images, theirs, atol):
+def assert_mixed(params, images, theirs, atol):
     labels = torch.eye(len(images))
-    ours, own = mix(images, torch.tensor(plan, dtype=torch.int32))
+    ours, lam = mix(images, torch.tensor(params, dtype=torch.int32))
     torch.testing.assert_close(ours, theirs[0], rtol=0, atol=atol)
-    torch.testing.assert_close(own * labels + (1 - own) * swap_pairs(labels), theirs[1], rtol=0, atol=1e-6)
+    torch.testing.assert_close(lam * labels + (1 - lam) * swap_pairs(labels), theirs[1], rtol=0, atol=1e-6)
     assert ours.is_contiguous(memory_format=torch.channels_last)
 
 
 @settings(max_examples=60, deadline=None)
 @given(sizes, sizes, st.sampled_from([1, 3]), st.integers(0, UNIT))
-def test_mixup_is_torchvisions(height, width, channels, share):
+def test_mixup_matches_torchvision(height, width, channels, lam):
     images = normalize(photos(4, height, width, channels), MEAN[:channels], STD[:channels])
-    theirs = mixed_by(v2.MixUp, images, lam=share / UNIT)
-    assert_mixed([share, 0, 0, height, width], images, theirs, atol=2e-6)
+    theirs = mixed_by(v2.MixUp, images, lam=lam / UNIT)
+    assert_mixed([lam, 0, 0, height, width], images, theirs, atol=2e-6)
 
 
 @settings(max_examples=60, deadline=None)
 @given(sizes, sizes, st.sampled_from([1, 3]), st.data())
-def test_cutmix_is_torchvisions(height, width, channels, data):
+def test_cutmix_matches_torchvision(height, width, channels, data):
     images = normalize(photos(4, height, width, channels), MEAN[:channels], STD[:channels])
     top, bottom = sorted(data.draw(st.integers(0, height)) for _ in range(2))
     left, right = sorted(data.draw(st.integers(0, width)) for _ in range(2))
-    own = 1 - (bottom - top) * (right - left) / (height * width)
+    lam = 1 - (bottom - top) * (right - left) / (height * width)
     box = (left, top, right, bottom)
-    theirs = mixed_by(v2.CutMix, images, box=box, lam_adjusted=own)
+    theirs = mixed_by(v2.CutMix, images, box=box, lam_adjusted=lam)
     assert_mixed([0, top, left, bottom, right], images, theirs, atol=0)
 
 
-def plans(augment, n=2000, size=32):
-    return np.array([augment.draw_mix(0, i // 50, i, size) for i in range(n)])
+def mix_params(augment, n=2000, size=32):
+    return np.array([augment.mix_params(0, i // 50, i, size) for i in range(n)])
 
 
 @pytest.mark.parametrize("alpha", [0.2, 1.0, 8.0])
-def test_mixups_shares_have_the_beta_distribution(alpha):
-    share, *box = plans(Augment(mixup=alpha)).T
-    assert kstest(share / UNIT, beta(alpha, alpha).cdf).pvalue > 0.01
+def test_mixup_lambda_has_the_beta_distribution(alpha):
+    lam, *box = mix_params(Augment(mixup=alpha)).T
+    assert kstest(lam / UNIT, beta(alpha, alpha).cdf).pvalue > 0.01
     assert np.unique(box, axis=1).T.tolist() == [[0, 0, 32, 32]]
 
 
 @pytest.mark.parametrize("alpha", [0.2, 1.0])
-def test_cutmixs_boxes_have_the_distribution_of_torchvisions(alpha):
+def test_cutmix_boxes_have_the_distribution_of_torchvision(alpha):
     torch.manual_seed(0)
     transform, images = v2.CutMix(alpha=alpha, num_classes=2), torch.empty(1, 3, 32, 32)
     theirs = [transform.make_params([images])["box"] for _ in range(2000)]
-    share, *box = plans(Augment(cutmix=alpha)).T
-    assert not share.any()
+    lam, *box = mix_params(Augment(cutmix=alpha)).T
+    assert not lam.any()
     for ours, column in zip(box, np.array(theirs)[:, [1, 0, 3, 2]].T, strict=True):
         assert ks_2samp(ours, column).pvalue > 0.01
 
 
-def test_with_mixup_and_cutmix_each_batch_takes_one_of_them():
-    whole = (plans(Augment(mixup=1.0, cutmix=1.0))[:, 0] > 0).mean()
-    assert 0.45 < whole < 0.55
+def test_mixup_and_cutmix_together_use_one_of_them_per_batch():
+    mixup_share = (mix_params(Augment(mixup=1.0, cutmix=1.0))[:, 0] > 0).mean()
+    assert 0.45 < mixup_share < 0.55
 
 
-def test_every_step_has_a_mix_of_its_own_that_moves_no_other_draw():
+def test_each_step_has_its_own_mix_which_changes_no_other_parameters():
     augment = Augment(flip="random", mixup=1.0)
-    drawn = augment.draw_mix(0, 5, 7, 32)
-    np.testing.assert_array_equal(drawn, augment.draw_mix(0, 5, 7, 32))
+    params = augment.mix_params(0, 5, 7, 32)
+    np.testing.assert_array_equal(params, augment.mix_params(0, 5, 7, 32))
     others = [(0, 5, 3), (0, 6, 7), (1, 5, 7)]
-    assert all(augment.draw_mix(seed, epoch, step, 32)[0] != drawn[0] for seed, epoch, step in others)
-    assert Augment().draw_mix(0, 5, 7, 32).shape == (0,)
-    draws = [a.draw(0, 5, np.arange(100), 32) for a in (augment, Augment(flip="random"))]
-    np.testing.assert_array_equal(*draws)
+    assert all(augment.mix_params(seed, epoch, step, 32)[0] != params[0] for seed, epoch, step in others)
+    assert Augment().mix_params(0, 5, 7, 32).shape == (0,)
+    np.testing.assert_array_equal(*(a.params(0, 5, np.arange(100), 32) for a in (augment, Augment(flip="random"))))
 
 
-def test_the_mix_is_the_same_on_every_machine_and_version():
-    # Frozen: a change here changes every run with mixed images.
-    assert Augment(mixup=0.2).draw_mix(0, 0, 0, 32).tolist() == [16772412, 0, 0, 32, 32]
-    assert Augment(cutmix=1.0).draw_mix(0, 0, 4, 32).tolist() == [0, 4, 5, 32, 32]
+def test_mix_params_are_the_same_on_every_machine_and_version():
+    # Fixed values: a change here changes every run with mixup or CutMix.
+    assert Augment(mixup=0.2).mix_params(0, 0, 0, 32).tolist() == [16772412, 0, 0, 32, 32]
+    assert Augment(cutmix=1.0).mix_params(0, 0, 4, 32).tolist() == [0, 4, 5, 32, 32]
 
 
-def test_resized_crops_have_the_distribution_of_torchvisions():
+def test_resized_crops_have_the_distribution_of_torchvision():
     scale, ratio, height, width, n = (0.08, 1.0), (3 / 4, 4 / 3), 60, 90, 4000
     torch.manual_seed(0)
     image = torch.empty(3, height, width)
@@ -272,11 +271,11 @@ def test_resized_crops_have_the_distribution_of_torchvisions():
         a, b = np.sort(ours[:, column]), np.sort(theirs[:, column])
         points = np.arange(91)
         distance = abs(np.searchsorted(a, points, "right") - np.searchsorted(b, points, "right")).max() / n
-        assert distance < 0.043  # Kolmogorov-Smirnov, two samples of 4,000, p = 0.001
+        assert distance < 0.043  # two-sample Kolmogorov-Smirnov test, n = 4,000 each, p = 0.001
 
 
 @pytest.mark.parametrize(("height", "width"), [(10, 100), (100, 10)])
-def test_an_image_that_no_crop_fits_is_cut_in_the_middle_as_torchvision_does(height, width):
+def test_image_that_no_crop_fits_is_cropped_in_the_centre_like_torchvision(height, width):
     box = resized_crop_box(uniforms(0, 0, [0], 22)[0], height, width, (1.0, 1.0), (3 / 4, 4 / 3))
     transform = v2.RandomResizedCrop(32, (1.0, 1.0), (3 / 4, 4 / 3))
     theirs = transform.make_params([torch.empty(3, height, width)])
@@ -284,7 +283,7 @@ def test_an_image_that_no_crop_fits_is_cut_in_the_middle_as_torchvision_does(hei
 
 
 @pytest.mark.parametrize(
-    "wrong",
+    "invalid",
     [
         {"crop_padding": -1},
         {"cutout": -2},
@@ -296,6 +295,6 @@ def test_an_image_that_no_crop_fits_is_cut_in_the_middle_as_torchvision_does(hei
         {"ratio": (2.0, 1.0)},
     ],
 )
-def test_impossible_settings_are_refused(wrong):
-    with pytest.raises(UserError, match="augment: "):
-        Augment(**wrong)
+def test_invalid_settings_are_rejected(invalid):
+    with pytest.raises(UserError, match=r"data\.augment: "):
+        Augment(**invalid)

@@ -284,7 +284,7 @@ def test_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     optimizer = "model: {optimizer: {class_path: timm.optim.Lamb}}"
     assert "model.optimizer: timm is not installed: pip install timm" in refusal(tmp_path, optimizer)
     policy = "data: {augment: {transforms: [{class_path: reslab.data.TimmRandAugment}]}}"
-    assert "TimmRandAugment needs timm: pip install timm" in refusal(tmp_path, policy)
+    assert "TimmRandAugment requires timm: pip install timm" in refusal(tmp_path, policy)
 
 
 def test_command_line_prints_one_message_and_exits_with_2(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Where images come from: what is loaded, and what is said about data that are wrong."""
+"""Data sets: what is loaded, and the messages about missing, damaged or wrong data."""
 
 import pickle
 from pathlib import Path
@@ -11,7 +11,8 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tvf
 
 from reslab.data import CIFAR10, CIFAR100, DataError, Digits, ImageData, ImageFolder, ImageNet, Imagenette
-from reslab.data.loaders import BatchKey, decode
+from reslab.data.decode import decode
+from reslab.data.samplers import BatchKey
 
 
 def write_image(path: Path, color: tuple[int, int, int] = (200, 30, 60), size: tuple[int, int] = (40, 30)) -> Path:
@@ -22,7 +23,7 @@ def write_image(path: Path, color: tuple[int, int, int] = (200, 30, 60), size: t
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A data root with pets/{train,val}/{cat,dog}, ten and three images of each class."""
+    """A data root with pets/{train,val}/{cat,dog}: ten training and three validation images per class."""
     for part, count in (("train", 10), ("val", 3)):
         for label, name in enumerate(("cat", "dog")):
             for i in range(count):
@@ -35,7 +36,7 @@ def pets(root: Path, **settings) -> ImageData:
     return ImageData(ImageFolder("pets", image_size=16), str(root), **settings)
 
 
-def test_digits_are_scikit_learns():
+def test_digits_match_scikit_learn():
     from sklearn.datasets import load_digits
 
     source = Digits()
@@ -49,7 +50,7 @@ def test_digits_are_scikit_learns():
 
 
 @pytest.mark.shared_data
-def test_cifar10_is_torchvisions_with_the_statistics_stated(shared_data):
+def test_cifar10_matches_torchvision_and_its_statistics(shared_data):
     from torchvision.datasets import CIFAR10 as Theirs
 
     source, theirs = CIFAR10(), Theirs(str(shared_data), train=False)
@@ -64,27 +65,27 @@ def test_cifar10_is_torchvisions_with_the_statistics_stated(shared_data):
     np.testing.assert_allclose(deviation, source.std, atol=1e-4)
 
 
-def test_cifar100_has_a_hundred_classes():
+def test_cifar100_has_100_sorted_classes():
     names = CIFAR100().classes(Path())
     assert len(set(names)) == 100
     assert names == sorted(names)
 
 
-def test_missing_cifar_says_how_to_get_it(tmp_path):
+def test_missing_cifar_explains_how_to_get_it(tmp_path):
     data = ImageData(CIFAR10(), str(tmp_path), download=False)
     data.prepare_data()
-    with pytest.raises(DataError, match=r"data_batch_1 is not there \(7 of 7.*--data.root.*--data.download true"):
+    with pytest.raises(DataError, match=r"data_batch_1 does not exist \(7 of 7.*--data.root.*--data.download true"):
         data.setup("fit")
 
 
-def test_a_failed_download_says_so(tmp_path, monkeypatch):
+def test_failed_download_is_reported(tmp_path, monkeypatch):
     monkeypatch.setattr(CIFAR10._torchvision, "url", "file:///nowhere/cifar.tar.gz")
     with pytest.raises(DataError, match=r"the download into .* failed: .*--data.root"):
         ImageData(CIFAR10(), str(tmp_path)).prepare_data()
 
 
 @pytest.mark.shared_data
-def test_a_corrupt_cifar_file_is_named_and_nothing_downloaded(shared_data, tmp_path, monkeypatch):
+def test_corrupt_cifar_file_is_named_and_not_downloaded_again(shared_data, tmp_path, monkeypatch):
     copy = tmp_path / "cifar-10-batches-py"
     copy.mkdir()
     for path in (shared_data / copy.name).iterdir():
@@ -101,7 +102,7 @@ def test_a_corrupt_cifar_file_is_named_and_nothing_downloaded(shared_data, tmp_p
         data.setup("fit")
 
 
-def test_folders_are_read_by_class(folder):
+def test_image_folder_loads_files_by_class(folder):
     (folder / "pets/train/cat/notes.txt").write_text("no image")
     (folder / "pets/train/cat/._0.png").write_bytes(b"macOS")
     write_image(folder / "pets/train/dog/deeper/größe.jpg")
@@ -115,54 +116,54 @@ def test_folders_are_read_by_class(folder):
     assert len(data.test_data) == 6
 
 
-def test_a_missing_folder_says_what_belongs_there(tmp_path):
-    with pytest.raises(DataError, match=r"pets/train is not there.*\{train,val\}/<class>/.*--data.root"):
+def test_missing_directory_explains_the_expected_layout(tmp_path):
+    with pytest.raises(DataError, match=r"pets/train does not exist.*\{train,val\}/<class>/.*--data.root"):
         _ = pets(tmp_path).num_classes
 
 
-def test_class_folders_that_differ_are_listed(folder):
+def test_differing_class_directories_are_listed(folder):
     (folder / "pets/val/dog").rename(folder / "pets/val/dogs")
     with pytest.raises(DataError, match=r"Only in train: dog\. Only in val: dogs\."):
         pets(folder).setup("fit")
 
 
-def test_an_empty_class_folder_is_named(folder):
+def test_empty_class_directory_is_named(folder):
     (folder / "pets/train/fish").mkdir()
     (folder / "pets/val/fish").mkdir()
-    with pytest.raises(DataError, match=r"pets/train/fish holds no image"):
+    with pytest.raises(DataError, match=r"pets/train/fish contains no images"):
         pets(folder).setup("fit")
 
 
-def test_an_empty_file_is_named_before_the_first_step(folder):
+def test_empty_file_is_named_before_the_first_step(folder):
     (folder / "pets/train/dog/4.png").write_bytes(b"")
     with pytest.raises(DataError, match=r"1 image files are empty .*pets/train/dog/4\.png"):
         pets(folder).setup("fit")
 
 
-def test_a_flat_imagenet_val_folder_is_explained_by_lines_that_fix_it(tmp_path, monkeypatch):
+def test_flat_imagenet_val_directory_gets_a_script_that_sorts_it(tmp_path, monkeypatch):
     for name in ("n01440764", "n01443537"):
         write_image(tmp_path / "imagenet/train" / name / "a.JPEG")
     for i in (1, 2):
         write_image(tmp_path / f"imagenet/val/ILSVRC2012_val_0000000{i}.JPEG")
-    with pytest.raises(DataError, match=r"val has no class folders.*\n.*devkit_t12") as raised:
+    with pytest.raises(DataError, match=r"val has no class directories.*\n.*devkit_t12") as raised:
         ImageData(ImageNet(), str(tmp_path), batch_size=1).setup("fit")
     code = str(raised.value).split("<<'END'\n")[1].removesuffix("END")
 
     from torchvision.datasets import imagenet
 
-    monkeypatch.setattr(imagenet, "parse_devkit_archive", lambda root: None)  # the devkit needs a login
+    monkeypatch.setattr(imagenet, "parse_devkit_archive", lambda root: None)  # the devkit requires a login
     monkeypatch.setattr(imagenet, "load_meta_file", lambda root: ({}, ["n01443537", "n01440764"]))
     exec(code, {})
     ImageData(ImageNet(), str(tmp_path), batch_size=1, val_split=0).setup("fit")
     assert (tmp_path / "imagenet/val/n01443537/ILSVRC2012_val_00000001.JPEG").exists()
 
 
-def test_missing_imagenet_says_what_to_download(tmp_path):
+def test_missing_imagenet_explains_what_to_download(tmp_path):
     with pytest.raises(DataError, match=r"ILSVRC2012_img_train\.tar.*image-net\.org"):
         ImageData(ImageNet(), str(tmp_path)).setup("fit")
 
 
-def test_another_data_set_than_imagenette_is_told_apart(folder):
+def test_other_data_set_than_imagenette_is_rejected(folder):
     with pytest.raises(DataError, match=r"is not Imagenette: missing n01440764.*unknown cat, dog"):
         ImageData(Imagenette(folder="pets"), str(folder)).setup("fit")
 
@@ -172,19 +173,19 @@ class Mislabelled(Digits):
         return list("012345678")
 
 
-def test_labels_outside_the_classes_are_refused():
-    with pytest.raises(DataError, match=r"\d+ training labels lie outside 0 … 8 \(the 9 classes\), the first is 9"):
+def test_labels_outside_the_classes_are_an_error():
+    with pytest.raises(DataError, match=r"\d+ training labels are outside 0 to 8 \(9 classes\), the first is 9"):
         ImageData(Mislabelled()).setup("fit")
 
 
-def test_a_download_leaves_data_that_are_there_alone(folder, monkeypatch):
+def test_existing_data_are_not_downloaded(folder, monkeypatch):
     monkeypatch.setattr("torchvision.datasets.Imagenette", lambda *a, **k: pytest.fail("downloaded"))
     (folder / "imagenette2-160").mkdir()
     ImageData(Imagenette(), str(folder)).prepare_data()
 
 
 @pytest.mark.parametrize(("damage", "workers"), [("truncated", 0), ("no image", 1)])
-def test_an_unreadable_image_is_named_by_its_path(folder, workers, damage):
+def test_unreadable_image_is_named_with_its_path(folder, workers, damage):
     path = write_image(folder / "pets/train/cat/bad.jpg", size=(400, 400))
     path.write_bytes(path.read_bytes()[:2000] if damage == "truncated" else b"<html>not found</html>")
     data = pets(folder, num_workers=workers, batch_size=21, val_split=0)
@@ -195,7 +196,7 @@ def test_an_unreadable_image_is_named_by_its_path(folder, workers, damage):
     assert str(raised.value).endswith("restore or remove it")
 
 
-def test_decoding_handles_what_image_files_come_as(tmp_path):
+def test_decode_handles_all_kinds_of_image_files(tmp_path):
     pixels = np.zeros((4, 6, 3), np.uint8)
     pixels[:2, :3] = (250, 10, 60)
     image = Image.fromarray(pixels)
@@ -210,24 +211,26 @@ def test_decoding_handles_what_image_files_come_as(tmp_path):
     }.items():
         picture.save(tmp_path / name, **({"lossless": True} if name.endswith("webp") else {}))
         assert torch.equal(decode(tmp_path / name, 3), expected), name
-    (tmp_path / "rgb.png").rename(tmp_path / "really_a_png.jpg")  # ImageNet has one of these
+    (tmp_path / "rgb.png").rename(tmp_path / "really_a_png.jpg")  # ImageNet contains one of these
     assert torch.equal(decode(tmp_path / "really_a_png.jpg", 3), expected)
 
-    image.convert("CMYK").save(tmp_path / "cmyk.jpg", quality=100)  # … and some of these
+    image.convert("CMYK").save(tmp_path / "cmyk.jpg", quality=100)  # and some of these
     assert (decode(tmp_path / "cmyk.jpg", 3).int() - expected).abs().float().mean() < 30
     assert torch.equal(decode(tmp_path / "bitmap.bmp", 1), tvf.pil_to_tensor(image.convert("L")))
-    Image.fromarray(np.full((2, 2), 0x8000, np.uint16)).save(tmp_path / "deep.png")
-    assert decode(tmp_path / "deep.png", 3).float().mean() == 0x80
+    sixteen_bits = np.array([[0, 0x80FF, 0xFFFF]], np.uint16)
+    Image.fromarray(sixteen_bits).save(tmp_path / "deep.png")
+    for channels in (1, 3):
+        assert decode(tmp_path / "deep.png", channels).tolist() == [[[0, 0x80, 0xFF]]] * channels
 
     exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was turned: rotate by 90° to see it apply_exif_orientation
-    for name in ("turned.jpg", "turned.webp"):
+    exif[0x0112] = 6  # taken with a rotated camera: rotate by 90° to see it upright
+    for name in ("rotated.jpg", "rotated.png", "rotated.webp"):
         image.resize((60, 40)).save(tmp_path / name, exif=exif)
         assert decode(tmp_path / name, 3).shape == (3, 60, 40)
 
 
 @pytest.mark.shared_data
-def test_evaluation_of_files_is_torchvisions_reference_preprocessing(shared_data):
+def test_evaluation_of_files_matches_torchvision_reference_preprocessing(shared_data):
     data = ImageData(ImageFolder("imagenette-subset"), str(shared_data), batch_size=8, num_workers=0)
     batch = data.on_after_batch_transfer(next(iter(data.test_dataloader())))
     reference = v2.Compose(
@@ -244,7 +247,7 @@ def test_evaluation_of_files_is_torchvisions_reference_preprocessing(shared_data
 
 
 @pytest.mark.shared_data
-def test_imagenette_trains_on_crops_of_its_images(shared_data):
+def test_imagenette_trains_on_random_crops(shared_data):
     data = ImageData(Imagenette(folder="imagenette-subset"), str(shared_data), batch_size=8, num_workers=0)
     data.setup("fit")
     assert data.class_names[:2] == ["tench", "English springer"]
@@ -253,13 +256,13 @@ def test_imagenette_trains_on_crops_of_its_images(shared_data):
     first, second = (next(iter(loader)) for _ in range(2))  # two epochs
     assert first.images.shape == (8, 128, 128, 3)
     batches = loader.dataset
-    again = batches[BatchKey(first.indices.numpy())]
-    assert torch.equal(again.images, first.images)
+    same_key = batches[BatchKey(first.indices.numpy())]
+    assert torch.equal(same_key.images, first.images)
     assert not torch.equal(batches[BatchKey(first.indices.numpy(), epoch=1)].images, first.images)
     assert not torch.equal(first.indices, second.indices)
 
 
-def test_the_fingerprint_tells_data_split_and_classes_apart(folder):
+def test_fingerprint_distinguishes_data_split_and_classes(folder):
     original = pets(folder).fingerprint()
     assert original == pets(folder, seed=3).fingerprint()
     other_split = pets(folder, split_seed=1).fingerprint()
@@ -272,7 +275,7 @@ def test_the_fingerprint_tells_data_split_and_classes_apart(folder):
     assert pets(folder).fingerprint()["classes"] != original["classes"]
 
 
-def test_a_pickle_that_only_looks_like_cifar_is_never_opened(tmp_path):
+def test_pickle_with_the_name_of_a_cifar_file_is_never_loaded(tmp_path):
     class Payload:
         def __reduce__(self):
             return Path.touch, (tmp_path / "executed",)

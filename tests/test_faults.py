@@ -247,7 +247,7 @@ def test_a_missing_class_is_named_before_the_first_step(pictures: Path) -> None:
     shutil.rmtree(pictures / "val/b")
     ended = fit_pictures(pictures)
     assert ended.status == 2 and "Traceback" not in ended.output
-    assert f"class folders of {pictures}/train and of val differ. Only in train: b." in ended.output
+    assert f"class directories in {pictures}/train and in val differ. Only in train: b." in ended.output
     assert not (pictures.parent / "run/metrics.csv").exists()
 
 

@@ -1,4 +1,4 @@
-"""The table of image files: kept on disk, believed only while it is whole and its folder unchanged."""
+"""The file table: cached on disk, used only while it is undamaged and its directory unchanged."""
 
 import multiprocessing
 import os
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from reslab.data import DataError, files
-from reslab.data.files import Files, labelled
+from reslab.data.files import Files, file_table
 
 CLASSES = ["cat", "dog"]
 
@@ -18,8 +18,8 @@ def write(path: Path, size: int = 3) -> None:
     path.write_bytes(bytes(size))
 
 
-def settle(top: Path) -> None:
-    """Makes all folders look as if they had not changed for an hour."""
+def age(top: Path) -> None:
+    """Set all modification times of directories back by an hour."""
     for folder in (top, *filter(Path.is_dir, top.rglob("*"))):
         before = folder.stat().st_mtime - 3600
         os.utime(folder, (before, before))
@@ -27,14 +27,14 @@ def settle(top: Path) -> None:
 
 @pytest.fixture
 def top(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """pets/train with ten files in each of two classes, some in a deeper folder; tables of any size are kept."""
-    monkeypatch.setattr(files, "KEPT_FROM", 1)
+    """pets/train with ten files in each of two classes, some in a subdirectory; tables of any size are cached."""
+    monkeypatch.setattr(files, "CACHE_FROM", 1)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     top = tmp_path / "pets" / "train"
     for name in CLASSES:
         for i in range(10):
             write(top / name / ("young" if i > 6 else "") / f"größe {i}.JPEG", size=i + 1)
-    settle(top)
+    age(top)
     return top
 
 
@@ -43,32 +43,34 @@ def rows(table: Files) -> list[tuple[str, int, int]]:
 
 
 def listings(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """Collects the folders that are listed from now on."""
-    seen: list[Path] = []
-    listed = files._listed
-    monkeypatch.setattr(files, "_listed", lambda top, classes: seen.append(top) or listed(top, classes))
-    return seen
+    """Return a list that receives the directories listed from now on."""
+    listed: list[Path] = []
+    original = files._list_files
+    monkeypatch.setattr(files, "_list_files", lambda top, classes: listed.append(top) or original(top, classes))
+    return listed
 
 
-def test_a_kept_table_is_the_listed_one(top, monkeypatch):
-    seen = listings(monkeypatch)
-    first, second = labelled(top, CLASSES), labelled(top, CLASSES)
-    assert seen == [top]
-    expected = [(f"{c}/{d}größe {i}.JPEG", i + 1, n) for n, c in enumerate(CLASSES) for d, i in _places_of_ten()]
+def test_cached_table_equals_the_listed_one(top, monkeypatch):
+    listed = listings(monkeypatch)
+    first, second = file_table(top, CLASSES), file_table(top, CLASSES)
+    assert listed == [top]
+    expected = [
+        (f"{c}/{d}größe {i}.JPEG", i + 1, n) for n, c in enumerate(CLASSES) for d, i in _subdirectories_of_ten()
+    ]
     assert rows(first) == rows(second) == expected
     assert first.sha256 == second.sha256
     assert second.path(0) == top / "cat/größe 0.JPEG"
 
 
-def _places_of_ten() -> list[tuple[str, int]]:
+def _subdirectories_of_ten() -> list[tuple[str, int]]:
     return [("", i) for i in range(7)] + [("young/", i) for i in range(7, 10)]
 
 
-def test_small_folders_are_listed_every_time_and_leave_nothing_behind(top, monkeypatch):
-    monkeypatch.setattr(files, "KEPT_FROM", 21)
-    seen = listings(monkeypatch)
-    labelled(top, CLASSES), labelled(top, CLASSES)
-    assert seen == [top, top]
+def test_small_directories_are_not_cached(top, monkeypatch):
+    monkeypatch.setattr(files, "CACHE_FROM", 21)
+    listed = listings(monkeypatch)
+    file_table(top, CLASSES), file_table(top, CLASSES)
+    assert listed == [top, top]
     assert [path.name for path in top.parent.iterdir()] == ["train"]
 
 
@@ -77,24 +79,24 @@ CHANGES = {
     "added deep down": lambda top: write(top / "dog" / "young" / "new.jpg"),
     "removed": lambda top: (top / "dog" / "größe 1.JPEG").unlink(),
     "renamed": lambda top: (top / "dog" / "größe 1.JPEG").rename(top / "dog" / "size 1.JPEG"),
-    "folder removed": lambda top: [path.unlink() for path in (top / "cat/young").iterdir()],
+    "directory emptied": lambda top: [path.unlink() for path in (top / "cat/young").iterdir()],
     "overwritten": lambda top: write(top / "cat" / "größe 4.JPEG", size=99),
-    "folder added": lambda top: write(top / "cow" / "new.jpg"),
+    "directory added": lambda top: write(top / "cow" / "new.jpg"),
 }
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_change_is_seen(top, monkeypatch, change):
-    labelled(top, CLASSES)
+def test_changes_are_noticed(top, monkeypatch, change):
+    file_table(top, CLASSES)
     CHANGES[change](top)
-    seen = listings(monkeypatch)
+    listed = listings(monkeypatch)
     classes = sorted(path.name for path in top.iterdir())
-    changed = labelled(top, classes)
-    assert seen == [top]
-    monkeypatch.setattr(files, "KEPT_FROM", 10**6)
-    for place in files._places(top):
-        place.unlink(missing_ok=True)
-    assert rows(changed) == rows(labelled(top, classes))
+    changed = file_table(top, classes)
+    assert listed == [top]
+    monkeypatch.setattr(files, "CACHE_FROM", 10**6)
+    for path in files._cache_paths(top):
+        path.unlink(missing_ok=True)
+    assert rows(changed) == rows(file_table(top, classes))
 
 
 DAMAGE = {
@@ -107,60 +109,60 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_table_is_made_again(top, monkeypatch, damage):
-    whole = rows(labelled(top, CLASSES))
-    place = files._places(top)[0]
-    place.write_bytes(DAMAGE[damage](place.read_bytes()))
-    seen = listings(monkeypatch)
-    assert rows(labelled(top, CLASSES)) == rows(labelled(top, CLASSES)) == whole
-    assert seen == [top]
+def test_damaged_cache_is_replaced(top, monkeypatch, damage):
+    expected = rows(file_table(top, CLASSES))
+    path = files._cache_paths(top)[0]
+    path.write_bytes(DAMAGE[damage](path.read_bytes()))
+    listed = listings(monkeypatch)
+    assert rows(file_table(top, CLASSES)) == rows(file_table(top, CLASSES)) == expected
+    assert listed == [top]
 
 
-def test_a_folder_that_changes_right_now_is_not_trusted_to_stay(top, monkeypatch):
+def test_directory_modified_within_the_last_second_is_not_cached(top, monkeypatch):
     write(top / "cat" / "new.jpg")
-    seen = listings(monkeypatch)
-    labelled(top, CLASSES), labelled(top, CLASSES)
-    assert seen == [top, top]
+    listed = listings(monkeypatch)
+    file_table(top, CLASSES), file_table(top, CLASSES)
+    assert listed == [top, top]
 
 
-def test_where_the_data_may_not_be_written_the_users_cache_keeps_the_table(top, tmp_path, monkeypatch):
-    files._places(top)[0].mkdir()  # in the way of the table, as missing permissions are (but for root)
-    seen = listings(monkeypatch)
-    assert rows(labelled(top, CLASSES)) == rows(labelled(top, CLASSES))
-    assert seen == [top]
+def test_user_cache_is_used_beside_unwritable_data(top, tmp_path, monkeypatch):
+    files._cache_paths(top)[0].mkdir()  # blocks the file as missing permissions would, also for root
+    listed = listings(monkeypatch)
+    assert rows(file_table(top, CLASSES)) == rows(file_table(top, CLASSES))
+    assert listed == [top]
     assert len([*(tmp_path / "cache" / "reslab").iterdir()]) == 1
 
 
-def test_a_process_is_given_the_kept_tables_name_not_its_content(top, monkeypatch):
-    kept = labelled(top, CLASSES)
-    assert len(pickle.dumps(kept)) < 500
-    assert rows(pickle.loads(pickle.dumps(kept))) == rows(kept)
-    monkeypatch.setattr(files, "KEPT_FROM", 21)
-    files._places(top)[0].unlink()
-    assert rows(pickle.loads(pickle.dumps(labelled(top, CLASSES)))) == rows(kept)
+def test_cached_table_is_pickled_as_a_path(top, monkeypatch):
+    cached = file_table(top, CLASSES)
+    assert len(pickle.dumps(cached)) < 500
+    assert rows(pickle.loads(pickle.dumps(cached))) == rows(cached)
+    monkeypatch.setattr(files, "CACHE_FROM", 21)
+    files._cache_paths(top)[0].unlink()
+    assert rows(pickle.loads(pickle.dumps(file_table(top, CLASSES)))) == rows(cached)
 
 
-def _keep_often(table: Files, folders: files.Folders, place: Path) -> None:
+def _write_often(table: Files, times: files.ModificationTimes, path: Path) -> None:
     for _ in range(30):
-        files._keep(table, folders, place)
+        files._write_cache(table, times, path)
 
 
-def test_several_processes_may_keep_a_table_at_once(top):
-    table, folders = files._listed(top, CLASSES)
-    place = files._places(top)[0]
-    files._keep(table, folders, place)
+def test_several_processes_can_write_a_cache_at_once(top):
+    table, times = files._list_files(top, CLASSES)
+    path = files._cache_paths(top)[0]
+    files._write_cache(table, times, path)
     context = multiprocessing.get_context("fork")
-    writers = [context.Process(target=_keep_often, args=(table, folders, place)) for _ in range(3)]
+    writers = [context.Process(target=_write_often, args=(table, times, path)) for _ in range(3)]
     for writer in writers:
         writer.start()
     while any(writer.is_alive() for writer in writers):
-        found = files._valid(top, place)
-        assert found is not None and rows(found) == rows(table)
+        cached = files._read_cache(top, path)
+        assert cached is not None and rows(cached) == rows(table)
     assert [writer.exitcode for writer in writers] == [0, 0, 0]
-    assert sorted(path.name for path in top.parent.iterdir()) == [place.name, "train"]
+    assert sorted(file.name for file in top.parent.iterdir()) == [path.name, "train"]
 
 
-def test_a_link_to_nowhere_is_named(top):
+def test_dangling_symlink_is_named(top):
     (top / "cat" / "lost.jpg").symlink_to(top / "nowhere.jpg")
     with pytest.raises(DataError, match=r"cat/lost\.jpg cannot be read \(No such file"):
-        labelled(top, CLASSES)
+        file_table(top, CLASSES)

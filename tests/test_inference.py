@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from reslab.cli import main
-from reslab.data.loaders import FolderOrder, image_paths
+from reslab.data.files import image_names
+from reslab.data.samplers import FolderOrder
 
 Undisturbed = Callable[..., Path]
 
@@ -40,7 +41,7 @@ def test_a_row_an_image_in_the_order_of_their_names(
     assert [row["file"] for row in rows] == sorted([*names, "c.jpg"])
     for row in rows:
         if row["file"] == "c.jpg":
-            assert "no image" in row["error"] and not row["prediction"] and not row["0"]
+            assert "not a readable image" in row["error"] and not row["prediction"] and not row["0"]
         else:
             chances = [float(row[str(digit)]) for digit in range(10)]
             assert sum(chances) == pytest.approx(1, abs=1e-5) and not row["error"]
@@ -73,7 +74,7 @@ def test_a_folder_is_listed_when_its_turn_comes(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         grey(tmp_path / name / "0.png")
-    paths = image_paths(tmp_path)
+    paths = image_names(tmp_path)
     assert next(paths) == "a/0.png"
     grey(tmp_path / "b" / "1.png")
     assert list(paths) == ["b/0.png", "b/1.png"]

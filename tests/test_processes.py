@@ -98,7 +98,7 @@ def test_evaluation_is_the_same_on_any_number_of_ranks(undisturbed_two: Path) ->
 @pytest.mark.slow
 def test_batch_size_that_does_not_divide_is_refused(tmp_path: Path) -> None:
     ended = fit_two(tmp_path, "--data.batch_size=63")
-    assert ended.status == 2 and ended.output.count("63 does not divide among 2 devices") == 2, ended.output
+    assert ended.status == 2 and ended.output.count("63 is not a multiple of 2 devices") == 2, ended.output
     assert "use 62 or 64" in ended.output and manifest(tmp_path)["status"] == "failed"
 
 
@@ -114,7 +114,7 @@ def test_signal_to_one_rank_stops_both(undisturbed_two: Path, tmp_path: Path, ra
     assert traces(tmp_path) == traces(undisturbed_two)
 
 
-LOADING = "reslab.data.loaders:ArrayBatches.__getitem__"
+LOADING = "reslab.data.batches:ArrayBatches.__getitem__"
 START = "reslab.experiment:Run._resume_point"
 # Fault in one rank, message of the run, exit status (2 where the user can fix it).
 FAILURES = {

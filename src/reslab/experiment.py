@@ -19,7 +19,7 @@ from safetensors.torch import save
 
 from reslab.config import Experiment
 from reslab.data import ImageData
-from reslab.data.loaders import BatchKey
+from reslab.data.samplers import BatchKey
 from reslab.errors import Exit, UserError
 from reslab.files import replacing
 from reslab.runs.csv_logger import MetricsCSV

@@ -17,7 +17,7 @@ import reslab
 from reslab.data import ImageData
 from reslab.data.augment import normalize
 from reslab.data.datasets import DataError
-from reslab.data.loaders import BatchKey
+from reslab.data.samplers import BatchKey
 from reslab.errors import UserError
 from reslab.files import replacing, sha256_file, write_text
 from reslab.inference import load_run

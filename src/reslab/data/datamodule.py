@@ -1,4 +1,4 @@
-"""ImageData: a data set's split, its loaders, and the finish of each batch on the device."""
+"""ImageData: the split of a data set, its loaders, and the augmentation and normalisation of batches on the device."""
 
 import hashlib
 import os
@@ -15,51 +15,40 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from reslab.data.augment import Augment, mix, normalize
-from reslab.data.datasets import Arrays, DataError, ImageSource
+from reslab.data.batches import ArrayBatches, AugmentTable, Batch, FileBatches, FolderBatch, FolderBatches
+from reslab.data.datasets import Arrays, ImageSource
 from reslab.data.decode import simplejpeg
-from reslab.data.files import Files
-from reslab.data.loaders import (
-    ArrayBatches,
-    Batch,
-    BatchKey,
-    Draws,
-    EvalOrder,
-    FileBatches,
-    FolderBatch,
-    FolderBatches,
-    FolderOrder,
-    LazyLoader,
-    TrainOrder,
-    leave_signals_to_the_run,
-)
+from reslab.data.files import DataError, Files
+from reslab.data.loader import LazyLoader, ignore_job_signals
 from reslab.data.order import Ints, stratified_split
 from reslab.data.resize import ResizeConfig
+from reslab.data.samplers import BatchKey, EvalOrder, FolderOrder, TrainOrder
 from reslab.errors import UserError
 from reslab.host import available_cores
 from reslab.training.lightning_internals import batches_taken, convert_input
 
 
 class ImageData(LightningDataModule):
-    """Images for training and evaluation; their order and augmentation are functions of the seed alone.
+    """Images for training and evaluation; their order and augmentation depend only on the seed.
 
-    Batches leave the loaders as uint8 and are augmented and normalised on the device, by
-    `on_after_batch_transfer`; call that yourself in a loop without a Trainer.
+    The loaders yield uint8 batches; `on_after_batch_transfer` augments and normalises them on the device. Call it
+    yourself in a loop without a Trainer.
 
     Args:
         dataset: The data set; see configs/data.
-        root: Folder that holds the data sets; by default $RESLAB_DATA, else `data`.
-        classes: Names of the classes in the order of their labels, in place of the data set's own.
-        batch_size: Samples of one optimizer step, over all devices and accumulated micro-batches.
-        eval_batch_size: Samples of one evaluation batch on one device; by default those of a training batch.
-        val_split: Share (below 1) or number of the training images kept for validation, of every class alike;
+        root: Directory of the data sets (default: $RESLAB_DATA, else `data`).
+        batch_size: Samples per optimizer step, over all devices and accumulated micro-batches.
+        eval_batch_size: Samples per evaluation batch on one device (default: as in a training batch).
+        val_split: Fraction (below 1) or number of training images held out for validation, stratified by class;
             0 for none.
-        split_seed: Chooses which; the same whatever the run's seed.
-        seed: Of the order and the augmentation.
-        num_workers: Loader processes for each device; by default none for data in memory, and for image files
-            the CPU cores divided among the devices of this machine.
-        augment: What is done to training images.
-        resize: How image files are cut to size; of no use to data in memory.
-        download: Fetch the data set where it is missing and can be had.
+        split_seed: Seed of the validation split, independent of the run's seed.
+        seed: Seed of the order and the augmentation.
+        num_workers: Loader processes per device (default: 0 for data in memory; for image files, the CPU cores divided
+            by the devices of this machine).
+        augment: Augmentation of training images.
+        resize: How image files are cropped and resized; not for data in memory.
+        download: Download the data set if it is missing and can be downloaded.
+        classes: Names of the classes in the order of their labels, instead of the data set's.
     """
 
     def __init__(
@@ -80,7 +69,7 @@ class ImageData(LightningDataModule):
         super().__init__()
         for name, size in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
             if size is not None and size < 1:
-                raise UserError(f"data.{name} must be 1 or more, not {size}")
+                raise UserError(f"data.{name} must be at least 1, got {size}")
         self.dataset, self.augment, self.resize = dataset, augment, resize
         self.classes = classes
         self.root = Path(root or os.environ.get("RESLAB_DATA") or "data").expanduser()
@@ -102,7 +91,7 @@ class ImageData(LightningDataModule):
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of what the network sees in evaluation."""
+        """(C, H, W) of the network's input in evaluation."""
         return self.channels, self._test_size, self._test_size
 
     @property
@@ -124,14 +113,14 @@ class ImageData(LightningDataModule):
         self.dataset.prepare(self.root, self.download)
 
     def setup(self, stage: str | None = None) -> None:
-        """Loads the data and checks all that can be known about them before the first step.
+        """Load the data and check everything that can be checked before the first step.
 
         Raises:
-            DataError: data that are missing, damaged, or labelled outside the classes.
-            UserError: a batch size, validation split or list of classes that does not fit the data or the devices.
+            DataError: Data are missing, damaged, or have labels outside the classes.
+            UserError: A batch size, validation split or list of classes does not fit the data or the devices.
         """
-        if self.classes and len(self.classes) != (found := len(self.dataset.classes(self.root))):
-            raise UserError(f"data.classes names {len(self.classes)} classes, the data set has {found}")
+        if self.classes and len(self.classes) != (count := len(self.dataset.classes(self.root))):
+            raise UserError(f"data.classes has {len(self.classes)} names, but the data set has {count} classes")
         if stage in (None, "fit"):
             self._check_batch_size()
             self._check_resize()
@@ -139,13 +128,13 @@ class ImageData(LightningDataModule):
             wrong = data.labels[(data.labels < 0) | (data.labels >= self.num_classes)]
             if len(wrong):
                 raise DataError(
-                    f"{len(wrong)} {name} labels lie outside 0 … {self.num_classes - 1} "
-                    f"(the {self.num_classes} classes), the first is {wrong[0]}"
+                    f"{len(wrong)} {name} labels are outside 0 to {self.num_classes - 1} "
+                    f"({self.num_classes} classes), the first is {wrong[0]}"
                 )
 
     @cached_property
     def train_data(self) -> Arrays | Files:
-        """All training images, those for validation included."""
+        """All training images, including those held out for validation."""
         return self.dataset.load(self.root, "train")
 
     @cached_property
@@ -154,7 +143,7 @@ class ImageData(LightningDataModule):
 
     @cached_property
     def split(self) -> tuple[Ints, Ints]:
-        """Indices of `train_data` to train on, and to validate on."""
+        """Indices of `train_data` for training and for validation."""
         return stratified_split(self.train_data.labels, self.val_split, self.split_seed)
 
     def _check_batch_size(self) -> None:
@@ -162,29 +151,31 @@ class ImageData(LightningDataModule):
         if self.batch_size % parts:
             low = self.batch_size // parts * parts
             raise UserError(
-                f"data.batch_size {self.batch_size} does not divide among {self._world} devices × "
+                f"data.batch_size {self.batch_size} is not a multiple of {self._world} devices × "
                 f"{self._accumulate} accumulated batches: use {f'{low} or ' if low else ''}{low + parts}"
             )
         if self.augment.mixes and self.batch_size // parts % 2:
             raise UserError(
-                f"augment: mixup and cutmix mix images two by two; data.batch_size {self.batch_size} leaves each of "
-                f"{self._world} devices × {self._accumulate} accumulated batches an odd number: "
+                f"data.batch_size {self.batch_size} leaves an odd number of images for each of {self._world} devices × "
+                f"{self._accumulate} accumulated batches, but mixup and cutmix mix pairs of images: "
                 f"use {self.batch_size + parts}"
             )
         train = len(self.split[0])
         if self.batch_size > train:
             raise UserError(
-                f"data.batch_size {self.batch_size} is more than the {train} training images: "
+                f"data.batch_size {self.batch_size} is larger than the number of training images ({train}): "
                 f"use at most {train // parts * parts}"
             )
 
     def _check_resize(self) -> None:
         if isinstance(self.train_data, Arrays) and self.resize != ResizeConfig():
-            raise UserError("data.resize is for data sets of image files: the images of this one have their size")
+            raise UserError("data.resize requires a data set of image files: the images of this one have a fixed size")
         if self.resize.scaled_decode and simplejpeg is None:
-            raise UserError("data.resize.scaled_decode needs simplejpeg: pip install 'reslab[fast]', or leave it out")
+            raise UserError("data.resize.scaled_decode requires simplejpeg: pip install 'reslab[fast]', or remove it")
         if self.test_resize < self._test_size:
-            raise UserError(f"data.resize.test_resize {self.test_resize} is less than the test size {self._test_size}")
+            raise UserError(
+                f"data.resize.test_resize {self.test_resize} is smaller than the test size {self._test_size}"
+            )
 
     @property
     def _world(self) -> int:
@@ -199,16 +190,18 @@ class ImageData(LightningDataModule):
         return self.trainer.accumulate_grad_batches if self.trainer else 1
 
     def _position(self, length: int) -> tuple[int, int] | None:
-        # Lightning counts the batches it has taken and restores the count from a checkpoint: the loader needs
-        # no state of its own to go on in the middle of an epoch.
+        # Lightning counts the batches taken and restores the count from a checkpoint, so the loader needs no state to
+        # resume in the middle of an epoch.
         if self.trainer is None or not self.trainer.training:
             return None
         return batches_taken(self.trainer), _limited(self.trainer, length)
 
     def train_dataloader(self) -> DataLoader[Batch]:
         if self.trainer and self.trainer.overfit_batches:  # type: ignore[attr-defined]
-            raise UserError("overfit_batches would replace the order of the data: use --trainer.limit_train_batches")
-        # Lightning does not know that a position needs no state: its warning would be wrong here.
+            raise UserError(
+                "trainer.overfit_batches would replace the sampler: use trainer.limit_train_batches instead"
+            )
+        # Lightning warns that the loader is not stateful; it does not need to be.
         warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before the epoch")
         parts = (self._accumulate, self._world, self._rank)
         sampler = TrainOrder(
@@ -225,12 +218,12 @@ class ImageData(LightningDataModule):
     def _train_batches(self) -> ArrayBatches | FileBatches:
         data = self.train_data
         if isinstance(data, Arrays):
-            return ArrayBatches(data, Draws(self.augment, self.seed, len(data), self.dataset.image_size))
-        cut = self._train_sizes(), self.test_resize, self.dataset.apply_exif_orientation
-        return FileBatches(data, self.channels, *cut, self.augment, self.seed, self.resize.scaled_decode)
+            return ArrayBatches(data, AugmentTable(self.augment, self.seed, len(data), self.dataset.image_size))
+        view = self._train_sizes(), self.test_resize, self.dataset.apply_exif_orientation
+        return FileBatches(data, self.channels, *view, self.augment, self.seed, self.resize.scaled_decode)
 
     def _train_sizes(self) -> tuple[int, ...]:
-        """Of the images in each epoch; the last one stays, and is the only one where no trainer says how many come."""
+        """Return the side of the images in each epoch; only the final one if no trainer knows the number of epochs."""
         end = self.resize.train_size or self.dataset.image_size
         if self.resize.progressive is None or self.trainer is None:
             return (end,)
@@ -241,7 +234,7 @@ class ImageData(LightningDataModule):
         steps = max(_limited(trainer, batches) // self._accumulate, 1)
         ends = [trainer.max_epochs or -1, -(-trainer.max_steps // steps)]
         if not (ends := [end for end in ends if end > 0]):
-            raise UserError("data.resize.progressive needs an end: set trainer.max_epochs or trainer.max_steps")
+            raise UserError("data.resize.progressive requires trainer.max_epochs or trainer.max_steps")
         return min(ends)
 
     def val_dataloader(self) -> DataLoader[Batch] | list[Any]:
@@ -254,16 +247,16 @@ class ImageData(LightningDataModule):
         return self.test_dataloader()
 
     def folder_dataloader(self, folder: str | Path, skip_unreadable: bool = False) -> DataLoader[FolderBatch]:
-        """All image files below a folder, sorted by name, cut to the data set's size as in evaluation.
+        """Return a loader of all image files below a directory, sorted by name, preprocessed as in evaluation.
 
-        They are looked up as they are needed: of many files the names alone, of one folder, are in memory.
+        Files are listed one directory at a time, so a directory tree of any size can be loaded.
 
         Args:
-            folder: With any folders in it.
-            skip_unreadable: Report an unreadable file in its batch instead of raising its DataError.
+            folder: The directory.
+            skip_unreadable: Report unreadable files in `FolderBatch.unreadable` instead of raising a DataError.
         """
         if not Path(folder).is_dir():
-            raise DataError(f"{folder} is no folder, or not there")
+            raise DataError(f"{folder} is not a directory or does not exist")
         batches = FolderBatches(Path(folder), self.channels, self._test_size, self.test_resize, skip_unreadable)
         return self._loader(batches, FolderOrder(Path(folder), self._eval_size))
 
@@ -275,8 +268,8 @@ class ImageData(LightningDataModule):
         sampler = EvalOrder(indices, self._eval_size, self._world, self._rank)
         if isinstance(data, Arrays):
             return self._loader(ArrayBatches(data), sampler)
-        cut = (self._test_size,), self.test_resize, self.dataset.apply_exif_orientation
-        return self._loader(FileBatches(data, self.channels, *cut), sampler)
+        view = (self._test_size,), self.test_resize, self.dataset.apply_exif_orientation
+        return self._loader(FileBatches(data, self.channels, *view), sampler)
 
     def _loader(self, batches: Any, sampler: Iterable[Any]) -> DataLoader[Any]:
         workers = self.num_workers
@@ -292,24 +285,24 @@ class ImageData(LightningDataModule):
             persistent_workers=workers > 0,
             pin_memory=device is not None and device.type == "cuda",
             device=None if isinstance(batches, FolderBatches) else device,
-            worker_init_fn=leave_signals_to_the_run,
-            generator=torch.Generator(),  # its own, or every iteration would draw from torch's global one
+            worker_init_fn=ignore_job_signals,
+            generator=torch.Generator(),  # without it, each iterator would advance torch's global generator
         )
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int = 0) -> Batch:
-        """Finishes a batch on its device: uint8 (N, H, W, C) -> augmented (training), float (N, C, H, W)."""
+        """Augment (in training) and normalise a batch on its device: uint8 (N, H, W, C) -> float (N, C, H, W)."""
         mean, std = self.dataset.mean, self.dataset.std
         if batch.augment_params.shape[1]:
             images = self.augment.apply(batch.images, batch.augment_params, mean, std)
         else:
             images = normalize(batch.images, mean, std)
-        images, own = mix(images, batch.mix) if len(batch.mix) else (images, batch.mix)
+        images, lam = mix(images, batch.mix) if len(batch.mix) else (images, batch.mix)
         if self.trainer:
             images = convert_input(self.trainer, images)
-        return batch._replace(images=images, mix=own)
+        return batch._replace(images=images, mix=lam)
 
     def fingerprint(self) -> dict[str, str]:
-        """SHA-256 of data (bytes in memory; names, sizes and labels of files), split and classes."""
+        """Return SHA-256 hashes of the data (pixels in memory; names, sizes and labels of files), split and classes."""
         train, val = self.split
         return {
             "files": _sha256(self.train_data.sha256 + self.test_data.sha256),
@@ -318,14 +311,14 @@ class ImageData(LightningDataModule):
         }
 
     def preview(self, n_images: int = 8, n_epochs: int = 8) -> tuple[np.ndarray, list[str]]:
-        """Training images (rows) as the first epochs (columns) see them, uint8 (n, e, H, W, C), and their classes."""
+        """Return training images as seen in the first epochs, uint8 (images, epochs, H, W, C), and their class names."""
         batches, train = self._train_batches(), self.split[0]
-        rows = train[np.linspace(0, len(train) - 1, n_images + n_images % 2).astype(int)]  # they may be mixed in pairs
-        seen = [self.on_after_batch_transfer(batches[BatchKey(rows, epoch)]).images for epoch in range(n_epochs)]
+        rows = train[np.linspace(0, len(train) - 1, n_images + n_images % 2).astype(int)]  # even: may be mixed in pairs
+        augmented = [self.on_after_batch_transfer(batches[BatchKey(rows, epoch)]).images for epoch in range(n_epochs)]
         names = [self.class_names[label] for label in self.train_data.labels[rows]]
-        return torch.stack([self._visible(images) for images in seen], 1)[:n_images].numpy(), names[:n_images]
+        return torch.stack([self._to_uint8(images) for images in augmented], 1)[:n_images].numpy(), names[:n_images]
 
-    def _visible(self, images: Tensor) -> Tensor:
+    def _to_uint8(self, images: Tensor) -> Tensor:
         mean, std = (torch.tensor(x)[:, None, None] for x in (self.dataset.mean, self.dataset.std))
         return ((images.float() * std + mean) * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 1)
 
@@ -335,6 +328,6 @@ def _sha256(text: str) -> str:
 
 
 def _limited(trainer: Trainer, batches: int) -> int:
-    """How many of an epoch's micro-batches are taken."""
+    """Return the number of micro-batches per epoch under trainer.limit_train_batches."""
     limit = trainer.limit_train_batches
     return min(limit, batches) if isinstance(limit, int) else int(limit * batches)

@@ -1,7 +1,7 @@
-"""Where images come from: digits, CIFAR-10/100, and folders of image files (ImageNet, Imagenette, your own).
+"""Where images come from: digits, CIFAR-10/100, and directories of image files (ImageNet, Imagenette, your own).
 
-A source describes a data set and loads it whole (`Arrays`) or as a table of its files (`Files`). What is
-wrong with the data is a `DataError` with path and remedy, before the first step where it can be known.
+An `ImageSource` describes a data set and loads it into memory (`Arrays`) or as a table of its files (`Files`). Missing
+or damaged data are reported as a `DataError` with path and remedy, before the first step where possible.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torchvision.datasets as tvd
 from torchvision.datasets.utils import check_integrity
 
-from reslab.data.files import DataError, Files, labelled
+from reslab.data.files import DataError, Files, file_table
 from reslab.data.order import stratified_split
 from reslab.errors import UserError
 
@@ -45,14 +45,31 @@ class Arrays:
 
 
 class ImageSource(ABC):
-    """A data set: what its images look like, and how to get them.
+    """A data set: the classes and statistics of its images, and how to load them.
+
+    Subclass it to train on your own data. Split, order, augmentation and loaders come with `ImageData`::
+
+        class Sketches(ImageSource):
+            mean, std = (0.9,), (0.2,)  # one channel
+            image_size = resize = 64
+
+            def classes(self, root):
+                return ["cat", "dog"]
+
+            def load(self, root, split):
+                with np.load(root / f"sketches-{split}.npz") as file:
+                    return Arrays(file["images"], file["labels"])
+
+    and name the class in a config: `data: {dataset: {class_path: my_module.Sketches}}`. Arguments of `__init__` become
+    config keys under `init_args`. For image files, `load` returns a table of them: `file_table(directory, classes)` if
+    there is one directory per class. `prepare` downloads the data, if they can be downloaded.
 
     Attributes:
-        mean: Of each channel over the training images, in [0, 1].
-        std: The same for the standard deviation.
-        image_size: Height and width of the images the network sees.
-        resize: Length of the shorter side before the central crop to `image_size`, for images from files.
-        apply_exif_orientation: Whether image files are turned as their EXIF entries say.
+        mean: Mean of each channel over the training images, in [0, 1]; one value for grey images, three for RGB.
+        std: Standard deviation of each channel, likewise.
+        image_size: Height and width of the network's input.
+        resize: Length of the shorter side before the central crop to `image_size`; only for image files.
+        apply_exif_orientation: Rotate images as their EXIF orientation says; only for image files.
     """
 
     mean: tuple[float, ...]
@@ -67,24 +84,28 @@ class ImageSource(ABC):
 
     @abstractmethod
     def classes(self, root: Path) -> list[str]:
-        """Names of the classes, in the order of their labels, without loading an image."""
+        """Return the names of the classes in the order of their labels, without loading images.
+
+        Args:
+            root: The data root, see `ImageData`; here and below.
+        """
 
     @abstractmethod
     def load(self, root: Path, split: Split) -> Arrays | Files:
-        """The images and labels of a split.
+        """Return the images and labels of a split; "test" is the set that the final result is reported on.
 
         Raises:
-            DataError: they are missing or damaged.
+            DataError: They are missing or damaged.
         """
 
-    def prepare(self, root: Path, download: bool) -> None:  # noqa: B027 - data that come with a package need nothing
-        """Downloads what is missing, if that is allowed and possible; called once on a machine."""
+    def prepare(self, root: Path, download: bool) -> None:  # noqa: B027 - optional
+        """Download missing data if `download` is set; called once per machine, before `load`."""
 
 
 class Digits(ImageSource):
     """The 1,797 handwritten digits that come with scikit-learn: 8×8, 17 levels of grey (UCI's optdigits).
 
-    They have no official split: a stratified fifth (359 images), the same for everyone, is the test set.
+    There is no official split: a fixed, stratified fifth (359 images) is the test set.
     """
 
     mean, std = (0.3051,), (0.3756,)
@@ -130,9 +151,9 @@ class CIFAR10(ImageSource):
         missing = [path for path in self._files(root) if not path.exists()]
         if missing:
             raise DataError(
-                f"{missing[0]} is not there ({len(missing)} of {len(self._files(root))} files missing). "
-                f"Say with --data.root or $RESLAB_DATA which folder holds {self._torchvision.base_folder}, "
-                f"or remove what is left of it and let --data.download true fetch {self._torchvision.url}"
+                f"{missing[0]} does not exist ({len(missing)} of {len(self._files(root))} files missing). "
+                f"Set --data.root or $RESLAB_DATA to the directory that contains {self._torchvision.base_folder}, "
+                f"or remove what is left of it and download {self._torchvision.url} with --data.download true"
             )
         try:
             data = self._torchvision(str(root), train=split == "train")
@@ -140,7 +161,7 @@ class CIFAR10(ImageSource):
             bad = [str(path) for path, md5 in self._files(root).items() if not check_integrity(str(path), md5)]
             raise DataError(
                 f"damaged (wrong MD5): {', '.join(bad) or error}. "
-                f"Remove {root / self._torchvision.base_folder} and let --data.download true fetch it again"
+                f"Remove {root / self._torchvision.base_folder} and download it again with --data.download true"
             ) from None
         except (OSError, pickle.UnpicklingError) as error:
             raise DataError(f"{root / self._torchvision.base_folder} cannot be read: {error}") from error
@@ -148,7 +169,7 @@ class CIFAR10(ImageSource):
 
 
 class CIFAR100(CIFAR10):
-    """CIFAR-100 (Krizhevsky 2009): the same sizes as CIFAR-10 with 100 classes, in ROOT/cifar-100-python."""
+    """CIFAR-100 (Krizhevsky 2009) in ROOT/cifar-100-python: sizes as CIFAR-10, 100 classes."""
 
     mean, std = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
     _torchvision = tvd.CIFAR100
@@ -165,20 +186,20 @@ class CIFAR100(CIFAR10):
 
 
 class ImageFolder(ImageSource):
-    """Image files in one folder a class: ROOT/FOLDER/TRAIN/<class>/… and ROOT/FOLDER/TEST/<class>/….
+    """Image files in one directory per class: ROOT/FOLDER/TRAIN/<class>/ and ROOT/FOLDER/TEST/<class>/.
 
-    For evaluation the shorter side is resized to image_size × 256/224 and the centre is cut out, as in
-    torchvision's reference; statistics default to ImageNet's.
+    For evaluation, the shorter side is resized to image_size × 256/224 and the centre is cropped, as in torchvision's
+    reference. Statistics default to ImageNet's.
 
     Args:
-        folder: Of the data set, relative to the data root (or absolute).
-        train: Folder of the training images in it.
-        test: Folder of the test images in it.
-        image_size: Side of the images the network sees.
-        mean: Of each channel, in [0, 1]; one number makes grey images.
+        folder: Directory of the data set, relative to the data root or absolute.
+        train: Its subdirectory of training images.
+        test: Its subdirectory of test images.
+        image_size: Side of the network's input images.
+        mean: Mean of each channel, in [0, 1]; a single value makes the images grey.
         std: Standard deviation of each channel.
-        apply_exif_orientation: Turn images as their EXIF entries say, as photographs of a telephone need it. torchvision's
-            ImageFolder leaves them as they are stored.
+        apply_exif_orientation: Rotate images as their EXIF orientation says, which photos from phones need.
+            torchvision's ImageFolder does not.
     """
 
     def __init__(
@@ -192,7 +213,7 @@ class ImageFolder(ImageSource):
         apply_exif_orientation: bool = True,
     ) -> None:
         if len(mean) != len(std) or len(mean) not in (1, 3):
-            raise UserError("mean and std need one number each for grey images, or three each for RGB")
+            raise UserError("mean and std must have one value each (grey images) or three each (RGB)")
         self.folder, self.train, self.test = folder, train, test
         self.image_size, self.resize = image_size, round(image_size * 256 / 224)
         self.mean, self.std, self.apply_exif_orientation = tuple(mean), tuple(std), apply_exif_orientation
@@ -205,43 +226,43 @@ class ImageFolder(ImageSource):
         if split == "test":
             self._compare_classes(root, folders)
         top = root / self.folder / (self.train if split == "train" else self.test)
-        return labelled(top, folders)
+        return file_table(top, folders)
 
     def _class_folders(self, root: Path, split: Split) -> list[str]:
         top = root / self.folder / (self.train if split == "train" else self.test)
         if not top.is_dir():
-            raise DataError(f"{top} is not there. {self._how_to_get(root)}")
+            raise DataError(f"{top} does not exist. {self._how_to_get(root)}")
         folders = sorted(entry.name for entry in os.scandir(top) if entry.is_dir() and entry.name[0] != ".")
         if not folders:
-            raise DataError(f"{top} has no class folders. {self._how_to_sort(root, top)}")
+            raise DataError(f"{top} has no class directories. {self._how_to_sort(root, top)}")
         return folders
 
     def _compare_classes(self, root: Path, test_folders: list[str]) -> None:
         train, test = set(self._class_folders(root, "train")), set(test_folders)
         if train != test:
             raise DataError(
-                f"the class folders of {root / self.folder / self.train} and of {self.test} differ. "
-                f"Only in {self.train}: {_some(train - test)}. Only in {self.test}: {_some(test - train)}. "
-                "Both need a folder of the same name for every class"
+                f"the class directories in {root / self.folder / self.train} and in {self.test} differ. "
+                f"Only in {self.train}: {_shorten(train - test)}. Only in {self.test}: {_shorten(test - train)}. "
+                "Both must have one directory per class, with the same names"
             )
 
     def _how_to_get(self, root: Path) -> str:
         return (
             f"Put the images into {root / self.folder}/{{{self.train},{self.test}}}/<class>/, "
-            "or say where they are with --data.root, $RESLAB_DATA or the data set's `folder`"
+            "or set --data.root, $RESLAB_DATA or the data set's `folder`"
         )
 
     def _how_to_sort(self, root: Path, top: Path) -> str:
-        return "Its images belong into one folder a class: " + str(top / "<class>" / "image.jpg")
+        return f"Put its images into one directory per class: {top / '<class>' / 'image.jpg'}"
 
 
 class Imagenette(ImageFolder):
     """Imagenette 2 (Howard 2019): ten easy classes of ImageNet, 9,469 training and 3,925 validation images.
 
     Args:
-        size: Which archive: shorter side of 160 or 320 pixels, or full.
-        folder: Relative to the data root; by default the archive's own name.
-        image_size: Side of the images the network sees.
+        size: Which archive: a shorter side of 160 or 320 pixels, or full size.
+        folder: Directory relative to the data root (default: the name of the archive).
+        image_size: Side of the network's input images.
     """
 
     _names = {
@@ -271,11 +292,11 @@ class Imagenette(ImageFolder):
         return list(self._names.values())
 
     def load(self, root: Path, split: Split) -> Files:
-        found = self._class_folders(root, split)
-        if set(found) != set(self._names):
+        expected, folders = set(self._names), set(self._class_folders(root, split))
+        if folders != expected:
             raise DataError(
-                f"{root / self.folder} is not Imagenette: missing {_some(set(self._names) - set(found))}, "
-                f"unknown {_some(set(found) - set(self._names))}. Other classes: reslab.data.ImageFolder"
+                f"{root / self.folder} is not Imagenette: missing {_shorten(expected - folders)}, "
+                f"unknown {_shorten(folders - expected)}. For other classes use reslab.data.ImageFolder"
             )
         return super().load(root, split)
 
@@ -284,8 +305,8 @@ class Imagenette(ImageFolder):
             _download(lambda: tvd.Imagenette(str(root), size=self.size, download=True), root)
 
 
-_SORT_FLAT_FOLDER = """Its images lie flat.
-Put ILSVRC2012_devkit_t12.tar.gz (https://image-net.org), which knows their classes, into {root} and run
+_HOW_TO_SORT_IMAGENET = """Its images must be sorted into class directories.
+Put ILSVRC2012_devkit_t12.tar.gz (https://image-net.org), which lists their classes, into {root} and run
 python - <<'END'
 from pathlib import Path
 from torchvision.datasets.imagenet import load_meta_file, parse_devkit_archive
@@ -298,10 +319,9 @@ END"""
 
 
 class ImageNet(ImageFolder):
-    """ImageNet-1k (ILSVRC 2012) in class folders, ROOT/imagenet/{train,val}/<wnid>/; val is the test set.
+    """ImageNet-1k (ILSVRC 2012) in class directories, ROOT/imagenet/{train,val}/<wnid>/; val is the test set.
 
-    Images are seen as they are stored, whatever their EXIF entries say: as in torchvision's reference, so that
-    accuracies compare.
+    EXIF orientation is ignored, as in torchvision's reference, so that accuracies are comparable.
     """
 
     def __init__(
@@ -313,29 +333,29 @@ class ImageNet(ImageFolder):
         top = root / self.folder
         return (
             "Download ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz from "
-            f"https://image-net.org (it asks for a login) into {top} and unpack them with\n"
+            f"https://image-net.org (login required) into {top} and unpack them with\n"
             '  python -c "from torchvision.datasets import ImageNet; '
             f"[ImageNet('{top}', split) for split in ('train', 'val')]\"\n"
-            "or say where the unpacked folder is with --data.root or $RESLAB_DATA"
+            f"or set --data.root or $RESLAB_DATA to the directory that contains {self.folder}"
         )
 
     def _how_to_sort(self, root: Path, top: Path) -> str:
         if top.name != self.test:
             return self._how_to_get(root)
-        return _SORT_FLAT_FOLDER.format(top=top, root=root / self.folder)
+        return _HOW_TO_SORT_IMAGENET.format(top=top, root=root / self.folder)
 
 
-def _some(names: set[str], most: int = 10) -> str:
-    listed = ", ".join(sorted(names)[:most]) or "none"
-    return f"{listed} and {len(names) - most} more" if len(names) > most else listed
+def _shorten(names: set[str], limit: int = 10) -> str:
+    text = ", ".join(sorted(names)[:limit]) or "none"
+    return f"{text} and {len(names) - limit} more" if len(names) > limit else text
 
 
 def _download(download: Callable[[], object], root: Path) -> None:
     try:
         root.mkdir(parents=True, exist_ok=True)
         download()
-    except (OSError, RuntimeError) as error:  # no network, no room, a wrong hash
+    except (OSError, RuntimeError) as error:  # no network, disk full, wrong hash
         raise DataError(
-            f"the download into {root} failed: {error}. Try again, or get the data on another machine and "
-            "say where they are with --data.root or $RESLAB_DATA"
+            f"the download into {root} failed: {error}. Try again, or download the data on another machine and "
+            "set --data.root or $RESLAB_DATA"
         ) from error

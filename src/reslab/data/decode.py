@@ -1,7 +1,7 @@
-"""From an image file to pixels of one size: decoding, the random crop of training, the centre of evaluation.
+"""From an image file to pixels of one size: decoding, the random crop of training, the central crop of evaluation.
 
-JPEGs for training are decoded by simplejpeg where it is installed (the extra `fast`), into memory that is used again
-and again; by torchvision else. Both are libjpeg-turbo and give the same pixels.
+simplejpeg decodes ordinary JPEGs if it is installed (the extra `fast`); Pillow decodes everything else. Both use
+libjpeg-turbo and give the same pixels.
 """
 
 import io
@@ -15,7 +15,6 @@ import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.nn.functional import interpolate
-from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.v2 import functional as tvf
 
 from reslab.data.augment import Augment, resized_crop_box
@@ -27,79 +26,106 @@ except ImportError:
     simplejpeg = None
 
 Box = tuple[int, int, int, int]  # top, left, height, width
-JPEG = b"\xff\xd8\xff"
-# A JPEG's rows that are decoded below a crop: its last rows depend on colours up to two rows below, at 1/8 on 16.
+JPEG, PNG = b"\xff\xd8\xff", b"\x89PNG"
+COLORSPACE = {1: "GRAY", 3: "RGB"}  # of simplejpeg, by the number of channels
+MODE = {1: "L", 3: "RGB"}  # the same of Pillow
+# libpng's conversion of 8-bit RGB to grey: integer weights over 2^15, rounded down (Pillow adds 0.5 before it does so).
+LIBPNG_GREY = (9794 / 2**15, 19234 / 2**15, 3740 / 2**15, -0.5)
+# Rows to decode below a crop: its last rows depend on the colours of up to two more rows, at scale 1/8 on 16.
 ROWS_BELOW = 16
 
 
 def decode_bytes(data: bytes, channels: int, apply_exif_orientation: bool = True) -> Tensor:
-    """An image file's pixels, uint8 (C, H, W), in memory as (H, W, C) mostly.
+    """Return the pixels of an image file, uint8 (C, H, W), in memory as (H, W, C).
 
     Args:
-        data: A JPEG, a PNG, or anything that PIL reads.
-        channels: 1 or 3: what has others, or a palette, CMYK or transparency, is converted as PIL does it.
-        apply_exif_orientation: Turn the image as its EXIF entry says; else as it is stored.
+        data: The content of a JPEG, a PNG, or any other file that Pillow can read.
+        channels: 1 or 3. Images with other channels, a palette, CMYK or transparency are converted.
+        apply_exif_orientation: Rotate the image as its EXIF orientation says.
     """
-    if data.startswith((JPEG, b"\x89PNG")):
-        mode = ImageReadMode.RGB if channels == 3 else ImageReadMode.GRAY
-        with suppress(RuntimeError):  # damaged, or a rare kind: PIL reads it, or says what is wrong
-            encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-            image = decode_image(encoded, mode, apply_exif_orientation=apply_exif_orientation)
-            return tvf.to_dtype(image, torch.uint8, scale=True)  # a PNG may have 16 bits
-    picture: Image.Image = Image.open(io.BytesIO(data))
+    if jpeg_size(data, apply_exif_orientation):
+        with suppress(ValueError):  # damaged or a rare kind: Pillow can read it or explains why not
+            return torch.from_numpy(simplejpeg.decode_jpeg(data, COLORSPACE[channels])).permute(2, 0, 1)
+    image: Image.Image = Image.open(io.BytesIO(data))
+    image.draft(MODE[channels], None)  # a colour JPEG as grey: its luminance, as simplejpeg decodes it
     if apply_exif_orientation:
-        picture = ImageOps.exif_transpose(picture)
-    return tvf.pil_to_tensor(picture.convert("RGB" if channels == 3 else "L"))
+        image = ImageOps.exif_transpose(image)
+    return tvf.pil_to_tensor(_convert(image, channels, is_png=data.startswith(PNG)))
+
+
+def _convert(image: Image.Image, channels: int, is_png: bool) -> Image.Image:
+    if is_png and image.mode in ("I", "I;16"):  # 16-bit grey: Pillow would clip it to 255
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if is_png and channels == 1 and image.mode in ("RGB", "RGBA", "P"):
+        return image.convert("RGB").convert("L", LIBPNG_GREY)
+    return image.convert(MODE[channels])
+
+
+def jpeg_size(data: bytes, apply_exif_orientation: bool) -> tuple[int, int] | None:
+    """Return (height, width) of a JPEG that simplejpeg can decode to the right pixels; None for any other file."""
+    if simplejpeg is None or not data.startswith(JPEG) or (apply_exif_orientation and _is_rotated(data)):
+        return None
+    with suppress(ValueError):  # damaged
+        height, width, space, _ = simplejpeg.decode_jpeg_header(data)
+        if space not in ("CMYK", "YCCK"):  # simplejpeg converts these to RGB in another way than Pillow
+            return height, width
+    return None
+
+
+def _is_rotated(jpeg: bytes) -> bool:
+    with suppress(OSError):  # damaged: the decoder will report it
+        return Image.open(io.BytesIO(jpeg)).getexif().get(ExifTags.Base.Orientation, 1) != 1
+    return False
 
 
 @contextmanager
-def named(path: Path) -> Iterator[None]:
-    """What goes wrong with a file inside becomes a DataError that names it; decoders raise errors of all kinds."""
+def as_data_error(path: Path) -> Iterator[None]:
+    """Turn any exception into a DataError that names the file: decoders raise all kinds of exceptions."""
     try:
         yield
     except MemoryError:
         raise
     except UnidentifiedImageError:
-        raise DataError(f"{path} is no image that can be read: restore or remove it") from None
+        raise DataError(f"{path} is not a readable image: restore or remove it") from None
     except Exception as error:
         reason = str(error) or type(error).__name__
         raise DataError(f"{path} cannot be read ({reason}): restore or remove it") from None
 
 
 def decode(path: Path, channels: int, apply_exif_orientation: bool = True) -> Tensor:
-    """The image at a path, as `decode_bytes`.
+    """Return the pixels of the image file at `path`, see `decode_bytes`.
 
     Raises:
-        DataError: it cannot be read, with its path and the reason.
+        DataError: The file cannot be read; the message has its path and the reason.
     """
-    with named(path):
+    with as_data_error(path):
         return decode_bytes(path.read_bytes(), channels, apply_exif_orientation)
 
 
 def _as_batch(image: Tensor) -> Tensor:
-    """(C, H, W) -> (1, C, H, W) with the strides of channels_last: torch resizes that twice as fast."""
+    """(C, H, W) -> (1, C, H, W) with channels_last strides, which torch resizes twice as fast."""
     return image.permute(1, 2, 0)[None].permute(0, 3, 1, 2)
 
 
 def resize_and_crop(image: Tensor, resize: int, size: int) -> Tensor:
-    """Evaluation's view: the shorter side to `resize`, antialiased, then the centre (C, size, size)."""
+    """Preprocess for evaluation: resize the shorter side to `resize`, antialiased, then cut the centre (C, S, S)."""
     return tvf.center_crop(tvf.resize(_as_batch(image), [resize], antialias=True), [size, size])[0]
 
 
 def resized_crop(image: Tensor, box: Box, size: int) -> Tensor:
-    """The part (top, left, height, width) of uint8 (C, H, W) as (C, size, size): torchvision's resized_crop."""
+    """Crop the box (top, left, height, width) from uint8 (C, H, W) and resize it to (C, S, S), as torchvision does."""
     top, left, height, width = box
     part = _as_batch(image)[..., top : top + height, left : left + width]
     return interpolate(part, (size, size), mode="bilinear", antialias=True)[0]
 
 
 class RandomCrop:
-    """A random part of an image file, resized to a square; its parameters are those of torchvision's RandomResizedCrop.
+    """A random crop of an image file, resized to a square, with the parameters of torchvision's RandomResizedCrop.
 
     Args:
         channels: 1 or 3.
-        apply_exif_orientation: Turn images as their EXIF entries say.
-        augment: Whose scale and ratio are taken.
+        apply_exif_orientation: Rotate images as their EXIF orientation says.
+        augment: Its `scale` and `ratio` are used.
         scaled_decode: See ResizeConfig; None decodes at full size.
     """
 
@@ -109,64 +135,56 @@ class RandomCrop:
         self.channels, self.apply_exif_orientation = channels, apply_exif_orientation
         self.scale, self.ratio = augment.scale, augment.ratio
         self.scaled_decode = scaled_decode
-        self._scratch = np.empty(0, np.uint8)  # fresh memory for every image would cost a tenth of the time
+        self._buffer = np.empty(0, np.uint8)  # reused: new memory for every image would cost a tenth of the time
 
     def __call__(self, data: bytes, u: npt.NDArray[np.float32], size: int) -> Tensor:
-        """The crop, uint8 (C, size, size), of a file's content, by 22 uniform numbers."""
-        if simplejpeg and data.startswith(JPEG) and not (self.apply_exif_orientation and _turned(data)):
-            with suppress(ValueError):  # damaged, or a rare kind
-                return self._of_jpeg(data, u, size)
+        """Return the crop, uint8 (C, size, size), of a file's content, given 22 uniform numbers."""
+        if jpeg := jpeg_size(data, self.apply_exif_orientation):
+            with suppress(ValueError):  # damaged or a rare kind
+                return self._crop_jpeg(data, *jpeg, u, size)
         image = decode_bytes(data, self.channels, self.apply_exif_orientation)
-        height, width = image.shape[-2:]
-        return resized_crop(image, self._box(u, height, width), size)
+        return resized_crop(image, self._box(u, *image.shape[-2:]), size)
 
     def _box(self, u: npt.NDArray[np.float32], height: int, width: int) -> Box:
         return resized_crop_box(u, height, width, self.scale, self.ratio)
 
-    def _of_jpeg(self, data: bytes, u: npt.NDArray[np.float32], size: int) -> Tensor:
-        height, width, space, _ = simplejpeg.decode_jpeg_header(data)
-        if space in ("CMYK", "YCCK"):
-            raise ValueError("simplejpeg's conversion to RGB is not PIL's")
+    def _crop_jpeg(self, data: bytes, height: int, width: int, u: npt.NDArray[np.float32], size: int) -> Tensor:
         top, left, h, w = self._box(u, height, width)
-        least = size * (self.scaled_decode or np.inf)
-        f = max(f for f in (1, 2, 4, 8) if f == 1 or min(h, w) >= f * least)
+        min_side = size * (self.scaled_decode or np.inf)
+        f = max(f for f in (1, 2, 4, 8) if f == 1 or min(h, w) >= f * min_side)
         end = top + h + ROWS_BELOW
-        cut = rows_field(data) if end < height else None
-        if cut:  # what is below the crop need not be decoded
-            height, data = end, b"".join((data[:cut], end.to_bytes(2, "big"), data[cut + 2 :]))
-        pixels = self._decoded(data, -(-height // f), -(-width // f), cut is not None)
+        offset = height_offset(data) if end < height else None
+        if offset:  # shorten the image in its header: the rows below the crop need not be decoded
+            height, data = end, b"".join((data[:offset], end.to_bytes(2, "big"), data[offset + 2 :]))
+        pixels = self._decode_jpeg(data, -(-height // f), -(-width // f), shortened=offset is not None)
         return resized_crop(pixels.permute(2, 0, 1), (round(top / f), round(left / f), h // f, w // f), size)
 
-    def _decoded(self, jpeg: bytes, height: int, width: int, cut: bool) -> Tensor:
-        """Its pixels, (height, width, C): all, or all at 1/2, 1/4 or 1/8 of its size, rounded up."""
+    def _decode_jpeg(self, jpeg: bytes, height: int, width: int, shortened: bool) -> Tensor:
+        """Decode (height, width, C) into the buffer: full size, or 1/2, 1/4 or 1/8 of it, rounded up."""
         size = height * width * self.channels
-        if len(self._scratch) < size:
-            self._scratch = np.empty(size, np.uint8)
-        space = "RGB" if self.channels == 3 else "GRAY"
+        if len(self._buffer) < size:
+            self._buffer = np.empty(size, np.uint8)
+        space = COLORSPACE[self.channels]
         try:
-            simplejpeg.decode_jpeg(jpeg, space, min_height=height, min_width=width, buffer=self._scratch)
+            simplejpeg.decode_jpeg(jpeg, space, min_height=height, min_width=width, buffer=self._buffer)
         except ValueError as error:
-            if not (cut and "extraneous bytes" in str(error)):  # they come after the last row: all pixels are there
+            # Data left over after the last row of a shortened image: all of its pixels were decoded.
+            if not (shortened and "extraneous bytes" in str(error)):
                 raise
-        return torch.from_numpy(self._scratch[:size].reshape(height, width, self.channels))
+        return torch.from_numpy(self._buffer[:size].reshape(height, width, self.channels))
 
 
-def rows_field(jpeg: bytes) -> int | None:
-    """Where a baseline JPEG of one scan says in 2 bytes how many rows it has; None for other kinds.
+def height_offset(jpeg: bytes) -> int | None:
+    """Return the offset of the 2-byte image height in a baseline JPEG with a single scan; None for other JPEGs.
 
-    A decoder stops at a smaller number. (With several scans it would, in each, and say nothing of those that lack.)
+    With a smaller height there a decoder stops early. With several scans it would stop early in each of them and would
+    not notice missing ones.
     """
     at, frame = 2, None
     while jpeg[at : at + 1] == b"\xff" and (kind := jpeg[at + 1 : at + 2]) != b"\xda":  # up to the first scan
         if kind in (b"\xc0", b"\xc1"):
             frame = at
         at += 2 + int.from_bytes(jpeg[at + 2 : at + 4], "big")
-    if frame is None or jpeg[at + 4 : at + 5] != jpeg[frame + 9 : frame + 10]:  # not all components in the scan
+    if frame is None or jpeg[at + 4 : at + 5] != jpeg[frame + 9 : frame + 10]:  # the scan lacks some components
         return None
     return frame + 5
-
-
-def _turned(jpeg: bytes) -> bool:
-    with suppress(OSError):  # damaged: it will be said by the decoder
-        return Image.open(io.BytesIO(jpeg)).getexif().get(ExifTags.Base.Orientation, 1) != 1
-    return False

@@ -1,10 +1,12 @@
-"""The table of a folder's image files: four arrays that all processes share, kept on disk where there are many files.
+"""Image files on disk: one walk over a directory, and the file table of a data set.
 
-A folder of a million files takes minutes to list on some file systems. Its table is therefore written beside it (or,
-where that is not allowed, into the user's cache), and later mapped into memory: the processes of a run, loader workers
-among them, share one copy. It is believed only if it is whole (its SHA-256) and its folder is as it was: no folder in
-it has another modification time, which every file added, removed or renamed changes, and a thousand files, spread over
-all, have the sizes noted. What this cannot see are single files overwritten in place: remove the table then.
+A file table is four arrays shared by all processes. Listing a directory of a million files takes minutes on some file
+systems, so the table of a large directory is cached: beside the directory or, if that is not writable, in the user's
+cache. It is memory-mapped, so that all processes of a run, including the loader workers, share one copy.
+
+A cached table is used only if its SHA-256 matches and the directory has not changed: no directory in it has another
+modification time (adding, removing or renaming a file changes it), and a thousand files, spread over the table, still
+have their sizes. A file that is overwritten in place can go unnoticed: delete the cached table in that case.
 """
 
 import hashlib
@@ -22,33 +24,33 @@ import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
-from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.datasets.folder import IMG_EXTENSIONS as IMG_EXTENSIONS
 
 from reslab.errors import UserError
 
-KEPT_FROM = 20_000  # files; fewer are listed in less than a second, every time
-SAMPLED = 1000
-Folders = dict[str, int]  # relative name: modification time in ns
+CACHE_FROM = 20_000  # files; listing fewer takes less than a second
+SAMPLED = 1000  # files whose sizes are compared with a cached table
+ModificationTimes = dict[str, int]  # of directories: relative name -> ns
 
 
 class DataError(UserError):
-    """Data that are missing, damaged or not what the config says."""
+    """Data are missing, damaged, or not what the config says."""
 
     def __init__(self, message: str) -> None:
-        # A DataLoader worker's error arrives as its traceback in one string: keep the message at its end.
+        # An error in a DataLoader worker arrives as its whole traceback in one string: keep the message at its end.
         super().__init__(message.rpartition("DataError: ")[2].strip())
 
 
 class Files:
-    """A table of image files: arrays instead of a million strings.
+    """A table of image files, as arrays instead of a million strings.
 
     Args:
-        folder: What the names are relative to.
-        names: All relative names, one after the other: uint8.
+        folder: The directory that the names are relative to.
+        names: All relative names, concatenated, uint8.
         ends: Where each of the n names ends, int64 (n,).
-        sizes: Bytes of each file, int64 (n,).
+        sizes: Size of each file in bytes, int64 (n,).
         labels: Class of each file, int64 (n,).
-        kept: The file that the arrays are mapped from.
+        cache: The file that the arrays are mapped from, if any.
     """
 
     def __init__(
@@ -58,18 +60,18 @@ class Files:
         ends: npt.NDArray[np.int64],
         sizes: npt.NDArray[np.int64],
         labels: npt.NDArray[np.int64],
-        kept: Path | None = None,
+        cache: Path | None = None,
     ) -> None:
         self.folder, self.names, self.ends, self.sizes, self.labels = folder, names, ends, sizes, labels
-        self.kept = kept
+        self.cache = cache
 
     def __len__(self) -> int:
         return len(self.ends)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # To a worker that is not forked goes the name of the mapped file, not its content.
-        if self.kept is not None:
-            return _mapped, (self.folder, self.kept)
+        # A spawned worker gets the path of the mapped file, not its content.
+        if self.cache is not None:
+            return _map_cache, (self.folder, self.cache)
         return Files, (self.folder, *self.arrays().values())
 
     def arrays(self) -> dict[str, npt.NDArray[Any]]:
@@ -84,118 +86,137 @@ class Files:
 
     @cached_property
     def sha256(self) -> str:
-        """Of names, sizes and labels; the bytes of a million files would take minutes to read."""
+        """SHA-256 of names, sizes and labels; hashing the content of a million files would take minutes."""
         digest = hashlib.sha256()
         for array in self.arrays().values():
             digest.update(array.data)
         return digest.hexdigest()
 
 
-def labelled(top: Path, classes: list[str]) -> Files:
-    """The files in one folder a class, sorted within each; from the table on disk where there is a valid one.
+def image_names(top: Path, prefix: str = "", times: ModificationTimes | None = None) -> Iterator[str]:
+    """Yield the relative names of all image files below `top / prefix` in sorted order.
+
+    An image file has one of IMG_EXTENSIONS, in upper or lower case, and does not start with a dot. Each directory is
+    listed when it is reached; only the listings of the directories on the way to the current file are in memory.
+
+    Args:
+        top: The directory that the names are relative to.
+        prefix: "" or the relative name of a directory, with a slash at its end.
+        times: Receives the modification time of every directory.
 
     Raises:
-        DataError: a class has no image, or files are empty.
+        DataError: A directory cannot be listed.
     """
-    places = _places(top)
-    for place in places:
-        if (files := _valid(top, place)) is not None:
+    directory = top / prefix
+    try:
+        if times is not None:
+            times[prefix] = directory.stat().st_mtime_ns  # before listing: a change during it must be noticed
+        with os.scandir(directory) as entries:
+            # With the slash, names sort as the whole relative names do: "a-.png" before "a/0.png".
+            names = sorted(entry.name + "/" if entry.is_dir() else entry.name for entry in entries)
+    except OSError as error:
+        raise DataError(f"{directory} cannot be listed ({error.strerror})") from error
+    for name in names:
+        if name.endswith("/"):
+            yield from image_names(top, prefix + name, times)
+        elif name.lower().endswith(IMG_EXTENSIONS) and name[0] != ".":
+            yield prefix + name
+
+
+def file_table(top: Path, classes: list[str]) -> Files:
+    """Return the image files in one directory per class, sorted within each; from the cache if that is valid.
+
+    Raises:
+        DataError: A class has no images, or files are empty or cannot be read.
+    """
+    paths = _cache_paths(top)
+    for path in paths:
+        if (files := _read_cache(top, path)) is not None:
             return files
-    began = time.time_ns()
-    files, folders = _listed(top, classes)
-    # A folder changed this very moment may change again within the same tick of the clock.
-    if len(files) >= KEPT_FROM and max(folders.values()) < began - 10**9:
-        for place in places:
+    start = time.time_ns()
+    files, times = _list_files(top, classes)
+    # A directory modified within the last second may change again without a new modification time.
+    if len(files) >= CACHE_FROM and max(times.values()) < start - 10**9:
+        for path in paths:
             with suppress(OSError):
-                _keep(files, folders, place)
-                return _mapped(top, place)
+                _write_cache(files, times, path)
+                return _map_cache(top, path)
     return files
 
 
-def _listed(top: Path, classes: list[str]) -> tuple[Files, Folders]:
-    folders = {"": top.stat().st_mtime_ns}
-    files = _table(top, ((label, _of_class(top, name, folders)) for label, name in enumerate(classes)))
+def _list_files(top: Path, classes: list[str]) -> tuple[Files, ModificationTimes]:
+    times = {"": top.stat().st_mtime_ns}
+    files = _table(top, (_list_class(top, name, times) for name in classes))
     empty = np.flatnonzero(files.sizes == 0)
     if len(empty):
         raise DataError(
             f"{len(empty)} image files are empty (0 bytes), the first is {files.path(empty[0])}: restore or remove them"
         )
-    return files, folders
+    return files, times
 
 
-def _of_class(top: Path, name: str, folders: Folders) -> list[tuple[str, int]]:
-    if found := sorted(_below(str(top / name), f"{name}/", folders)):
-        return found
-    raise DataError(f"{top / name} holds no image ({', '.join(IMG_EXTENSIONS)}): add some or remove it")
+def _list_class(top: Path, name: str, times: ModificationTimes) -> list[tuple[bytes, int]]:
+    if files := [(os.fsencode(image), _size(f"{top}/{image}")) for image in image_names(top, f"{name}/", times)]:
+        return files
+    raise DataError(f"{top / name} contains no images ({', '.join(IMG_EXTENSIONS)}): add some or remove it")
 
 
-def _below(folder: str, prefix: str, folders: Folders) -> Iterator[tuple[str, int]]:
-    """Name and size of every image file below a folder; hidden files are not images. Notes the folders."""
-    folders[prefix] = os.stat(folder).st_mtime_ns  # noqa: PTH116 - a million of them: pathlib takes minutes
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.is_dir():
-                yield from _below(entry.path, f"{prefix}{entry.name}/", folders)
-            elif entry.name.lower().endswith(IMG_EXTENSIONS) and entry.name[0] != ".":
-                yield prefix + entry.name, _size(entry)
-
-
-def _size(entry: os.DirEntry[str]) -> int:
+def _size(path: str) -> int:
     try:
-        return entry.stat().st_size
-    except OSError as error:  # a link to nowhere
-        raise DataError(f"{entry.path} cannot be read ({error.strerror}): restore or remove it") from None
+        return os.stat(path).st_size  # noqa: PTH116 - called for a million files, for which pathlib takes minutes
+    except OSError as error:  # such as a dangling symlink
+        raise DataError(f"{path} cannot be read ({error.strerror}): restore or remove it") from None
 
 
-def _table(folder: Path, groups: Iterable[tuple[int, list[tuple[str, int]]]]) -> Files:
+def _table(folder: Path, classes: Iterable[list[tuple[bytes, int]]]) -> Files:
     blobs: list[bytes] = []
     columns: list[npt.NDArray[np.int64]] = [np.empty((3, 0), np.int64)]  # length of the name, size, label
-    for label, found in groups:
-        encoded = [os.fsencode(name) for name, _ in found]
-        blobs.append(b"".join(encoded))
-        columns.append(np.array([[len(name), size, label] for name, (_, size) in zip(encoded, found, strict=True)]).T)
+    for label, files in enumerate(classes):
+        blobs.append(b"".join(name for name, _ in files))
+        columns.append(np.array([[len(name), size, label] for name, size in files]).T)
     lengths, sizes, labels = np.ascontiguousarray(np.concatenate(columns, axis=1))
     return Files(folder, np.frombuffer(b"".join(blobs), np.uint8), np.cumsum(lengths), sizes, labels)
 
 
-def _places(top: Path) -> list[Path]:
-    """Where a folder's table may lie: beside it, or in the cache of a user who may not write there."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "reslab")
+def _cache_paths(top: Path) -> list[Path]:
+    """Return the two places for a cached table: beside the directory, and in the user's cache."""
+    user_cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "reslab")
     key = hashlib.sha256(os.fsencode(top.resolve())).hexdigest()[:16]
-    return [top.parent / f".{top.name}.reslab-files", cache / f"{key}.reslab-files"]
+    return [top.parent / f".{top.name}.reslab-files", user_cache / f"{key}.reslab-files"]
 
 
-def _keep(files: Files, folders: Folders, place: Path) -> None:
-    place.parent.mkdir(parents=True, exist_ok=True)
-    # A name of its own, as several processes may write at once; a crash's half file would fail its SHA-256.
-    descriptor, part = tempfile.mkstemp(dir=place.parent, prefix=f"{place.name}.")
+def _write_cache(files: Files, times: ModificationTimes, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # A temporary name, because several processes may write at once. A file that a crash left half written would fail
+    # its SHA-256.
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f"{path.name}.")
     os.close(descriptor)
     try:
-        save_file(files.arrays(), part, {"sha256": files.sha256, "folders": json.dumps(folders)})
-        Path(part).chmod(0o644)
-        Path(part).replace(place)
+        save_file(files.arrays(), temporary, {"sha256": files.sha256, "folders": json.dumps(times)})
+        Path(temporary).chmod(0o644)
+        Path(temporary).replace(path)
     finally:
-        Path(part).unlink(missing_ok=True)
+        Path(temporary).unlink(missing_ok=True)
 
 
-def _mapped(top: Path, place: Path) -> Files:
-    with safe_open(place, "pt") as file:  # torch maps the tensors; numpy's would be copies
+def _map_cache(top: Path, path: Path) -> Files:
+    with safe_open(path, "pt") as file:  # torch maps the tensors into memory; numpy would copy them
         arrays = {name: file.get_tensor(name).numpy() for name in ("names", "ends", "sizes", "labels")}
-    return Files(top, **arrays, kept=place)
+    return Files(top, **arrays, cache=path)
 
 
-def _valid(top: Path, place: Path) -> Files | None:
-    with suppress(OSError, SafetensorError, ValueError, KeyError, TypeError):  # missing, damaged, of another format
-        with safe_open(place, "np") as file:
-            said = file.metadata()
-        files = _mapped(top, place)
-        if files.sha256 == said["sha256"] and _unchanged(files, json.loads(said["folders"])):
+def _read_cache(top: Path, path: Path) -> Files | None:
+    with suppress(OSError, SafetensorError, ValueError, KeyError, TypeError):  # missing, damaged, another format
+        with safe_open(path, "np") as file:
+            metadata = file.metadata()
+        files = _map_cache(top, path)
+        if files.sha256 == metadata["sha256"] and _is_current(files, json.loads(metadata["folders"])):
             return files
     return None
 
 
-def _unchanged(files: Files, folders: Folders) -> bool:
-    some = np.linspace(0, len(files) - 1, SAMPLED).astype(int)
-    return all((files.folder / name).stat().st_mtime_ns == at for name, at in folders.items()) and all(
-        files.path(i).stat().st_size == files.sizes[i] for i in some
+def _is_current(files: Files, times: ModificationTimes) -> bool:
+    sample = np.linspace(0, len(files) - 1, SAMPLED).astype(int)
+    return all((files.folder / name).stat().st_mtime_ns == ns for name, ns in times.items()) and all(
+        files.path(i).stat().st_size == files.sizes[i] for i in sample
     )

@@ -1,9 +1,8 @@
 """All randomness of the data, as pure functions of (seed, epoch, sample index).
 
-Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") turns a counter into 128
-random bits without any state, so neither the number of loader workers, nor the validation schedule, nor a
-resumed run can move a draw. numpy's own Philox would be faster, but numpy does not promise the same streams
-in its next version.
+Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") maps a counter to 128 random bits
+without any state. So no random number depends on the number of loader workers, the validation schedule or whether the
+run was resumed. Unlike numpy's Philox, it gives random access by sample index.
 """
 
 from typing import Any
@@ -16,19 +15,19 @@ from reslab.errors import UserError
 Ints = npt.NDArray[np.int64]
 
 _MASK = 0xFFFFFFFF
-# The last counter word: which use the draws are for, so that no two uses share a draw.
+# The last word of the counter identifies the purpose, so that no two purposes share random numbers.
 ORDER, AUGMENT, RESIZED_CROP, SPLIT, STEP, MIX, ERASE, TRANSFORM = range(8)
 
 
 def philox(counter: tuple[Any, Any, Any, Any], key: int) -> tuple[Any, Any, Any, Any]:
-    """Four words of 32 random bits for each counter of four 32-bit words, under a 64-bit key.
+    """Return four 32-bit random words for each counter of four 32-bit words, under a 64-bit key.
 
-    The words are Python ints or uint64 arrays that broadcast together; the result is of the same kind.
+    The words of the counter are Python ints or uint64 arrays that broadcast together; the result has the same type.
     """
     c0, c1, c2, c3 = counter
     k0, k1 = key & _MASK, (key >> 32) & _MASK
     for _ in range(10):
-        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # 32 × 32 -> 64 bits: no overflow in uint64
+        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # 32 × 32 bits: no overflow in uint64
         c0, c1, c2, c3 = (p1 >> 32) ^ c1 ^ k0, p1 & _MASK, (p0 >> 32) ^ c3 ^ k1, p0 & _MASK
         k0, k1 = (k0 + 0x9E3779B9) & _MASK, (k1 + 0xBB67AE85) & _MASK
     return c0, c1, c2, c3
@@ -44,55 +43,55 @@ def _sort_keys(seed: int, epoch: int, n: int, stream: int) -> npt.NDArray[np.uin
 
 
 def permutation(seed: int, epoch: int, n: int) -> Ints:
-    """A random order of range(n), int64 (n,): the indices sorted by 64 random bits each."""
+    """Return a random permutation of range(n), int64 (n,): the indices, sorted by 64 random bits each."""
     return _argsort(_sort_keys(seed, epoch, n, ORDER))
 
 
 def _argsort(keys: npt.NDArray[np.uint64]) -> Ints:
-    """The stable order, by numpy's faster sort if no two keys are equal: of 64 random bits hardly ever."""
+    """Return the stable sort order, by numpy's faster sort unless keys are equal, which 64 random bits rarely are."""
     fast = np.argsort(keys)
     ordered = keys[fast]
     return fast if (ordered[1:] != ordered[:-1]).all() else np.argsort(keys, kind="stable")
 
 
 def uniforms(
-    seed: int, epoch: int, indices: npt.ArrayLike, draws: int, stream: int = AUGMENT
+    seed: int, epoch: int, indices: npt.ArrayLike, count: int, stream: int = AUGMENT
 ) -> npt.NDArray[np.float32]:
-    """Random numbers in [0, 1), float32 (len(indices), draws); row i depends on no index but indices[i]."""
+    """Return random numbers in [0, 1), float32 (len(indices), count); row i depends on no index but indices[i]."""
     index = _words(indices)[:, None]
-    block = _words(-(-draws // 4))[None]
+    block = _words(-(-count // 4))[None]
     words = philox((index, block, epoch, stream), seed)
-    bits = np.stack(np.broadcast_arrays(*words), axis=-1).reshape(len(index), -1)[:, :draws]
+    bits = np.stack(np.broadcast_arrays(*words), axis=-1).reshape(len(index), -1)[:, :count]
     return (bits >> 8).astype(np.float32) * np.float32(2**-24)
 
 
 def sample_seeds(seed: int, epoch: int, indices: npt.ArrayLike) -> Ints:
-    """A seed for each sample, int64 (n,), of what draws from a generator with a state of its own."""
+    """Return a seed for each sample, int64 (n,), for transforms that use a stateful generator."""
     high, low, _, _ = philox((_words(indices), 0, epoch, TRANSFORM), seed)
-    return ((high << 32 | low) >> 1).astype(np.int64)  # 63 bits: torch takes a signed integer
+    return ((high << 32 | low) >> 1).astype(np.int64)  # 63 bits: torch requires a signed integer
 
 
 def step_seed(seed: int, global_step: int, rank: int) -> int:
-    """The seed for `torch.manual_seed` at one training step of one process: dropout, stochastic depth."""
+    """Return the `torch.manual_seed` of one training step on one rank, for dropout and stochastic depth."""
     high, low, _, _ = philox((global_step & _MASK, global_step >> 32, rank, STEP), seed)
-    return (high << 32 | low) >> 1  # 63 bits: torch takes a signed integer
+    return (high << 32 | low) >> 1  # 63 bits: torch requires a signed integer
 
 
 def repeat(order: Ints, repeats: int, batch_size: int, n: int) -> Ints:
-    """Repeated augmentation (Hoffer et al. 2020; Berman et al. 2019): each sample `repeats` times, in one batch.
+    """Repeat each sample `repeats` times within its batch (Hoffer et al. 2020; Berman et al. 2019).
 
-    The epoch keeps its number of batches, so it shows the first 1 / `repeats` of the samples. A batch has all its
-    samples, then all of them again: neighbours, which are mixed with each other, are different samples. Where its
-    size is no multiple of `repeats`, its last copies are missing.
+    The number of batches per epoch stays, so an epoch has the first 1 / `repeats` of the samples. A batch lists all of
+    its samples, then all of them again, so that neighbours, which mixup mixes, are different samples. If the batch size
+    is not a multiple of `repeats`, the last copies are missing.
 
     Args:
         order: Sample indices of the whole epoch.
-        repeats: How often a sample comes.
-        batch_size: Samples of one optimizer step.
-        n: Samples of the data set: index + n × copy stands for a copy, so that each has draws of its own.
+        repeats: How often a sample occurs.
+        batch_size: Samples per optimizer step.
+        n: Samples in the data set. A copy has the index: index + n × copy, and so its own augmentation.
 
     Returns:
-        Whole batches, int64.
+        Whole batches, concatenated, int64.
     """
     steps, distinct = len(order) // batch_size, -(-batch_size // repeats)
     copy, sample = np.divmod(np.arange(batch_size), distinct)
@@ -100,16 +99,16 @@ def repeat(order: Ints, repeats: int, batch_size: int, n: int) -> Ints:
 
 
 def micro_batch(order: Ints, position: int, batch_size: int, accumulate: int, world: int, rank: int) -> Ints:
-    """The samples of one forward pass of one rank, from the order of an epoch.
+    """Return the samples of one forward pass on one rank, from the order of an epoch.
 
-    Global batch b is order[b*B:(b+1)*B]; it is cut into `accumulate` micro-batches, each of those into
-    `world` ranks, all contiguous: an optimizer step has the same samples whatever the number of processes.
+    Global batch b is order[b*B:(b+1)*B]. It is split into `accumulate` micro-batches and each of those among `world`
+    ranks, all contiguous, so an optimizer step has the same samples for any number of ranks.
 
     Args:
         order: Sample indices of the whole epoch.
-        position: Micro-batches of this rank before this one in the epoch.
-        batch_size: Samples of one optimizer step, over all ranks: a multiple of accumulate × world.
-        accumulate: Micro-batches of one optimizer step.
+        position: Number of micro-batches of this rank in the epoch before this one.
+        batch_size: Samples per optimizer step, over all ranks: a multiple of accumulate × world.
+        accumulate: Micro-batches per optimizer step.
         world: Number of ranks.
         rank: This rank.
     """
@@ -119,26 +118,26 @@ def micro_batch(order: Ints, position: int, batch_size: int, accumulate: int, wo
 
 
 def evaluation_share(indices: Ints, world: int, rank: int) -> Ints:
-    """This rank's part of an evaluation set: every world-th index, -1 where the others have one more.
+    """Return this rank's share of an evaluation set: every world-th index, padded with -1.
 
-    All ranks take equally many, so they stay in step, and no index is there twice.
+    All shares have the same size, so that ranks stay in step, and no index occurs twice.
     """
     return np.pad(indices, (0, -len(indices) % world), constant_values=-1)[rank::world]
 
 
 def stratified_split(labels: npt.ArrayLike, amount: int | float, seed: int) -> tuple[Ints, Ints]:
-    """Splits off `amount` samples with the class shares of the whole, by largest remainders.
+    """Hold out `amount` samples with the class proportions of the whole set, by largest remainders.
 
     Args:
         labels: Class of each sample, (n,).
-        amount: Below 1 a fraction of all samples, else a count; 0 splits off nothing.
-        seed: Chooses which samples of each class.
+        amount: A fraction of all samples if below 1, else a count; 0 holds out nothing.
+        seed: Chooses the samples of each class.
 
     Returns:
-        Sorted indices of the rest, and sorted indices of the samples split off.
+        Sorted indices of the remaining samples, and of the samples held out.
 
     Raises:
-        UserError: the amount is negative or would leave a class without a sample in the rest.
+        UserError: The amount is negative, or a class would have no remaining sample.
     """
     labels = np.asarray(labels)
     n = len(labels)
@@ -147,25 +146,23 @@ def stratified_split(labels: npt.ArrayLike, amount: int | float, seed: int) -> t
     if not 0 <= count <= n - len(classes) or (amount > 1 and amount != count):
         raise UserError(
             f"a split of {amount} does not fit {n} samples of {len(classes)} classes: "
-            f"give a fraction from 0 to below 1 or a count of at most {n - len(classes)}"
+            f"use a fraction from 0 to below 1 or a count of at most {n - len(classes)}"
         )
-    takes = _apportion(sizes, count)
-    if (takes >= sizes).any():
-        c = int(np.argmax(takes >= sizes))
-        raise UserError(
-            f"a split of {amount} would take all {sizes[c]} samples of class {classes[c]}: use a smaller one"
-        )
+    counts = _apportion(sizes, count)
+    if (counts >= sizes).any():
+        c = int(np.argmax(counts >= sizes))
+        raise UserError(f"a split of {amount} would hold out all {sizes[c]} samples of class {classes[c]}: use less")
     shuffled = _argsort(_sort_keys(seed, 0, n, SPLIT))
-    small = (labels - classes[0]).astype(np.min_scalar_type(classes[-1] - classes[0]))  # numpy sorts 16 bits by radix
-    by_class = shuffled[np.argsort(small[shuffled], kind="stable")]  # classes in a row, each in random order
-    place = np.arange(n) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-    taken = place < np.repeat(takes, sizes)
-    return np.sort(by_class[~taken]), np.sort(by_class[taken])
+    small = (labels - classes[0]).astype(np.min_scalar_type(classes[-1] - classes[0]))  # for up to 16 bits, numpy uses a radix sort
+    by_class = shuffled[np.argsort(small[shuffled], kind="stable")]  # class after class, each in random order
+    rank_in_class = np.arange(n) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    held_out = rank_in_class < np.repeat(counts, sizes)
+    return np.sort(by_class[~held_out]), np.sort(by_class[held_out])
 
 
 def _apportion(sizes: Ints, count: int) -> Ints:
     quotas = sizes * count / sizes.sum()
-    takes = np.floor(quotas).astype(np.int64)
-    largest = np.argsort(takes - quotas, kind="stable")[: count - takes.sum()]
-    takes[largest] += 1
-    return takes
+    counts = np.floor(quotas).astype(np.int64)
+    largest_remainders = np.argsort(counts - quotas, kind="stable")[: count - counts.sum()]
+    counts[largest_remainders] += 1
+    return counts

@@ -1,4 +1,4 @@
-"""How image files of any size become images of one size, as configuration; data in memory have theirs."""
+"""Configuration of image sizes, for data sets of image files."""
 
 from dataclasses import dataclass
 
@@ -9,13 +9,13 @@ from reslab.errors import UserError
 
 @dataclass(frozen=True)
 class ProgressiveResizing:
-    """A training size that grows with training, linearly between two shares of its epochs (as FFCV's recipes do).
+    """Training images that grow linearly during a part of training, as in FFCV's recipes.
 
     Args:
-        start: Side of the images at first.
-        begin: Share of the epochs after which it grows.
-        until: Share of the epochs after which it has the size that is trained for.
-        multiple: The sizes in between are multiples of this.
+        start: Side of the images at the start.
+        begin: Fraction of the epochs after which they begin to grow.
+        until: Fraction of the epochs after which they have their final size.
+        multiple: Intermediate sizes are multiples of this.
     """
 
     start: int
@@ -25,15 +25,15 @@ class ProgressiveResizing:
 
     def __post_init__(self) -> None:
         if self.start < 1 or self.multiple < 1:
-            raise UserError("data.resize.progressive: start and multiple are numbers of pixels, 1 or more")
+            raise UserError("data.resize.progressive: start and multiple must be at least 1 pixel")
         if not 0 <= self.begin < self.until <= 1:
-            raise UserError("data.resize.progressive: begin and until are shares of the epochs, 0 ≤ begin < until ≤ 1")
+            raise UserError("data.resize.progressive: begin and until must be fractions with 0 ≤ begin < until ≤ 1")
 
     def sizes(self, end: int, epochs: int) -> tuple[int, ...]:
-        """The size in each of the epochs, on the way to `end`."""
+        """Return the size in each epoch; `end` is the final size."""
         epoch = np.arange(epochs)
-        grown = np.interp(epoch, [self.begin * epochs, self.until * epochs], [self.start, end])
-        rounded = (np.round(grown / self.multiple) * self.multiple).clip(self.multiple)
+        linear = np.interp(epoch, [self.begin * epochs, self.until * epochs], [self.start, end])
+        rounded = (np.round(linear / self.multiple) * self.multiple).clip(self.multiple)
         rounded[epoch <= self.begin * epochs] = self.start
         rounded[epoch >= self.until * epochs] = end
         return tuple(map(int, rounded))
@@ -41,17 +41,17 @@ class ProgressiveResizing:
 
 @dataclass(frozen=True)
 class ResizeConfig:
-    """How image files are cut to size: training sees random crops, evaluation the centre.
+    """Sizes of images from files: training uses random crops, evaluation central crops.
 
     Args:
-        train_size: Side of the training images; by default the data set's image_size.
-        test_size: Side of the images for evaluation; by default the data set's image_size. Networks trained on
-            random crops do better on somewhat larger images (Touvron et al. 2019).
-        test_resize: The shorter side before the central crop to `test_size`; by default 256/224 of that.
-        progressive: Train on smaller images first.
-        scaled_decode: Decode a JPEG at 1/2, 1/4 or 1/8 where the sides of the random crop keep at least this share
-            of the training size. At 1 nothing is enlarged that was large enough; less is faster and blurs more.
-            Other pixels than by default, and never in evaluation. Needs simplejpeg.
+        train_size: Side of the training images (default: the data set's image_size).
+        test_size: Side of the evaluation images (default: the data set's image_size). Networks trained on random crops
+            are more accurate on somewhat larger images (Touvron et al. 2019).
+        test_resize: Length of the shorter side before the central crop to `test_size` (default: 256/224 of test_size).
+        progressive: Start training on smaller images.
+        scaled_decode: Decode training JPEGs at 1/2, 1/4 or 1/8 of their size if the sides of the random crop then keep
+            at least this fraction of the training size. With 1, only crops that are too small at full size are
+            enlarged; smaller values are faster and blur more. Changes the pixels. Requires simplejpeg.
     """
 
     train_size: int | None = None
@@ -63,8 +63,8 @@ class ResizeConfig:
     def __post_init__(self) -> None:
         for name in ("train_size", "test_size", "test_resize"):
             if (size := getattr(self, name)) is not None and size < 1:
-                raise UserError(f"data.resize.{name} must be 1 or more pixels, not {size}")
+                raise UserError(f"data.resize.{name} must be at least 1, got {size}")
         if self.test_size and self.test_resize and self.test_resize < self.test_size:
-            raise UserError(f"data.resize.test_resize {self.test_resize} is less than test_size {self.test_size}")
+            raise UserError(f"data.resize.test_resize {self.test_resize} is smaller than test_size {self.test_size}")
         if self.scaled_decode is not None and self.scaled_decode <= 0:
-            raise UserError("data.resize.scaled_decode is a share of the training size, above 0; 1 enlarges nothing")
+            raise UserError(f"data.resize.scaled_decode must be above 0, got {self.scaled_decode}")

@@ -1,4 +1,4 @@
-"""Transforms of one image that torchvision does not have."""
+"""Transforms of single images that torchvision lacks."""
 
 import random
 from typing import Any
@@ -11,11 +11,11 @@ from reslab.errors import UserError
 
 
 class TimmRandAugment(v2.Transform):
-    """timm's RandAugment, of PIL images: other operations, magnitudes and chances than torchvision's.
+    """timm's RandAugment for PIL images: its operations, magnitudes and probabilities differ from torchvision's.
 
     Args:
-        config: In timm's words: rand-m7-mstd0.5-inc1 is magnitude 7 of 10 with a normal spread of 0.5, twice.
-        fill: The colour, of each channel, of what is moved in.
+        config: timm's config string: rand-m7-mstd0.5-inc1 has magnitude 7 of 10 with a standard deviation of 0.5.
+        fill: Colour of the area that geometric operations uncover, one value per channel.
 
     Raises:
         UserError: timm is not installed.
@@ -26,11 +26,11 @@ class TimmRandAugment(v2.Transform):
         try:
             from timm.data.auto_augment import rand_augment_transform
         except ImportError:
-            raise UserError("of the transforms, TimmRandAugment needs timm: pip install timm") from None
+            raise UserError("TimmRandAugment requires timm: pip install timm") from None
         self.augment = rand_augment_transform(config, {"img_mean": tuple(fill)})
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        # timm draws from Python's and numpy's generators: torch's, which has the image's own seed, seeds them.
+        # timm uses the generators of Python and numpy: seed them from torch's generator, which is seeded per image.
         python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
         seed = int(torch.randint(2**32, ()))
         random.seed(seed)

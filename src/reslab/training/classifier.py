@@ -11,7 +11,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
-from reslab.data import Batch
+from reslab.data.batches import Batch
 from reslab.data.order import step_seed
 from reslab.errors import UserError
 from reslab.models.network import Network

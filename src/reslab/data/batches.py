@@ -1,0 +1,208 @@
+"""Batches: from a key to uint8 images, either indexed from arrays in memory or decoded from files.
+
+All are map-style datasets whose key is a whole batch, see `samplers`.
+"""
+
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, get_worker_info
+
+from reslab.data import order
+from reslab.data.augment import Augment
+from reslab.data.datasets import Arrays
+from reslab.data.decode import RandomCrop, as_data_error, decode, resize_and_crop
+from reslab.data.files import DataError, Files
+from reslab.data.order import Ints
+from reslab.data.samplers import BatchKey
+
+PREFETCH_FACTOR = 2  # batches that each worker loads in advance
+
+
+class Batch(NamedTuple):
+    """A batch, before and after it is augmented and normalised on the device.
+
+    Attributes:
+        images: uint8 (N, H, W, C) from the loader; float32 (N, C, H, W) in channels_last for the network.
+        labels: int64 (N,); -1 for padding, which metrics ignore.
+        indices: int64 (N,), positions in the data set; -1 for padding.
+        augment_params: int32 (N, 9), see `Augment.params`; (N, 0) without augmentation. Integers, because Lightning's
+            half-precision plugins round every float tensor of a batch.
+        mix: From the loader, int32 (5,), see `Augment.mix_params`. For the network, the mixup lambda, float32 (): the
+            weight of `labels`; `swap_pairs(labels)` have the weight 1 - lambda. (0,) if images are not mixed.
+    """
+
+    images: Tensor
+    labels: Tensor
+    indices: Tensor
+    augment_params: Tensor
+    mix: Tensor = torch.empty(0, dtype=torch.int32)
+
+    def to(self, device: torch.device | str) -> "Batch":
+        # Only copies to a GPU may be asynchronous: the host would read memory that is not yet written.
+        to_gpu = torch.device(device).type == "cuda"
+        return Batch(*(tensor.to(device, non_blocking=to_gpu) for tensor in self))
+
+    def copy_from_shared(self) -> "Batch":
+        """Copy images out of a worker's shared buffer, which the worker will overwrite. Pinned images are copies."""
+        return self._replace(images=self.images.clone()) if self.images.is_shared() else self
+
+
+class FolderBatch(NamedTuple):
+    """Images of a directory for prediction: `batch` holds the images at `paths`; `unreadable` are (path, reason)."""
+
+    batch: Batch
+    paths: list[str]
+    unreadable: list[tuple[str, str]]
+
+
+class AugmentTable:
+    """Augmentation parameters of all n images (and their repeats), computed once per epoch.
+
+    That is far cheaper than computing them for each batch.
+    """
+
+    def __init__(self, augment: Augment, seed: int, n: int, size: int) -> None:
+        self.augment, self.seed, self.n, self.size = augment, seed, n, size
+        self._epoch = -1
+        self._table = np.empty((0, 0), np.int32)
+
+    def __call__(self, epoch: int, step: int, indices: Ints) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+        """Return the parameters of the images, (N, k), and of mixing the images of this step, (m,)."""
+        if epoch != self._epoch:
+            self._table = self.augment.params(self.seed, epoch, np.arange(self.n * self.augment.repeats), self.size)
+            self._epoch = epoch
+        return self._table[indices], self.augment.mix_params(self.seed, epoch, step, self.size)
+
+
+class ArrayBatches(Dataset[Batch]):
+    """Batches of in-memory arrays. Index i + n × copy is image i of n.
+
+    Args:
+        arrays: Images and labels.
+        table: Augmentation for training; None for evaluation.
+    """
+
+    def __init__(self, arrays: Arrays, table: AugmentTable | None = None) -> None:
+        self.arrays = arrays
+        self.table = table or AugmentTable(Augment(), 0, len(arrays), 0)
+
+    def __getitem__(self, key: BatchKey) -> Batch:
+        indices, epoch, step = key
+        rows = indices % len(self.arrays)
+        images = torch.from_numpy(self.arrays.images.take(rows, axis=0))  # padding (-1) takes the last image
+        self.table.augment.transform(images, self.table.seed, epoch, indices)
+        labels, positions = (np.where(indices < 0, -1, x) for x in (self.arrays.labels[rows], rows))
+        return Batch(images, *map(torch.from_numpy, (labels, positions, *self.table(epoch, step, indices))))
+
+
+class SharedBufferRing:
+    """A worker's image buffers, in memory shared with the main process and reused.
+
+    Touching the pages of newly allocated memory is slow. A buffer is reused only when its batch is no longer needed:
+    a worker is at most PREFETCH_FACTOR batches ahead of the batch that the main process is copying (see LazyLoader).
+    """
+
+    def __init__(self) -> None:
+        self._buffers = [torch.empty(0, dtype=torch.uint8)] * (PREFETCH_FACTOR + 1)
+        self._next = 0
+
+    def __call__(self, shape: tuple[int, ...]) -> Tensor:
+        """Return an uninitialised uint8 tensor of this shape."""
+        size = math.prod(shape)
+        if get_worker_info() is None:
+            return torch.empty(shape, dtype=torch.uint8)
+        self._next = (self._next + 1) % len(self._buffers)
+        if self._buffers[self._next].numel() < size:
+            self._buffers[self._next] = torch.empty(size, dtype=torch.uint8).share_memory_()
+        return self._buffers[self._next][:size].view(shape)
+
+
+class FileBatches(Dataset[Batch]):
+    """Batches of image files, each decoded and cropped or resized to one size. Index i + n × copy is file i of n.
+
+    Requires LazyLoader: workers reuse the memory of their images.
+
+    Args:
+        files: The file table.
+        channels: 1 or 3.
+        sizes: Side of the images in each epoch; the last one applies to all later epochs.
+        resize: Length of the shorter side before the central crop of evaluation.
+        apply_exif_orientation: Rotate images as their EXIF orientation says.
+        augment: For training: random resized crops, and the parameters of the other augmentations. None for evaluation.
+        seed: Seed of the augmentation.
+        scaled_decode: For the random crops, see ResizeConfig.
+    """
+
+    def __init__(
+        self,
+        files: Files,
+        channels: int,
+        sizes: tuple[int, ...],
+        resize: int,
+        apply_exif_orientation: bool,
+        augment: Augment | None = None,
+        seed: int = 0,
+        scaled_decode: float | None = None,
+    ) -> None:
+        self.files, self.channels, self.sizes, self.resize = files, channels, sizes, resize
+        self.apply_exif_orientation = apply_exif_orientation
+        self.augment, self.seed = augment or Augment(), seed
+        self.crop = RandomCrop(channels, apply_exif_orientation, augment, scaled_decode) if augment else None
+        self._buffers = SharedBufferRing()
+
+    def __getitem__(self, key: BatchKey) -> Batch:
+        indices, epoch, step = key
+        size = self.sizes[min(epoch, len(self.sizes) - 1)]
+        params = self.augment.params(self.seed, epoch, indices, size)
+        mix_params = self.augment.mix_params(self.seed, epoch, step, size)
+        crops = order.uniforms(self.seed, epoch, indices, 22, order.RESIZED_CROP)
+        images = self._buffers((len(indices), size, size, self.channels))
+        rows = np.where(indices < 0, -1, indices % len(self.files))
+        for out, row, u in zip(images, rows, crops, strict=True):
+            if row < 0:  # padding
+                out.zero_()
+            else:
+                out.copy_(self._load(self.files.path(row), u, size).permute(1, 2, 0))
+        self.augment.transform(images, self.seed, epoch, indices)
+        labels = np.where(rows < 0, -1, self.files.labels[rows])
+        return Batch(images, *map(torch.from_numpy, (labels, rows, params, mix_params)))
+
+    def _load(self, path: Path, u: npt.NDArray[np.float32], size: int) -> Tensor:
+        if self.crop is None:
+            return resize_and_crop(decode(path, self.channels, self.apply_exif_orientation), self.resize, size)
+        with as_data_error(path):
+            return self.crop(path.read_bytes(), u, size)
+
+
+class FolderBatches(Dataset[FolderBatch]):
+    """Batches of unlabelled image files, preprocessed as in evaluation; the keys are those of FolderOrder."""
+
+    def __init__(self, folder: Path, channels: int, size: int, resize: int, skip_unreadable: bool) -> None:
+        self.folder = folder
+        self.channels, self.size, self.resize = channels, size, resize
+        self.skip_unreadable = skip_unreadable
+
+    def __getitem__(self, key: tuple[int, list[str]]) -> FolderBatch:
+        first, names = key
+        images = torch.empty((len(names), self.size, self.size, self.channels), dtype=torch.uint8)
+        readable, unreadable = [], []
+        for i, name in enumerate(names):
+            try:
+                image = decode(self.folder / name, self.channels)
+            except DataError as error:
+                if not self.skip_unreadable:
+                    raise
+                unreadable.append((name, str(error)))
+            else:
+                images[i] = resize_and_crop(image, self.resize, self.size).permute(1, 2, 0)
+                readable.append(i)
+        rows = torch.tensor(readable, dtype=torch.int64)
+        no_params = torch.empty((len(rows), 0), dtype=torch.int32)
+        batch = Batch(images[rows], torch.full((len(rows),), -1), first + rows, no_params)
+        return FolderBatch(batch, [names[i] for i in readable], unreadable)

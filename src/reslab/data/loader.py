@@ -1,0 +1,79 @@
+"""The loader: from batches to the device, with worker processes and prefetching."""
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from itertools import chain
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from reslab.data.batches import PREFETCH_FACTOR, Batch, FileBatches
+
+
+class LazyLoader(DataLoader[Any]):
+    """A DataLoader that asks its sampler for the first key when the first batch is requested, not earlier.
+
+    Lightning creates the iterator before it restores a checkpoint (in `estimated_stepping_batches`). Workers that start
+    to prefetch then would begin at step 0 instead of the step to resume from.
+
+    Workers of FileBatches reuse shared-memory buffers, so each batch is copied on arrival. A worker gets its next key
+    when one of its batches is fetched: during the copy it is at most PREFETCH_FACTOR batches ahead.
+
+    Args:
+        device: Where the batches are used; for a CUDA device they are copied there one batch ahead.
+        options: Passed to DataLoader.
+    """
+
+    def __init__(self, *args: Any, device: torch.device | None = None, **options: Any) -> None:
+        self.device = device
+        super().__init__(*args, **options, prefetch_factor=PREFETCH_FACTOR if options.get("num_workers") else None)
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        batches: Iterator[Any] = super().__iter__()
+        if isinstance(self.dataset, FileBatches):
+            batches = map(Batch.copy_from_shared, batches)
+        if self.device is not None and self.device.type == "cuda":
+            batches = prefetch_to_device(batches, self.device)
+        yield from batches
+
+
+def prefetch_to_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+    """Yield the batches on a CUDA device; while one is used, the next is copied from pinned memory on a side stream."""
+    side_stream = torch.cuda.Stream(device)
+    current: tuple[Batch, torch.cuda.Event] | None = None
+    for batch in chain(batches, [None]):
+        following = None
+        if batch is not None:
+            with torch.cuda.stream(side_stream):
+                following = batch.to(device), side_stream.record_event()
+        if current is not None:
+            yield _wait_for_copy(*current, torch.cuda.current_stream(device))
+        current = following
+
+
+def _wait_for_copy(batch: Batch, copied: torch.cuda.Event, stream: torch.cuda.Stream) -> Batch:
+    stream.wait_event(copied)
+    for tensor in batch:
+        tensor.record_stream(stream)  # or the allocator could give its memory to the next copy while it is in use
+    return batch
+
+
+def ignore_job_signals(worker: int) -> None:
+    """Keep a worker alive when its whole job is signalled, as Slurm and terminals do.
+
+    The main process handles the signal: it finishes its step, which needs the workers, and then stops them by SIGTERM.
+    """
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_exit_on_sigterm_from_parent, daemon=True).start()
+
+
+def _exit_on_sigterm_from_parent() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)

@@ -1,0 +1,111 @@
+"""Samplers: which samples are in which batch.
+
+They run in the main process and yield one key per batch. Everything random about a batch is a function of its key, so
+the number of loader workers cannot change a batch.
+"""
+
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+from torch.utils.data import DistributedSampler
+
+from reslab.data import order
+from reslab.data.files import IMG_EXTENSIONS, DataError, image_names
+from reslab.data.order import Ints
+
+
+class BatchKey(NamedTuple):
+    """What determines a batch: the indices of its samples, the epoch, and the optimizer step within the epoch."""
+
+    indices: Ints
+    epoch: int = 0
+    step: int = 0
+
+
+class TrainOrder(DistributedSampler[BatchKey]):
+    """Yield the keys of this rank's micro-batches.
+
+    A DistributedSampler, so that Lightning does not add one.
+
+    Args:
+        subset: Indices of the training samples.
+        seed: Seed of the order.
+        batch_size: Samples per optimizer step, over all ranks: a multiple of accumulate × world.
+        accumulate: Micro-batches per optimizer step.
+        world: Number of ranks.
+        rank: This rank.
+        repeats: How often a sample occurs per epoch.
+        n: Samples in the whole data set; used with `repeats`, see `order.repeat`.
+        position: Maps the length of an epoch to (micro-batches taken since training began, micro-batches per epoch).
+            None means that no trainer counts them: each iteration is then the next epoch.
+    """
+
+    def __init__(
+        self,
+        subset: Ints,
+        seed: int,
+        batch_size: int,
+        accumulate: int = 1,
+        world: int = 1,
+        rank: int = 0,
+        repeats: int = 1,
+        n: int = 0,
+        position: Callable[[int], tuple[int, int] | None] = lambda length: None,
+    ) -> None:
+        self.subset, self.seed, self.batch_size = subset, seed, batch_size
+        self.parts = accumulate, world, rank
+        self.repeats, self.n = repeats, n
+        self.position = position
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return len(self.subset) // self.batch_size * self.parts[0]
+
+    def __iter__(self) -> Iterator[BatchKey]:
+        # A generator, so that the position is read when the first key is requested: a DataLoader with workers creates
+        # two iterators and uses one.
+        progress = self.position(len(self))
+        if progress is None:
+            progress = self.epoch * len(self), len(self)
+            self.epoch += 1
+        taken, epoch_length = progress
+        epoch, first = divmod(taken, epoch_length)
+        samples = self.subset[order.permutation(self.seed, epoch, len(self.subset))]
+        if self.repeats > 1:
+            samples = order.repeat(samples, self.repeats, self.batch_size, self.n)
+        for i in range(first, epoch_length):
+            indices = order.micro_batch(samples, i, self.batch_size, *self.parts)
+            yield BatchKey(indices, epoch, step=i // self.parts[0])
+
+
+class EvalOrder(DistributedSampler[BatchKey]):
+    """Yield the keys of this rank's evaluation batches: each sample once over all ranks, padded with index -1."""
+
+    def __init__(self, subset: Ints, batch_size: int, world: int = 1, rank: int = 0) -> None:
+        self.share = order.evaluation_share(subset, world, rank)
+        self.batch_size = batch_size
+
+    def __len__(self) -> int:
+        return -(-len(self.share) // self.batch_size)
+
+    def __iter__(self) -> Iterator[BatchKey]:
+        for start in range(0, len(self.share), self.batch_size):
+            yield BatchKey(self.share[start : start + self.batch_size])
+
+
+class FolderOrder:
+    """Yield (number of images before this batch, names of its images) for a directory, in sorted order."""
+
+    def __init__(self, folder: Path, batch_size: int) -> None:
+        self.folder, self.batch_size = folder, batch_size
+
+    def __iter__(self) -> Iterator[tuple[int, list[str]]]:
+        names = image_names(self.folder)
+        count = 0
+        while batch := list(islice(names, self.batch_size)):
+            yield count, batch
+            count += len(batch)
+        if not count:
+            raise DataError(f"{self.folder} contains no image files ({', '.join(IMG_EXTENSIONS)})")
