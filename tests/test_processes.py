@@ -120,9 +120,9 @@ LOADING = "reslab.data.loaders:ArrayBatches.__getitem__"
 START = "reslab.experiment:Run._resume_point"
 # What happens to a process, and what the run says; the exit status is 1, and 2 where the user can help it.
 ENDS = {
-    "an error": (Fault(TRAINING, "fail", 7, 1), "rank 1 on .*: ArithmeticError: planted", 1),
-    "an error in rank 0": (Fault(TRAINING, "fail", 7, 0), "ArithmeticError: planted", 1),
-    "a damaged picture": (Fault(LOADING, "damage", 7, 1), "rank 1 on .*: the planted picture is damaged", 2),
+    "an error": (Fault(TRAINING, "fail", 7, 1), "rank 1 on .*: ArithmeticError: injected", 1),
+    "an error in rank 0": (Fault(TRAINING, "fail", 7, 0), "ArithmeticError: injected", 1),
+    "a damaged picture": (Fault(LOADING, "damage", 7, 1), "rank 1 on .*: the injected picture is damaged", 2),
     "killed": (Fault(TRAINING, "die", 7, 1), "rank 1 was killed by SIGKILL", 1),
     "killed before they meet": (Fault(START, "die", 1, 1), "rank 1 was killed by SIGKILL", 1),
 }
@@ -188,7 +188,7 @@ def test_under_torchrun_too_one_that_fails_ends_all(tmp_path: Path) -> None:
     ended = torchrun(2, *argv, fault=fault, cwd=tmp_path, HURT_AT=str(tmp_path / "hurt_at"))
     assert time.time() - float((tmp_path / "hurt_at").read_text()) < 12
     assert ended.status == 1 and re.search(
-        "rank 1 on .*: ArithmeticError: planted", manifest(tmp_path)["attempts"][0]["how"]
+        "rank 1 on .*: ArithmeticError: injected", manifest(tmp_path)["attempts"][0]["how"]
     )
 
 
