@@ -91,9 +91,7 @@ class Payload:
 def test_code_in_checkpoint_is_not_executed(unfinished: Path, tmp_path: Path, forced: str) -> None:
     last, mark = unfinished / "checkpoints/last.ckpt", tmp_path / "executed"
     torch.save({"global_step": 3, "state_dict": Payload(mark)}, last)
-    (last.parent / "SHA256SUMS").write_text(
-        f"{sha256_file(last)}  last.ckpt\n"
-    )  # an attacker can update the checksum too
+    (last.parent / "SHA256SUMS").write_text(f"{sha256_file(last)}  last.ckpt\n")  # an attacker can do this too
     ended = fit(unfinished, TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=forced)
     assert ended.status == 2 and f"{last} holds more than tensors" in ended.output
     assert "Traceback" not in ended.output and not mark.exists()
