@@ -1,4 +1,4 @@
-"""What exactness costs outside of the step, an epoch's draws and a checkpoint: python benchmarks/exactness_cost.py"""
+"""Measure the cost of exactness outside of the step: python benchmarks/exactness_cost.py"""
 
 import statistics
 import tempfile
@@ -28,7 +28,7 @@ def main() -> None:
     torch.set_num_threads(1)
     augment, indices = Augment(crop_padding=4, flip="random"), np.arange(50_000)
     draws = median_seconds(lambda: (augment.draw(0, 3, indices, 32), order.permutation(0, 3, 50_000)))
-    print(f"order and augmentation of 50,000 images: {1e3 * draws:.0f} ms an epoch (one thread, median of 7)")
+    print(f"order and augmentation of 50,000 images: {1e3 * draws:.0f} ms per epoch (one thread, median of 7)")
 
     net = create_model("resnet18")
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
@@ -39,7 +39,7 @@ def main() -> None:
         path = Path(folder) / "last.ckpt"
         seconds = median_seconds(lambda: VerifiedCheckpointIO().save_checkpoint(checkpoint, path))
         size = path.stat().st_size / 1e6
-    print(f"a checkpoint of ResNet-18 and its momentum: {seconds:.2f} s for {size:.0f} MB (median of 7)")
+    print(f"checkpoint of ResNet-18 with momentum: {seconds:.2f} s for {size:.0f} MB (median of 7)")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Kills runs with SIGKILL at random points, resumes them, and compares every bit with runs left alone.
+"""Kill runs with SIGKILL at random points, resume them, and compare every bit with uninterrupted runs.
 
     python benchmarks/kill_anywhere.py [--kills 4] [--seed 0]
 
-Each configuration of the digits demonstration (80 steps) runs once undisturbed and once killed `--kills` times. The
-last line is the one that docs/exactness.md quotes. Takes about ten minutes on two CPU cores.
+Each configuration of the digits demonstration (80 steps) runs once uninterrupted and once killed `--kills` times.
+docs/exactness.md quotes the last line. Takes about ten minutes on two CPU cores.
 """
 
 import argparse
@@ -37,14 +37,14 @@ CONFIGURATIONS = {
 
 
 def draw(options: list[str]) -> tuple[str, Fault]:
-    """A random point at most about an epoch away: its kind, and what happens there."""
+    """Choose a random point within about one epoch: its kind, and the fault to inject there."""
     rank = random.randrange(2 if TWO[0] in options else 1)
     points = {
         "in a step": Fault(TRAINING, call=random.randint(1, 20), rank=rank),
         "at any moment": Fault(TRAINING, "die_soon", random.randint(1, 20), rank),
         "in validation": Fault(VALIDATION, call=random.randint(1, 3), rank=rank),
-        "at an epoch's edge": Fault(EPOCH_END, rank=rank),
-        "within a checkpoint's write": Fault(SUMS, "halve_and_die", random.randrange(1, 10, 2)),
+        "at the end of an epoch": Fault(EPOCH_END, rank=rank),
+        "while writing a checkpoint": Fault(SUMS, "halve_and_die", random.randrange(1, 10, 2)),
         "between renames": Fault(RENAME, call=random.randint(4, 30)),
     }
     return random.choice(list(points.items()))
@@ -57,8 +57,8 @@ def run(folder: Path, options: list[str], fault: Fault | None = None) -> Ended:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--kills", type=int, default=4, help="random points in each configuration")
-    parser.add_argument("--seed", type=int, default=0, help="of the points")
+    parser.add_argument("--kills", type=int, default=4, help="number of kills per configuration")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random points")
     args = parser.parse_args()
     random.seed(args.seed)
     began, hit, same = time.monotonic(), Counter[str](), 0
@@ -72,7 +72,7 @@ def main() -> int:
                     kinds.append(kind)
             ends.append(run(killed, options))
             failures = [end.output for end in ends if end.status]
-            left, right = ({}, {"all": "no end"}) if failures else (traces(whole), traces(killed))
+            left, right = ({}, {"all": "not finished"}) if failures else (traces(whole), traces(killed))
             different = [name for name in right if left.get(name) != right[name]]
         hit.update(kinds)
         same += not different
@@ -80,7 +80,7 @@ def main() -> int:
     kinds_hit = ", ".join(f"{count} {kind}" for kind, count in sorted(hit.items()))
     print(
         f"kill_anywhere: {hit.total()} random SIGKILLs ({kinds_hit}); weights, metrics and best checkpoint identical "
-        f"to the undisturbed run's in {same} of {len(CONFIGURATIONS)} configurations "
+        f"to the uninterrupted run's in {same} of {len(CONFIGURATIONS)} configurations "
         f"({platform.machine()}, {os.cpu_count()} cores, {time.monotonic() - began:.0f} s)"
     )
     return 0 if same == len(CONFIGURATIONS) else 1

@@ -1,4 +1,4 @@
-"""Fixtures: where the real data are, and the command line as a user calls it."""
+"""Fixtures shared by all tests: real data, small image folders, and a finished short run."""
 
 import os
 import subprocess
@@ -8,10 +8,15 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
-# One thread a process, here and in the processes that tests start: pytest-xdist's workers share the cores, and
-# OpenMP threads that wait for each other on a shared core are many times slower than one.
+# One thread per process, also in processes started by tests: pytest-xdist's workers share the cores, and OpenMP
+# threads that wait for each other on a shared core are many times slower than a single one.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# No deadline: a slow machine is not a failure. On CI the examples are the same in every run.
+settings.register_profile("reslab", deadline=None, derandomize="CI" in os.environ)
+settings.load_profile("reslab")
 
 REPO = Path(__file__).resolve().parents[1]
 
@@ -23,25 +28,25 @@ def repo() -> Path:
 
 @pytest.fixture(scope="session")
 def shared_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder with cifar-10-batches-py, imagenette-subset and imagenet-samples: real data, never committed."""
-    given = os.environ.get("RESLAB_DATA")
-    if given and (Path(given) / "cifar-10-batches-py").is_dir():
-        return Path(given)
+    """The directory with cifar-10-batches-py, imagenette-subset and imagenet-samples: real data, not committed."""
+    directory = os.environ.get("RESLAB_DATA")
+    if directory and (Path(directory) / "cifar-10-batches-py").is_dir():
+        return Path(directory)
     unpack = REPO.parent / "shared" / "data" / "unpack.py"
     if not unpack.exists():
-        pytest.skip("the real image data are not here: neither in $RESLAB_DATA nor beside the repository")
+        pytest.skip("real image data found neither in $RESLAB_DATA nor beside the repository")
     target = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "reslab-test-data"
     target.mkdir(parents=True, exist_ok=True)
     from filelock import FileLock
 
-    with FileLock(target / "unpack.lock"):  # pytest-xdist: one worker unpacks, the others find it done
+    with FileLock(target / "unpack.lock"):  # of pytest-xdist's workers, one unpacks and the others wait
         subprocess.run([sys.executable, str(unpack), str(target)], check=True, capture_output=True)
     return target
 
 
 @pytest.fixture(scope="session")
 def pets(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """{train,val}/{cat,dog} with six pictures of noise each, of several sizes."""
+    """{train,val}/{cat,dog} with six noise images each, of several sizes."""
     import numpy as np
     from PIL import Image
 
@@ -57,7 +62,7 @@ def pets(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """The folder of the short run with the options given, as nothing ever happened to it; made once a session."""
+    """Return a function that trains the short run with some options, uninterrupted, once per session."""
     from runner import fit
 
     @cache

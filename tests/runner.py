@@ -1,7 +1,6 @@
-"""Runs that can be hurt at a chosen moment, forked from a server that has imported torch already.
+"""Run reslab with a fault injected at a chosen call, forked from a server that has already imported torch.
 
-As a script it is `reslab` with a fault planted: `python tests/runner.py FAULT fit --config …`, where FAULT is
-"target act call rank", or "-" for none.
+As a script: `python tests/runner.py FAULT fit --config FILE`, where FAULT is "target act call rank", or "-" for none.
 """
 
 import contextlib
@@ -27,16 +26,16 @@ from typing import Any, NamedTuple
 
 REPO = Path(__file__).resolve().parents[1]
 DIGITS = ["--config", str(REPO / "configs/experiment/digits.yaml"), "--trainer.accelerator=cpu"]
-# 20 steps an epoch (1,294 images // 64), 3 batches of validation, 6 of the test
+# 20 steps per epoch (1,294 images // 64), 3 validation batches, 6 test batches
 SHORT = ["--trainer.max_epochs=3", "--trainer.log_every_n_steps=5", "--run.checkpoint_every_steps=3"]
-PATIENCE = 240  # seconds: a run that takes longer hangs
+PATIENCE = 240  # seconds after which a run is considered hung
 
 TRAINING = "reslab.training.classifier:Classifier.training_step"
 VALIDATION = "reslab.training.classifier:Classifier.validation_step"
 TEST = "reslab.training.classifier:Classifier.test_step"
 EPOCH_END = "reslab.training.progress:ProgressReport.on_train_epoch_end"
-SUMS = "reslab.training.checkpoint:_write_sums"  # called twice a checkpoint: before it is put in place, and after
-RENAME = "pathlib:Path.replace"  # of any file that is replaced as a whole
+SUMS = "reslab.training.checkpoint:_write_sums"  # called twice per checkpoint: before and after it is moved into place
+RENAME = "pathlib:Path.replace"  # of any atomic write
 
 _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload(["reslab.experiment", "reslab.runs.figures", "reslab.runs.report"])
@@ -47,7 +46,7 @@ def die(*args: Any) -> None:
 
 
 def die_soon(*args: Any) -> None:
-    """Within the time of some steps, wherever the program is then."""
+    """Die within the next few steps, at any point of the program."""
     threading.Timer(random.uniform(0, 0.3), die).start()
 
 
@@ -56,7 +55,7 @@ def terminate(*args: Any) -> None:
 
 
 def terminate_all(*args: Any) -> None:
-    """As a scheduler does it: the run and its loaders, from outside."""
+    """Signal the run and its loaders from outside, as a scheduler does."""
     pids = [os.getpid(), *(child.pid for child in multiprocessing.active_children())]
     subprocess.run(["kill", "-TERM", *map(str, pids)], check=True)
 
@@ -67,13 +66,13 @@ def interrupt_twice(*args: Any) -> None:
 
 
 def fail(*args: Any) -> None:
-    raise ArithmeticError("planted")
+    raise ArithmeticError("injected")
 
 
 def damage(*args: Any) -> None:
     from reslab.data.datasets import DataError
 
-    raise DataError("the planted picture is damaged")
+    raise DataError("the injected picture is damaged")
 
 
 def linger(*args: Any) -> None:
@@ -81,7 +80,7 @@ def linger(*args: Any) -> None:
 
 
 def wait_for_slurm(*args: Any) -> None:
-    """Until the job is signalled, because its time is nearly up; not in a job that was requeued."""
+    """Wait until the job is signalled because its time limit is near; a requeued job does not wait."""
     if "SLURM_RESTART_COUNT" not in os.environ:
         signal.pause()
 
@@ -91,7 +90,7 @@ def kill_worker(*args: Any) -> None:
 
 
 def halve_and_die(checkpoints: Path, *args: Any) -> None:
-    """As SUMS is called for the first time in a write: what a kill in the middle of it leaves behind."""
+    """Leave behind what a kill in the middle of a checkpoint write does: half a temporary file."""
     [part] = checkpoints.glob(".*.part")
     part.write_bytes(part.read_bytes()[: part.stat().st_size // 2])
     die()
@@ -102,11 +101,11 @@ def spoil(module: Any, batch: Any, *args: Any) -> None:
 
 
 def count_collectives(module: Any, *args: Any) -> None:
-    """From now on writes down at each forward pass how many collectives there were so far, those of C++ too."""
+    """Record at every following forward pass how many collectives there were so far, including those of C++."""
     import torch
 
     group = torch.distributed.distributed_c10d._get_default_group()
-    file = Path(os.environ["COLLECTIVES"]).open("w", buffering=1)  # noqa: SIM115 - until the end
+    file = Path(os.environ["COLLECTIVES"]).open("w", buffering=1)  # noqa: SIM115 - open until the process ends
     module.net.register_forward_pre_hook(lambda *args: print(group._get_sequence_number_for_group(), file=file))
 
 
@@ -122,13 +121,13 @@ def fill_disk(*args: Any) -> None:
 
 @dataclass(frozen=True)
 class Fault:
-    """Something done in one process of a run, just before it calls a function for the n-th time.
+    """A fault injected into one rank of a run, just before the n-th call of a function.
 
     Args:
         target: The function, as module:name or module:Class.name.
-        act: The name of a function of this module; it takes the same arguments.
-        call: Which call, from 1.
-        rank: Of the process, where there are several.
+        act: The name of a function in this module, called with the same arguments.
+        call: The number of the call, from 1.
+        rank: The rank of the process.
     """
 
     target: str
@@ -136,7 +135,7 @@ class Fault:
     call: int = 1
     rank: int = 0
 
-    def plant(self) -> None:
+    def inject(self) -> None:
         if int(os.environ.get("RANK") or os.environ.get("LOCAL_RANK", "0")) != self.rank:
             return
         module, _, path = self.target.partition(":")
@@ -157,19 +156,19 @@ class Fault:
 
 
 class Ended(NamedTuple):
-    """How a process ended: its exit status (minus the signal, if one killed it), and all that it printed."""
+    """The exit status of a process (minus the signal number if it was killed) and its output."""
 
     status: int
     output: str
 
 
 def reslab(*argv: str | Path, fault: Fault | None = None, largest_file: int | None = None, **environ: str) -> Ended:
-    """Runs a command line to its end.
+    """Run a reslab command to its end.
 
     Args:
-        argv: The command's words.
-        fault: What is done to it.
-        largest_file: Bytes; to write more into a file fails, as on a full disk.
+        argv: The arguments of the command.
+        fault: The fault to inject.
+        largest_file: Maximum file size in bytes; writing more fails, as on a full disk.
         environ: Added to the environment.
     """
     with tempfile.NamedTemporaryFile("r") as log:
@@ -190,8 +189,8 @@ def _forked(argv: list[str], log: str, fault: Fault | None, largest_file: int | 
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.environ.update(environ)
-    multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)  # loaders as ever
-    for module in (workers, workers.worker):  # seconds until a dead worker is noticed, or workers their parent's end
+    multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)  # loaders fork as usual
+    for module in (workers, workers.worker):  # seconds until a dead worker or parent is noticed
         module.MP_STATUS_CHECK_INTERVAL = 0.2
     if largest_file:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
@@ -203,31 +202,31 @@ def _main(argv: list[str], fault: Fault | None) -> None:
     from reslab.cli import main
 
     if fault:
-        fault.plant()
+        fault.inject()
     sys.exit(main(argv))
 
 
 def spawn(*argv: str | Path, fault: Fault | None = None, **environ: str) -> Ended:
-    """As `reslab`, for runs of several processes: Lightning starts the others with the same command line."""
+    """Like `reslab`, for runs of several processes: Lightning starts the others with the same command line."""
     words = " ".join(map(str, astuple(fault))) if fault else "-"
     return ended([[sys.executable, __file__, words, *map(str, argv)]], environ)
 
 
 def torchrun(nodes: int, *argv: str | Path, cwd: Path, fault: Fault | None = None, **environ: str) -> Ended:
-    """As `spawn`, with a torchrun of one process for each node, all of them on this machine."""
+    """Like `spawn`, with one torchrun of one process per node, all on this machine."""
     words = " ".join(map(str, astuple(fault))) if fault else "-"
     with socket.create_server(("localhost", 0)) as free:
-        meet = f"localhost:{free.getsockname()[1]}"
-    group = ["--nnodes", str(nodes), "--nproc_per_node", "1", "--rdzv_backend", "c10d", "--rdzv_endpoint", meet]
+        endpoint = f"localhost:{free.getsockname()[1]}"
+    group = ["--nnodes", str(nodes), "--nproc_per_node", "1", "--rdzv_backend", "c10d", "--rdzv_endpoint", endpoint]
     command = [sys.executable, "-m", "torch.distributed.run", *group, "--rdzv_id", "job7"]
     return ended([[*command, __file__, words, *map(str, argv), f"--trainer.num_nodes={nodes}"]] * nodes, environ, cwd)
 
 
 def ended(commands: list[list[str]], environ: dict[str, str], cwd: Path = REPO) -> Ended:
-    """Runs the commands side by side until all of their processes are gone; the status is that of the first."""
+    """Run commands in parallel until all of their processes are gone; return the status of the first."""
     with tempfile.TemporaryFile("w+") as log:
-        how: dict[str, Any] = {"stdout": log, "stderr": log, "env": {**os.environ, **environ}, "cwd": cwd}
-        processes = [subprocess.Popen(command, start_new_session=True, **how) for command in commands]
+        options: dict[str, Any] = {"stdout": log, "stderr": log, "env": {**os.environ, **environ}, "cwd": cwd}
+        processes = [subprocess.Popen(command, start_new_session=True, **options) for command in commands]
         try:
             for process in processes:
                 process.wait(PATIENCE)
@@ -242,7 +241,7 @@ def ended(commands: list[list[str]], environ: dict[str, str], cwd: Path = REPO) 
 
 
 def all_gone(leaders: list[subprocess.Popen[bytes]], patience: float = 10) -> bool:
-    """Whether nothing is soon left of the leaders' groups: a killed run's loader processes end by themselves."""
+    """Whether the leaders' process groups are soon empty: loader processes of a killed run end by themselves."""
     deadline = time.monotonic() + patience
     while time.monotonic() < deadline:
         with contextlib.suppress(ProcessLookupError):
@@ -254,9 +253,9 @@ def all_gone(leaders: list[subprocess.Popen[bytes]], patience: float = 10) -> bo
     return False
 
 
-def fit(folder: Path, *options: str | Path, **how: Any) -> Ended:
-    """The short demonstration run in `folder`; `how` is `reslab`'s."""
-    return reslab("fit", *DIGITS, *SHORT, "--run.dir", folder, *options, **how)
+def fit(folder: Path, *options: str | Path, **kwargs: Any) -> Ended:
+    """Train the short demonstration run in `folder`; kwargs are those of `reslab`."""
+    return reslab("fit", *DIGITS, *SHORT, "--run.dir", folder, *options, **kwargs)
 
 
 def manifest(folder: Path) -> dict[str, Any]:
@@ -264,19 +263,19 @@ def manifest(folder: Path) -> dict[str, Any]:
 
 
 def metrics(folder: Path) -> list[dict[str, str]]:
-    """The rows of metrics.csv, without what the clock says."""
+    """Return the rows of metrics.csv, without throughput."""
     with (folder / "metrics.csv").open() as file:
         return [{k: v for k, v in row.items() if k != "images_per_second"} for row in csv.DictReader(file)]
 
 
 def traces(folder: Path) -> dict[str, Any]:
-    """All of a finished run that must not depend on what happened to it."""
+    """Return everything of a finished run that interruptions must not change."""
     from reslab.training.checkpoint import read_checkpoint, weights_sha256
 
-    said = manifest(folder)
+    record = manifest(folder)
     best = read_checkpoint(folder / "checkpoints/best.ckpt")["state_dict"]
-    kept = {name: said[name] for name in ("status", "weights_sha256", "results")}
-    return {**kept, "metrics": metrics(folder), "best": weights_sha256(best)}
+    recorded = {name: record[name] for name in ("status", "weights_sha256", "results")}
+    return {**recorded, "metrics": metrics(folder), "best": weights_sha256(best)}
 
 
 if __name__ == "__main__":

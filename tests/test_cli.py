@@ -70,9 +70,9 @@ def test_doctor_reports_the_machine_and_checks_the_data(
 MISTAKES = [
     (["summary", "resnet51"], "resnet50"),
     (["summary", "resnet50", "--inputs", "3,32,32"], "--inputs"),
-    (["test", "no/such/run"], "no run folder"),
-    (["predict", "no/such/run", "--images", ".", "--out", "x.csv"], "no run folder"),
-    (["export", "no/such/run", "--format", "pt2", "--out", "x.pt2"], "no run folder"),
+    (["test", "no/such/run"], "not a run directory"),
+    (["predict", "no/such/run", "--images", ".", "--out", "x.csv"], "not a run directory"),
+    (["export", "no/such/run", "--format", "pt2", "--out", "x.pt2"], "not a run directory"),
     (["fit", "--config", "no/such/file.yaml"], "no/such/file.yaml"),
     (["fit", "--config", DIGITS, "--trainer.max_epoch", "3"], "trainer.max_epochs"),
     (["fit", "--config", DIGITS, "--trainer.max_epochs", "many"], "trainer.max_epochs"),

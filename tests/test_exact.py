@@ -1,4 +1,4 @@
-"""A run is its config and seed: how it is carried out, watched, interrupted and resumed leaves no trace in its bits."""
+"""Exact runs: the same bits for any number of workers, any validation schedule, kills and resumes."""
 
 import os
 import random
@@ -28,7 +28,7 @@ Undisturbed = Callable[..., Path]
 
 
 def killed_and_resumed(folder: Path, *options: str, faults: list[Fault]) -> Path:
-    """The run in `folder`, killed by each of the faults in turn, then left to end."""
+    """Kill the run in `folder` with each fault in turn, then let it finish."""
     for fault in faults:
         ended = fit(folder, *options, fault=fault)
         assert ended.status == -signal.SIGKILL, f"{fault}: {ended}"
@@ -39,7 +39,7 @@ def killed_and_resumed(folder: Path, *options: str, faults: list[Fault]) -> Path
 
 
 @pytest.mark.parametrize("option", ["--data.num_workers=1", "--data.num_workers=2"])
-def test_the_number_of_workers_changes_nothing(undisturbed: Undisturbed, tmp_path: Path, option: str) -> None:
+def test_number_of_workers_changes_nothing(undisturbed: Undisturbed, tmp_path: Path, option: str) -> None:
     assert fit(tmp_path, option).status == 0
     assert traces(tmp_path) == traces(undisturbed())
 
@@ -48,20 +48,22 @@ def test_the_number_of_workers_changes_nothing(undisturbed: Undisturbed, tmp_pat
     ("option", "steps"),
     [("--trainer.check_val_every_n_epoch=3", [60]), ("--trainer.val_check_interval=7", [7, 14, 27, 34, 47, 54])],
 )
-def test_validation_changes_no_weight(undisturbed: Undisturbed, tmp_path: Path, option: str, steps: list[int]) -> None:
+def test_validation_schedule_changes_no_weight(
+    undisturbed: Undisturbed, tmp_path: Path, option: str, steps: list[int]
+) -> None:
     assert fit(tmp_path, option).status == 0
     assert [int(row["step"]) for row in metrics(tmp_path) if row["val/acc"]] == steps
     assert manifest(tmp_path)["weights_sha256"] == manifest(undisturbed())["weights_sha256"]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_killed_anywhere_and_resumed(undisturbed: Undisturbed, tmp_path: Path, workers: int) -> None:
+def test_killed_and_resumed_at_random_points(undisturbed: Undisturbed, tmp_path: Path, workers: int) -> None:
     draw = random.Random(workers).randint
     faults = [
         Fault(TRAINING, call=draw(5, 18)),
-        Fault(SUMS, "halve_and_die", call=3),  # within the write of a checkpoint
+        Fault(SUMS, "halve_and_die", call=3),  # while a checkpoint is written
         Fault(VALIDATION, call=draw(1, 3)),
-        Fault(RENAME, call=draw(4, 20)),  # on the edge of a write: of a checkpoint, or of the manifest
+        Fault(RENAME, call=draw(4, 20)),  # just before a checkpoint or the manifest is replaced
         Fault(EPOCH_END),
         Fault(TEST, call=draw(1, 6)),
     ]
@@ -69,7 +71,7 @@ def test_killed_anywhere_and_resumed(undisturbed: Undisturbed, tmp_path: Path, w
     assert traces(tmp_path) == traces(undisturbed())
 
 
-# All that a recipe can ask for: no part of it may leave a trace of how it was carried out.
+# Every option that involves randomness or state.
 RECIPE = [
     "--data.augment.transforms=[{class_path: torchvision.transforms.v2.RandAugment}]",
     *("--data.augment.erasing=0.25", "--data.augment.repeats=2"),
@@ -78,7 +80,7 @@ RECIPE = [
 ]
 
 
-def test_with_everything_on_workers_and_kills_change_nothing(undisturbed: Undisturbed, tmp_path: Path) -> None:
+def test_workers_and_kills_change_nothing_with_all_options(undisturbed: Undisturbed, tmp_path: Path) -> None:
     assert traces(undisturbed(*RECIPE)) != traces(undisturbed())
     faults = [Fault(TRAINING, call=call) for call in (9, 14)]
     killed_and_resumed(tmp_path, *RECIPE, "--data.num_workers=2", faults=faults)
@@ -86,24 +88,26 @@ def test_with_everything_on_workers_and_kills_change_nothing(undisturbed: Undist
 
 
 SITUATIONS = {
-    # Checkpoints that lie on the last step of an epoch, with validation after it and without, and then once more.
-    "epoch's end": (["--trainer.check_val_every_n_epoch=2", "--run.checkpoint_every_steps=10"], [22, 15, 12]),
+    # Checkpoints at the last step of an epoch, with validation after it and without; resumed twice.
+    "end of an epoch": (["--trainer.check_val_every_n_epoch=2", "--run.checkpoint_every_steps=10"], [22, 15, 12]),
     "validation within epochs": (["--trainer.val_check_interval=6"], [8, 11, 20]),
     "no validation": (["--data.val_split=0.2", "--trainer.limit_val_batches=0"], [20, 20]),
-    "length in steps": (["--trainer.max_epochs=-1", "--trainer.max_steps=50"], [21, 4, 20]),
+    "max_steps": (["--trainer.max_epochs=-1", "--trainer.max_steps=50"], [21, 4, 20]),
     "accumulation": (["--trainer.accumulate_grad_batches=2"], [7, 30, 29]),
-    "average and depth": (
+    "EMA and stochastic depth": (
         ["--model.ema_decay=0.9", "--model.net.init_args.drop_path=0.2", "--model.net.init_args.shortcut=identity"],
         [9, 14],
     ),
     "mixup": (["--data.augment.mixup=0.4", "--data.augment.cutmix=1", "--data.augment.cutout=2"], [9, 14]),
-    "half precision": (["--trainer.precision=bf16-mixed"], [9, 14]),
+    "bf16": (["--trainer.precision=bf16-mixed"], [9, 14]),
 }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("options", "calls"), SITUATIONS.values(), ids=SITUATIONS)
-def test_in_every_situation(undisturbed: Undisturbed, tmp_path: Path, options: list[str], calls: list[int]) -> None:
+def test_killed_and_resumed_in_every_configuration(
+    undisturbed: Undisturbed, tmp_path: Path, options: list[str], calls: list[int]
+) -> None:
     whole = undisturbed(*options)
     killed_and_resumed(tmp_path, *options, faults=[Fault(TRAINING, call=call) for call in calls])
     assert metrics(tmp_path) == metrics(whole)
@@ -111,7 +115,7 @@ def test_in_every_situation(undisturbed: Undisturbed, tmp_path: Path, options: l
     assert manifest(tmp_path)["results"] == manifest(whole)["results"]
 
 
-def test_fine_tuning_killed_and_resumed(undisturbed: Undisturbed, tmp_path: Path) -> None:
+def test_killed_and_resumed_fine_tuning(undisturbed: Undisturbed, tmp_path: Path) -> None:
     start = undisturbed()
     options = [f"--model.weights={start}", "--model.freeze=[stem,stage1]", "--model.backbone_lr_scale=0.1"]
     whole = undisturbed(*options)
@@ -122,7 +126,7 @@ def test_fine_tuning_killed_and_resumed(undisturbed: Undisturbed, tmp_path: Path
     assert kept == {name for name in before if name.startswith(("conv1.", "bn1.", "layer1."))}
 
 
-# The step that each signal comes in, and the step that the run goes on from.
+# When the signal arrives, and the step that the run resumes from.
 MOMENTS = {
     "a step": (Fault(TRAINING, "terminate", 11), 11),
     "the last step of an epoch": (Fault(TRAINING, "terminate", 20), 20),
@@ -133,7 +137,7 @@ MOMENTS = {
 
 
 @pytest.mark.parametrize(("fault", "step"), MOMENTS.values(), ids=MOMENTS)
-def test_a_signal_stops_the_run_with_everything_saved(
+def test_signal_preempts_the_run_with_a_checkpoint(
     undisturbed: Undisturbed, tmp_path: Path, fault: Fault, step: int
 ) -> None:
     ended = fit(tmp_path, "--run.checkpoint_every_steps=1000", fault=fault)
@@ -145,31 +149,29 @@ def test_a_signal_stops_the_run_with_everything_saved(
     assert traces(tmp_path) == traces(undisturbed())
 
 
-def test_a_second_interrupt_stops_at_once(undisturbed: Undisturbed, tmp_path: Path) -> None:
+def test_second_interrupt_stops_immediately(undisturbed: Undisturbed, tmp_path: Path) -> None:
     ended = fit(tmp_path, fault=Fault(TRAINING, "interrupt_twice", 11))
     assert ended.status == -signal.SIGINT and manifest(tmp_path)["status"] == "running"
-    assert fit(tmp_path).status == 0  # from step 9, as after any kill
+    assert fit(tmp_path).status == 0  # resumes from step 9, as after a kill
     assert traces(tmp_path) == traces(undisturbed())
 
 
 @pytest.mark.parametrize(("state", "requeued"), [("RUNNING", True), ("COMPLETING", False)])
-def test_under_slurm_a_preempted_job_is_requeued_but_not_a_cancelled_one(
-    tmp_path: Path, state: str, requeued: bool
-) -> None:
+def test_slurm_requeues_preempted_but_not_cancelled_job(tmp_path: Path, state: str, requeued: bool) -> None:
     scontrol = tmp_path / "bin" / "scontrol"
     scontrol.parent.mkdir()
-    scontrol.write_text(f'#!/bin/sh\necho "$@" >> "{tmp_path}/asked"\necho JobState={state}\n')
+    scontrol.write_text(f'#!/bin/sh\necho "$@" >> "{tmp_path}/calls"\necho JobState={state}\n')
     scontrol.chmod(0o755)
     slurm = {"SLURM_JOB_ID": "12", "PATH": f"{scontrol.parent}:{os.environ['PATH']}"}
     ended = fit(tmp_path / "run", fault=Fault(TRAINING, "terminate", 11), **slurm)
     assert ended.status == 75, ended.output
-    asked = ["show job 12", *(["requeue 12"] if requeued else [])]
-    assert (tmp_path / "asked").read_text().splitlines() == asked
-    assert fit(tmp_path / "run", **slurm).status == 0  # and done is done
-    assert (tmp_path / "asked").read_text().splitlines() == asked
+    calls = ["show job 12", *(["requeue 12"] if requeued else [])]
+    assert (tmp_path / "calls").read_text().splitlines() == calls
+    assert fit(tmp_path / "run", **slurm).status == 0  # a complete run is not requeued
+    assert (tmp_path / "calls").read_text().splitlines() == calls
 
 
-def test_an_early_stop_is_for_good(tmp_path: Path) -> None:
+def test_early_stop_survives_resume(tmp_path: Path) -> None:
     stop = ["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val/loss"]
     options = [*stop, "--trainer.callbacks.mode=max", "--trainer.callbacks.patience=1"]
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"

@@ -1,4 +1,4 @@
-"""What goes wrong outside of a run is named, costs nothing that was there, and does not change the result."""
+"""External failures are reported with their cause, lose no data, and do not change the result."""
 
 import errno
 import fcntl
@@ -34,11 +34,11 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def unfinished(killed: Path, tmp_path: Path) -> Path:
-    """A run that was killed in its eleventh step; a copy of its own for each test."""
+    """A copy, for one test, of a run that was killed in its eleventh step."""
     return Path(shutil.copytree(killed, tmp_path / "run"))
 
 
-# Checkpoints that are not what was written
+# Damaged and malicious checkpoints
 
 
 def truncate(path: Path) -> None:
@@ -51,12 +51,12 @@ def empty(path: Path) -> None:
 
 def flip_a_bit(path: Path) -> None:
     contents = bytearray(path.read_bytes())
-    contents[len(contents) // 2] ^= 1  # in a tensor: torch would load it without a word
+    contents[len(contents) // 2] ^= 1  # in a tensor: torch would load it silently
     path.write_bytes(contents)
 
 
 @pytest.mark.parametrize("damage", [truncate, empty, flip_a_bit])
-def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(
+def test_damaged_checkpoint_is_quarantined_and_previous_one_used(
     undisturbed: Undisturbed, unfinished: Path, damage: Callable[[Path], None]
 ) -> None:
     damage(unfinished / "checkpoints/last.ckpt")
@@ -68,7 +68,7 @@ def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(
     assert traces(unfinished) == traces(undisturbed())
 
 
-def test_without_a_whole_checkpoint_the_run_says_so_and_stops(unfinished: Path) -> None:
+def test_run_stops_if_no_checkpoint_is_intact(unfinished: Path) -> None:
     before = metrics(unfinished)
     for name in ("last.ckpt", "previous.ckpt"):
         flip_a_bit(unfinished / "checkpoints" / name)
@@ -88,10 +88,10 @@ class Payload:
 
 
 @pytest.mark.parametrize("forced", ["0", "1"])
-def test_code_in_a_checkpoint_is_not_executed(unfinished: Path, tmp_path: Path, forced: str) -> None:
+def test_code_in_checkpoint_is_not_executed(unfinished: Path, tmp_path: Path, forced: str) -> None:
     last, mark = unfinished / "checkpoints/last.ckpt", tmp_path / "executed"
     torch.save({"global_step": 3, "state_dict": Payload(mark)}, last)
-    (last.parent / "SHA256SUMS").write_text(f"{sha256_file(last)}  last.ckpt\n")  # its author can hash, too
+    (last.parent / "SHA256SUMS").write_text(f"{sha256_file(last)}  last.ckpt\n")  # an attacker can do this too
     ended = fit(unfinished, TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=forced)
     assert ended.status == 2 and f"{last} holds more than tensors" in ended.output
     assert "Traceback" not in ended.output and not mark.exists()
@@ -99,7 +99,7 @@ def test_code_in_a_checkpoint_is_not_executed(unfinished: Path, tmp_path: Path, 
 
 @pytest.mark.parametrize("forced", ["0", "1"])
 @pytest.mark.parametrize("write", [torch.save, lambda payload, path: path.write_bytes(pickle.dumps(payload))])
-def test_code_in_a_weights_file_is_not_executed(tmp_path: Path, forced: str, write: Any) -> None:
+def test_code_in_weights_file_is_not_executed(tmp_path: Path, forced: str, write: Any) -> None:
     file, mark = tmp_path / "weights.pth", tmp_path / "executed"
     write({"conv1.weight": Payload(mark)}, file)
     ended = fit(tmp_path / "run", f"--model.weights={file}", TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=forced)
@@ -107,10 +107,10 @@ def test_code_in_a_weights_file_is_not_executed(tmp_path: Path, forced: str, wri
     assert "Traceback" not in ended.output and not mark.exists()
 
 
-# The disk and the folder
+# The disk and the run directory
 
 
-def test_a_full_disk_costs_no_checkpoint(undisturbed: Undisturbed, unfinished: Path) -> None:
+def test_full_disk_loses_no_checkpoint(undisturbed: Undisturbed, unfinished: Path) -> None:
     last = unfinished / "checkpoints/last.ckpt"
     before = sha256_file(last)
     ended = fit(unfinished, largest_file=last.stat().st_size // 2)
@@ -127,34 +127,34 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     disk.mkdir()
     mounting = ["mount", "-t", "tmpfs", "-o", "size=80m", "tmpfs", str(disk)]
     if shutil.which("mount") is None or subprocess.run(mounting, capture_output=True).returncode:
-        pytest.skip("a small file system cannot be mounted here: that takes root")
+        pytest.skip("mounting a small file system requires root")
     yield disk
     subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
-def test_not_one_byte_left_on_the_disk(undisturbed: Undisturbed, small_disk: Path) -> None:
+def test_disk_without_a_free_byte(undisturbed: Undisturbed, small_disk: Path) -> None:
     run, filler = small_disk / "run", small_disk / "filler"
     ended = fit(run, fault=Fault(TRAINING, "fill_disk", 17), FILLER=str(filler))
     assert ended.status == 1 and "the disk is full" in ended.output
     assert checksum_matches(run / "checkpoints/last.ckpt")
     ended = fit(run)
-    assert ended.status == 2 and "cannot write in the run folder" in ended.output
+    assert ended.status == 2 and "cannot write to the run directory" in ended.output
     filler.unlink()
     assert fit(run).status == 0
     assert traces(run) == traces(undisturbed())
 
 
-def test_a_folder_that_cannot_be_written_is_named_before_anything_is_done(tmp_path: Path) -> None:
+def test_unwritable_run_directory_is_reported_first(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     ended = fit(tmp_path / "file" / "run")
-    assert ended.status == 2 and f"cannot write in the run folder {tmp_path}/file/run" in ended.output
+    assert ended.status == 2 and f"cannot write to the run directory {tmp_path}/file/run" in ended.output
     assert "Traceback" not in ended.output
 
 
-def test_a_second_run_is_told_who_has_the_folder(unfinished: Path) -> None:
+def test_locked_run_directory_names_its_holder(unfinished: Path) -> None:
     before = (unfinished / "manifest.json").read_bytes()
     with (unfinished / ".lock").open("r+") as lock:
-        fcntl.lockf(lock, fcntl.LOCK_EX)  # what the first run does
+        fcntl.lockf(lock, fcntl.LOCK_EX)  # as the first run does
         holder = json.load(lock)
         ended = fit(unfinished)
     assert ended.status == 2 and "is in use by another run" in ended.output
@@ -162,7 +162,7 @@ def test_a_second_run_is_told_who_has_the_folder(unfinished: Path) -> None:
     assert (unfinished / "manifest.json").read_bytes() == before
 
 
-def test_a_dead_run_leaves_neither_a_lock_nor_litter(undisturbed: Undisturbed, unfinished: Path) -> None:
+def test_killed_run_leaves_no_lock_and_no_partial_files(undisturbed: Undisturbed, unfinished: Path) -> None:
     assert (unfinished / ".lock").read_text()  # the lock file of the run that was killed
     (unfinished / ".manifest.json.part").write_text("{")
     (unfinished / "checkpoints/.last.ckpt.part").write_bytes(b"half a checkpoint")
@@ -176,7 +176,7 @@ def test_a_dead_run_leaves_neither_a_lock_nor_litter(undisturbed: Undisturbed, u
 # The processes
 
 
-def test_a_killed_loader_process_is_named(undisturbed: Undisturbed, tmp_path: Path) -> None:
+def test_killed_loader_process_is_reported(undisturbed: Undisturbed, tmp_path: Path) -> None:
     ended = fit(tmp_path, "--data.num_workers=2", fault=Fault(TRAINING, "kill_worker", 12))
     assert ended.status == 1 and "a loader process died" in ended.output and "Traceback" not in ended.output
     assert manifest(tmp_path)["status"] == "failed"
@@ -184,7 +184,7 @@ def test_a_killed_loader_process_is_named(undisturbed: Undisturbed, tmp_path: Pa
     assert traces(tmp_path) == traces(undisturbed())
 
 
-def test_a_signal_to_the_loaders_too_stops_the_run_as_one_to_it_alone(undisturbed: Undisturbed, tmp_path: Path) -> None:
+def test_signal_to_loaders_too_preempts_the_run(undisturbed: Undisturbed, tmp_path: Path) -> None:
     ended = fit(tmp_path, "--data.num_workers=2", fault=Fault(TRAINING, "terminate_all", 11))
     assert ended.status == 75, ended.output
     assert manifest(tmp_path)["attempts"][0]["how"].startswith("preempted: SIGTERM at step 11")
@@ -192,7 +192,7 @@ def test_a_signal_to_the_loaders_too_stops_the_run_as_one_to_it_alone(undisturbe
     assert traces(tmp_path) == traces(undisturbed())
 
 
-def test_a_diverged_run_keeps_its_last_good_checkpoint(tmp_path: Path) -> None:
+def test_diverged_run_keeps_its_last_finite_checkpoint(tmp_path: Path) -> None:
     ended = fit(tmp_path, "--trainer.log_every_n_steps=100", fault=Fault(TRAINING, "spoil", 14))
     assert ended.status == 1 and "lower the learning rate" in ended.output and "Traceback" not in ended.output
     assert manifest(tmp_path)["status"] == "diverged"
@@ -201,7 +201,7 @@ def test_a_diverged_run_keeps_its_last_good_checkpoint(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "told"),
+    ("error", "message"),
     [
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."), "accumulate_grad_batches"),
         (MemoryError(), "out of memory (of the host)"),
@@ -210,9 +210,9 @@ def test_a_diverged_run_keeps_its_last_good_checkpoint(tmp_path: Path) -> None:
     ],
     ids=lambda x: type(x).__name__ if isinstance(x, Exception) else "",
 )
-def test_a_failure_is_told_with_its_remedy(error: Exception, told: str) -> None:
-    assert told in str(explain_failure(error))
-    assert explain_failure(RuntimeError("a bug")) is None  # shown with its traceback
+def test_explain_failure_names_cause_and_remedy(error: Exception, message: str) -> None:
+    assert message in str(explain_failure(error))
+    assert explain_failure(RuntimeError("a bug")) is None  # printed with its traceback
 
 
 # The data
@@ -220,7 +220,7 @@ def test_a_failure_is_told_with_its_remedy(error: Exception, told: str) -> None:
 
 @pytest.fixture
 def pictures(tmp_path: Path) -> Path:
-    """Twelve JPEG files in two classes, in the folders of a data set, train and val alike."""
+    """An image folder data set: twelve JPEG files in two classes, in train and in val."""
     for split in ("train", "val"):
         for i in range(12):
             file = tmp_path / "pictures" / split / "ab"[i % 2] / f"{i}.jpg"
@@ -235,7 +235,7 @@ def fit_pictures(root: Path, *options: str) -> Any:
     return fit(root.parent / "run", f"--data.root={root}", *shape, *sizes, *options)
 
 
-def test_a_truncated_image_is_named(pictures: Path) -> None:
+def test_truncated_image_is_reported(pictures: Path) -> None:
     for file in (pictures / "train/a").iterdir():
         os.truncate(file, 300)
     ended = fit_pictures(pictures)
@@ -243,7 +243,7 @@ def test_a_truncated_image_is_named(pictures: Path) -> None:
     assert f"{pictures}/train/a/" in ended.output and "cannot be read" in ended.output
 
 
-def test_a_missing_class_is_named_before_the_first_step(pictures: Path) -> None:
+def test_missing_class_is_reported_before_training(pictures: Path) -> None:
     shutil.rmtree(pictures / "val/b")
     ended = fit_pictures(pictures)
     assert ended.status == 2 and "Traceback" not in ended.output
@@ -251,16 +251,16 @@ def test_a_missing_class_is_named_before_the_first_step(pictures: Path) -> None:
     assert not (pictures.parent / "run/metrics.csv").exists()
 
 
-def test_a_wrong_number_of_classes_is_refused(tmp_path: Path) -> None:
+def test_wrong_number_of_classes_is_refused(tmp_path: Path) -> None:
     ended = fit(tmp_path, "--model.net.init_args.num_classes=7")
     assert ended.status == 2 and "num_classes" in ended.output and "Traceback" not in ended.output
 
 
-def test_a_corrupt_cifar_batch_is_named(shared_data: Path, repo: Path, tmp_path: Path) -> None:
+def test_corrupt_cifar_batch_is_reported(shared_data: Path, repo: Path, tmp_path: Path) -> None:
     shutil.copytree(shared_data / "cifar-10-batches-py", tmp_path / "cifar-10-batches-py")
     flip_a_bit(tmp_path / "cifar-10-batches-py/data_batch_2")
     config = repo / "configs/experiment/cifar10_resnet20.yaml"
-    where = ["--data.root", tmp_path, "--data.download=false", "--run.dir", tmp_path / "run"]
-    ended = reslab("fit", "--config", config, *where)
+    options = ["--data.root", tmp_path, "--data.download=false", "--run.dir", tmp_path / "run"]
+    ended = reslab("fit", "--config", config, *options)
     assert ended.status == 2 and "data_batch_2" in ended.output and "Traceback" not in ended.output
     assert not (tmp_path / "run/metrics.csv").exists()

@@ -15,7 +15,9 @@ PRIVATE = re.compile(r"(trainer|loop|strategy|connector|launcher|fetcher)\w*\._[
 
 def test_missing_attribute_is_reported_at_import(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(_TrainingEpochLoop, "_should_check_val_fx")
-    with pytest.raises(ImportError, match=r"lightning>=2\.6\.6,<2\.7; .* has no _TrainingEpochLoop\._should_check_val_fx"):
+    with pytest.raises(
+        ImportError, match=r"lightning>=2\.6\.6,<2\.7; .* has no _TrainingEpochLoop\._should_check_val_fx"
+    ):
         importlib.reload(lightning_internals)
 
 

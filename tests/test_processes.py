@@ -118,9 +118,9 @@ LOADING = "reslab.data.batches:ArrayBatches.__getitem__"
 START = "reslab.experiment:Run._resume_point"
 # Fault in one rank, message of the run, exit status (2 where the user can fix it).
 FAILURES = {
-    "an error": (Fault(TRAINING, "fail", 7, 1), "rank 1 on .*: ArithmeticError: planted", 1),
-    "an error in rank 0": (Fault(TRAINING, "fail", 7, 0), "ArithmeticError: planted", 1),
-    "a damaged picture": (Fault(LOADING, "damage", 7, 1), "rank 1 on .*: the planted picture is damaged", 2),
+    "an error": (Fault(TRAINING, "fail", 7, 1), "rank 1 on .*: ArithmeticError: injected", 1),
+    "an error in rank 0": (Fault(TRAINING, "fail", 7, 0), "ArithmeticError: injected", 1),
+    "a damaged picture": (Fault(LOADING, "damage", 7, 1), "rank 1 on .*: the injected picture is damaged", 2),
     "killed": (Fault(TRAINING, "die", 7, 1), "rank 1 was killed by SIGKILL", 1),
     "killed before the rendezvous": (Fault(START, "die", 1, 1), "rank 1 was killed by SIGKILL", 1),
 }
@@ -189,7 +189,7 @@ def test_failure_of_one_rank_ends_all_under_torchrun(tmp_path: Path) -> None:
     ended = torchrun(2, *argv, fault=fault, cwd=tmp_path, HURT_AT=str(tmp_path / "hurt_at"))
     assert time.time() - float((tmp_path / "hurt_at").read_text()) < 12
     assert ended.status == 1 and re.search(
-        "rank 1 on .*: ArithmeticError: planted", manifest(tmp_path)["attempts"][0]["how"]
+        "rank 1 on .*: ArithmeticError: injected", manifest(tmp_path)["attempts"][0]["how"]
     )
 
 

@@ -1,4 +1,4 @@
-"""A run from the command line to its folder, as a user sees it."""
+"""A run from the command line to its run directory, as a user sees it."""
 
 import csv
 import hashlib
@@ -32,11 +32,11 @@ def run(repo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = fit(repo, "--run.dir", folder)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.splitlines()[-1].endswith("report.html")
-    assert "epoch 2/2" in done.stdout  # a line an epoch where the output is a file
+    assert "epoch 2/2" in done.stdout  # one line per epoch when the output is a file
     return folder
 
 
-def test_the_folder_holds_what_the_contract_says(run: Path) -> None:
+def test_run_directory_contents(run: Path) -> None:
     names = {
         "config.yaml",
         "manifest.json",
@@ -52,7 +52,7 @@ def test_the_folder_holds_what_the_contract_says(run: Path) -> None:
     assert not list(run.rglob("*.part")) and not list(run.rglob("probe"))
 
 
-def test_the_manifest_says_where_the_run_came_from_and_how_it_ended(run: Path) -> None:
+def test_manifest_records_provenance_and_results(run: Path) -> None:
     manifest = json.loads((run / "manifest.json").read_text())
     assert manifest["status"] == "complete" and manifest["seed"] == 0
     assert manifest["config_sha256"] == hashlib.sha256((run / "config.yaml").read_bytes()).hexdigest()
@@ -64,44 +64,44 @@ def test_the_manifest_says_where_the_run_came_from_and_how_it_ended(run: Path) -
     assert 0 < manifest["results"]["test/acc"] <= 1
 
 
-def test_metrics_have_every_logged_step_once(run: Path) -> None:
+def test_metrics_have_one_row_per_logged_step(run: Path) -> None:
     with (run / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     steps = [int(row["step"]) for row in rows]
     assert steps == [5, 10, 15, 20, 25, 30, 35, 40]  # 1,294 // 64 = 20 steps an epoch, two epochs
     assert all(row["train/loss"] and row["lr"] for row in rows)
     assert [row["step"] for row in rows if row["val/acc"]] == ["20", "40"]
-    assert [row["step"] for row in rows if row["test/acc"]] == ["40"]  # tested once, at the end
+    assert [row["step"] for row in rows if row["test/acc"]] == ["40"]  # the only test
 
 
-def test_predictions_cover_the_test_set_and_agree_with_the_result(run: Path) -> None:
+def test_predictions_cover_the_test_set_and_match_the_result(run: Path) -> None:
     predictions = np.load(run / "predictions.npz")
     assert predictions["index"].tolist() == list(range(359))
     accuracy = (predictions["prediction"] == predictions["label"]).mean()
     assert accuracy == pytest.approx(json.loads((run / "manifest.json").read_text())["results"]["test/acc"])
 
 
-def test_the_saved_config_is_the_same_run(run: Path, tmp_path: Path) -> None:
+def test_saved_config_repeats_the_run(run: Path, tmp_path: Path) -> None:
     again = reslab("fit", "--config", run / "config.yaml", "--run.dir", tmp_path / "again", "--data.num_workers", "1")
     assert again.returncode == 0, again.stderr
     first, second = (json.loads((d / "manifest.json").read_text()) for d in (run, tmp_path / "again"))
     assert first["weights_sha256"] == second["weights_sha256"]
 
 
-def test_a_finished_run_is_left_alone(repo: Path, run: Path) -> None:
+def test_finished_run_is_not_changed(repo: Path, run: Path) -> None:
     before = (run / "manifest.json").read_bytes()
     done = fit(repo, "--run.dir", run)
     assert done.returncode == 0 and "nothing to do" in done.stdout
     assert (run / "manifest.json").read_bytes() == before
 
 
-def test_a_finished_run_without_its_report_gets_it(repo: Path, run: Path) -> None:
+def test_finished_run_without_report_gets_one(repo: Path, run: Path) -> None:
     (run / "report.html").unlink()
     assert fit(repo, "--run.dir", run).returncode == 0
     assert (run / "report.html").exists()
 
 
-def test_another_config_in_the_same_folder_is_refused(repo: Path, run: Path) -> None:
+def test_different_config_in_the_same_directory_is_refused(repo: Path, run: Path) -> None:
     before = (run / "manifest.json").read_bytes()
     done = fit(repo, "--run.dir", run, "--seed_everything", "7")
     assert done.returncode == 2 and "seed_everything: 0 (in the run directory) != 7 (requested)" in done.stderr
@@ -109,7 +109,7 @@ def test_another_config_in_the_same_folder_is_refused(repo: Path, run: Path) -> 
 
 
 @pytest.mark.parametrize("split", ["test", "validate"])
-def test_evaluating_a_run_gives_its_own_result(run: Path, split: str) -> None:
+def test_evaluation_repeats_the_recorded_result(run: Path, split: str) -> None:
     done = reslab(split, run)
     assert done.returncode == 0, done.stderr
     results = json.loads((run / "manifest.json").read_text())["results"]
@@ -119,7 +119,7 @@ def test_evaluating_a_run_gives_its_own_result(run: Path, split: str) -> None:
     assert float(values[f"{prefix}/loss"]) == pytest.approx(results[f"{prefix}/loss"], abs=1e-6)
 
 
-def test_predict_writes_a_row_an_image_and_names_what_it_cannot_read(run: Path, tmp_path: Path) -> None:
+def test_predict_writes_one_row_per_image_and_reports_unreadable_ones(run: Path, tmp_path: Path) -> None:
     from PIL import Image
     from sklearn.datasets import load_digits
 
@@ -135,38 +135,29 @@ def test_predict_writes_a_row_an_image_and_names_what_it_cannot_read(run: Path, 
     assert len(rows) == 21
     broken = [row for row in rows if row["error"]]
     assert len(broken) == 1 and broken[0]["file"].endswith("broken.png") and not broken[0]["prediction"]
-    right = [str(digits.target[int(Path(row["file"]).stem)]) == row["prediction"] for row in rows if not row["error"]]
-    assert sum(right) >= 12  # two epochs of training: far better than the 2 of chance
+    correct = [str(digits.target[int(Path(row["file"]).stem)]) == row["prediction"] for row in rows if not row["error"]]
+    assert sum(correct) >= 12  # two epochs of training; chance is 2
     assert all(0.1 <= float(row["probability"]) <= 1 for row in rows if not row["error"])
 
 
-def test_without_a_folder_given_the_run_gets_one_of_its_own(repo: Path, tmp_path: Path) -> None:
+def test_default_run_directory(repo: Path, tmp_path: Path) -> None:
     done = fit(repo, "--trainer.max_epochs", "1", "--run.test_weights", "best", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     (folder,) = (tmp_path / "runs" / "digits").iterdir()
     config = yaml.safe_load((folder / "config.yaml").read_text())
     assert config["run"]["test_weights"] == "best" and "-seed0-" in folder.name
-    assert [p.name for p in tmp_path.iterdir()] == ["runs"]  # nothing is left lying about
+    assert [p.name for p in tmp_path.iterdir()] == ["runs"]  # no other files
 
 
-def test_a_data_error_is_one_message_and_the_run_is_marked_failed(repo: Path, tmp_path: Path) -> None:
+def test_data_error_is_one_message_and_marks_the_run_failed(repo: Path, tmp_path: Path) -> None:
     config = repo / "configs/experiment/cifar10_resnet20.yaml"
-    done = reslab(
-        "fit",
-        "--config",
-        config,
-        "--data.root",
-        tmp_path,
-        "--data.download",
-        "false",
-        "--run.dir",
-        tmp_path / "r",
-    )
+    options = ["--data.root", tmp_path, "--data.download", "false", "--run.dir", tmp_path / "r"]
+    done = reslab("fit", "--config", config, *options)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert str(tmp_path) in done.stderr
     assert json.loads((tmp_path / "r" / "manifest.json").read_text())["status"] == "failed"
 
 
-def test_a_refused_value_leaves_no_folder_behind(repo: Path, tmp_path: Path) -> None:
+def test_refused_value_creates_no_run_directory(repo: Path, tmp_path: Path) -> None:
     done = fit(repo, "--run.dir", tmp_path / "r", "--model.label_smoothing", "3")
     assert done.returncode == 2 and "model.label_smoothing" in done.stderr and not (tmp_path / "r").exists()

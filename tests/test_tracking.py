@@ -1,4 +1,4 @@
-"""W&B: an offline run is read back with W&B's own reader; a server that is away or silent stops nothing."""
+"""W&B logging: offline runs are read back with W&B's own reader; server failures never stop a run."""
 
 import csv
 import functools
@@ -30,7 +30,7 @@ CONFIG = {"model": {"net": {"init_args": {"layers": [1, 1, 1]}}, "weights": None
 
 @pytest.fixture(autouse=True)
 def no_login(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """W&B as on a machine that never saw it; its service ends with the test."""
+    """Remove W&B settings and logins, and stop W&B's service after the test."""
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
@@ -41,14 +41,14 @@ def no_login(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
 
 
 class Server(BaseHTTPRequestHandler):
-    """As much of a W&B server as a run needs to start; silent once `stopped` is set."""
+    """A minimal W&B server that lets a run start; it stops answering when `stopped` is set."""
 
     stopped: threading.Event
-    asked: list[str]
+    queries: list[str]
 
     def do_POST(self) -> None:
         query = self.rfile.read(int(self.headers["Content-Length"]))
-        self.asked.append(query.decode())
+        self.queries.append(query.decode())
         if self.stopped.is_set():
             time.sleep(60)
         project = {"id": "p", "name": "reslab", "entity": {"id": "e", "name": "someone"}}
@@ -62,12 +62,12 @@ class Server(BaseHTTPRequestHandler):
         self.wfile.write(answer)
 
     def log_message(self, *args: Any) -> None:
-        """Nothing on stderr."""
+        """Print nothing to stderr."""
 
 
 @pytest.fixture
 def answering_server() -> Iterator[tuple[str, type[Server]]]:
-    handler = type("Handler", (Server,), {"stopped": threading.Event(), "asked": []})
+    handler = type("Handler", (Server,), {"stopped": threading.Event(), "queries": []})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     server.daemon_threads = True
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -77,7 +77,7 @@ def answering_server() -> Iterator[tuple[str, type[Server]]]:
 
 @pytest.fixture
 def silent_server() -> Iterator[str]:
-    """The address of a server that takes connections and never answers."""
+    """The address of a server that accepts connections and never answers."""
     with socket.create_server(("127.0.0.1", 0), backlog=64) as server:
         yield f"http://127.0.0.1:{server.getsockname()[1]}"
 
@@ -96,7 +96,7 @@ def figure(folder: Path, name: str = "confusion") -> Path:
 
 
 def upload(run: Path) -> str:
-    return f"To upload what is here: wandb sync --include-online {run}"
+    return f"To upload this run: wandb sync --include-online {run}"
 
 
 def offline_runs(folder: Path) -> list[Path]:
@@ -111,7 +111,7 @@ def read_back(run: Path) -> list[dict[str, Any]]:
 
 
 def records(run: Path, kind: str) -> list[dict[str, Any]]:
-    """The records of one type in a finished offline run, as W&B's own reader prints them."""
+    """Return the records of one type in a finished offline run, read with `wandb leet inspect`."""
     return [record[kind] for record in read_back(run) if record["type"] == kind]
 
 
@@ -127,7 +127,7 @@ def summary(run: Path) -> dict[str, Any]:
     return merged
 
 
-def test_an_offline_run_holds_all_of_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_offline_run_holds_metrics_config_and_media(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     logger = start_run(tmp_path, mode="offline", project="p", entity="e")
     logger.log_metrics({"train/loss": 2.0, "epoch": 0}, step=10)
     logger.log_metrics({"images_per_second": 500.0}, step=10)
@@ -136,7 +136,7 @@ def test_an_offline_run_holds_all_of_the_run(tmp_path: Path, capsys: pytest.Capt
     logger.finish({"test/acc": 0.97, "val/acc": 0.95}, [figure(tmp_path), tmp_path / "report.html"])
 
     [run] = offline_runs(tmp_path)
-    assert capsys.readouterr().out == f"W&B: offline, as asked. {upload(run)}\n"
+    assert capsys.readouterr().out == f"W&B: offline, as requested. {upload(run)}\n"
     [about] = records(run, "run")
     assert {k: v for k, v in about["config"]["update"].items() if k != "_wandb"} == CONFIG
     assert (about["run_id"], about["display_name"], about["project"]) == ("digits-1", "digits", "p")
@@ -151,7 +151,7 @@ def test_an_offline_run_holds_all_of_the_run(tmp_path: Path, capsys: pytest.Capt
     assert [end["exit_code"] for end in records(run, "exit")] == [0]
 
 
-def test_a_resumed_run_goes_on_under_its_id_from_an_earlier_step(tmp_path: Path) -> None:
+def test_resumed_run_keeps_its_wandb_id(tmp_path: Path) -> None:
     logger = start_run(tmp_path, mode="offline")
     for step in (10, 20, 30):
         logger.log_metrics({"train/loss": 1 / step}, step)
@@ -168,11 +168,11 @@ def test_a_resumed_run_goes_on_under_its_id_from_an_earlier_step(tmp_path: Path)
     assert history(second, "train/loss") == [(20, 1 / 20), (30, 1 / 30), (40, 1 / 40)]
 
 
-def test_no_login_means_offline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_run_without_login_is_offline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     start_run(tmp_path).finish({})
     [run] = offline_runs(tmp_path)
     out, err = capsys.readouterr()
-    assert out == f"W&B: offline, no login here (wandb login, or WANDB_API_KEY). {upload(run)}\n"
+    assert out == f"W&B: offline, no login (run `wandb login`, or set WANDB_API_KEY). {upload(run)}\n"
     assert err == ""
 
 
@@ -187,7 +187,7 @@ def test_wandb_mode_is_respected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("server", ["unreachable", "hanging"])
-def test_a_server_that_does_not_answer_costs_the_timeout_and_no_data(
+def test_unanswered_start_falls_back_to_offline_after_the_timeout(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -213,7 +213,7 @@ def test_a_server_that_does_not_answer_costs_the_timeout_and_no_data(
     assert KEY not in out and not any(KEY.encode() in text for text in texts)
 
 
-def test_a_server_that_falls_silent_in_the_middle_delays_the_end_by_the_timeout_and_loses_nothing(
+def test_server_that_stops_answering_delays_the_end_by_the_timeout(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -224,7 +224,7 @@ def test_a_server_that_falls_silent_in_the_middle_delays_the_end_by_the_timeout_
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     logger = start_run(tmp_path, finish_timeout=2)
     assert capsys.readouterr().out == f"W&B: {address}/someone/reslab/runs/digits-1\n"
-    assert any("RunResumeStatus" in query and "digits-1" in query for query in server.asked)
+    assert any("RunResumeStatus" in query and "digits-1" in query for query in server.queries)
     server.stopped.set()
     began = time.monotonic()
     for step in range(1, 501):
@@ -236,13 +236,11 @@ def test_a_server_that_falls_silent_in_the_middle_delays_the_end_by_the_timeout_
     assert history(run, "train/loss") == [(step, 1 / step) for step in range(1, 501)]
     assert summary(run)["test/acc"] == 0.97
     out = capsys.readouterr().out
-    assert out.startswith("W&B is given up for this run: TimeoutError: ") and out.count("\n") == 1
+    assert out.startswith("W&B logging stopped: TimeoutError: ") and out.count("\n") == 1
     assert out.endswith(f" wandb sync --include-online {run}\n")
 
 
-def test_what_breaks_in_the_middle_is_said_once_and_stops_nothing(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_error_during_the_run_is_printed_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     logger = start_run(tmp_path, mode="offline")
     logger.log_metrics({"train/loss": 2.0}, step=10)
     logger.experiment.finish()
@@ -251,11 +249,11 @@ def test_what_breaks_in_the_middle_is_said_once_and_stops_nothing(
         logger.log_metrics({"train/loss": 1.0}, step)
     logger.finish({"test/acc": 0.9}, [tmp_path / "missing.png"])
     out = capsys.readouterr().out
-    assert out.startswith("W&B is given up for this run: ") and out.count("\n") == 1
+    assert out.startswith("W&B logging stopped: ") and out.count("\n") == 1
     assert str(offline_runs(tmp_path)[0]) in out
 
 
-def test_fit_follows_the_run_in_wandb(
+def test_fit_logs_to_wandb(
     tmp_path: Path, repo: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -288,7 +286,7 @@ def test_fit_follows_the_run_in_wandb(
     assert drawn and drawn == sent
 
 
-def test_a_logger_that_was_not_attached_logs_nothing() -> None:
+def test_logger_that_was_not_started_logs_nothing() -> None:
     logger = WandB()
     logger.log_metrics({"train/loss": 1.0}, step=1)
     logger.finish({})
@@ -296,20 +294,20 @@ def test_a_logger_that_was_not_attached_logs_nothing() -> None:
         WandB(init_timeout=0)
 
 
-def test_wandb_is_imported_only_when_it_is_used(repo: Path) -> None:
+def test_wandb_is_imported_on_first_use(repo: Path) -> None:
     code = "import sys, reslab.runs.tracking as t; t.WandB(); print('wandb' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=repo)
     assert out.stdout == "False\n"
 
 
-def test_the_overlay_puts_the_logger_in_place(repo: Path) -> None:
+def test_wandb_config_adds_the_logger(repo: Path) -> None:
     configs = [repo / "configs/experiment/digits.yaml", repo / "configs/logger/wandb.yaml"]
     experiment = Experiment([arg for path in configs for arg in ("--config", str(path))])
     [logger] = experiment.build()[2]["logger"]
     assert isinstance(logger, WandB) and logger.project == "reslab"
 
 
-def test_every_value_of_the_sweep_is_a_valid_command(repo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sweep_values_make_valid_commands(repo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(repo)
     sweep = load_sweep_config("configs/sweep/wandb.yaml")
     assert sweep["method"] in ("grid", "random", "bayes")
@@ -325,7 +323,7 @@ def test_every_value_of_the_sweep_is_a_valid_command(repo: Path, monkeypatch: py
 
 
 def agent_command(template: list[str], values: dict[str, Any]) -> list[str]:
-    """The command that `wandb agent` makes of the sweep's, by W&B's own functions."""
+    """Return the command that `wandb agent` would run, built with W&B's own functions."""
     arguments = create_sweep_command_args({"args": {key: {"value": value} for key, value in values.items()}})
     command: list[str] = []
     for word in create_sweep_command(template):

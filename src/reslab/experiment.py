@@ -116,8 +116,9 @@ class Run:
         if self.record.writes:
             self._close("complete")
             pictures = self._draw(data)
-            for tracker in self.trackers:
-                tracker.finish(self.record.manifest["results"], pictures)
+            for logger in trainer.loggers:
+                if isinstance(logger, WandB):
+                    logger.finish(self.record.manifest["results"], pictures)
 
     def _resume_point(self) -> Path | None:
         checkpoint, messages = resume_point(self.folder.checkpoints, quarantine=self.record.writes)
@@ -131,33 +132,24 @@ class Run:
         return checkpoint
 
     def _trainer(self, settings: dict[str, Any], callbacks: list[Callback], metrics: MetricsCSV) -> Trainer:
-        self.trackers = [logger for logger in settings["logger"] if isinstance(logger, WandB)]
-        if self.record.writes:
-            self._start_trackers()
+        for logger in settings["logger"]:
+            if isinstance(logger, WandB) and self.record.writes:
+                self._start_wandb(logger)
         if saves_distributed_checkpoints(settings["strategy"]):
             raise UserError("a checkpoint must be one file: set --trainer.strategy.save_distributed_checkpoint false")
-        return Trainer(
-            **{
-                **settings,
-                "callbacks": [*settings["callbacks"], *callbacks],
-                "logger": [*settings["logger"], metrics],
-                "plugins": [*settings["plugins"], VerifiedCheckpointIO()],
-                "default_root_dir": str(self.folder.path),
-            }
-        )
+        changes = {
+            "callbacks": [*settings["callbacks"], *callbacks],
+            "logger": [*settings["logger"], metrics],
+            "plugins": [*settings["plugins"], VerifiedCheckpointIO()],
+            "default_root_dir": str(self.folder.path),
+        }
+        return Trainer(**{**settings, **changes})
 
-    def _start_trackers(self) -> None:
-        config = yaml.safe_load(self.folder.config.read_text(encoding="utf-8"))
-        for tracker in self.trackers:
-            tracker.start(
-                dir=self.folder.path,
-                id=self.record.manifest["id"],
-                name=f"{self.options.name} seed {self.record.manifest['seed']}",
-                config=config,
-                group=self.options.group or self.options.name,
-                job_type=self.options.job_type,
-                tags=self.options.tags,
-            )
+    def _start_wandb(self, logger: WandB) -> None:
+        config, options = yaml.safe_load(self.folder.config.read_text(encoding="utf-8")), self.options
+        name = f"{options.name} seed {self.record.manifest['seed']}"
+        group = {"group": options.group or options.name, "job_type": options.job_type, "tags": options.tags}
+        logger.start(self.folder.path, self.record.manifest["id"], name, config, **group)
 
     def _test(self, trainer: Trainer, model: Classifier, data: ImageData, saver: Checkpoints) -> None:
         """Test once, with the weights chosen by run.test_weights, and save weights, predictions and results."""

@@ -1,6 +1,6 @@
 """Figures of a run, drawn from its run directory: curves, confusions, mistakes, reliability. No torch at import."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from reslab.runs.folder import RunFolder
-from reslab.runs.metrics import Series, read_metrics
+from reslab.runs.metrics import Metrics, read_metrics
 
 # Okabe and Ito's colour-blind safe palette: one meaning per colour, in every figure.
 TRAIN, VAL, TEST, INK, MUTED = "#8C8C8C", "#0072B2", "#D55E00", "#222222", "#6B6B6B"
@@ -120,16 +120,13 @@ def draw_figures(run_dir: Path, class_names: Sequence[str], images: Images) -> l
     """
     metrics, predictions = read_metrics(RunFolder(run_dir).metrics), read_predictions(run_dir)
     with mpl.rc_context(STYLE):
-        figures = {
-            "learning_curves": learning_curves(metrics),
-            "learning_rate": learning_rate(*metrics["lr"]) if "lr" in metrics else None,
-        }
+        figures = {"learning_curves": learning_curves(metrics)}
+        if "lr" in metrics:
+            figures["learning_rate"] = learning_rate(*metrics["lr"])
         if predictions is not None:
-            figures |= {
-                "confusion": confusion(predictions, class_names),
-                "mistakes": mistakes(predictions, class_names, images),
-                "reliability": reliability(predictions),
-            }
+            figures["confusion"] = confusion(predictions, class_names)
+            figures["mistakes"] = mistakes(predictions, class_names, images)
+            figures["reliability"] = reliability(predictions)
         folder = RunFolder(run_dir).figures
         folder.mkdir(exist_ok=True)
         return [path for name in CAPTIONS for path in _save(figures.get(name), folder / f"{name}.png")]
@@ -165,7 +162,7 @@ def _save(figure: Figure | None, path: Path) -> list[Path]:
     return [path]
 
 
-def learning_curves(metrics: Mapping[str, Series]) -> Figure | None:
+def learning_curves(metrics: Metrics) -> Figure | None:
     """Draw loss, accuracy and further validation metrics against the optimizer step, one panel each."""
     validated = [name.removeprefix("val/") for name in metrics if name.startswith("val/")]
     extra = [name for name in validated if name not in ("loss", "acc")][:EXTRA_PANELS]
@@ -182,7 +179,7 @@ def learning_curves(metrics: Mapping[str, Series]) -> Figure | None:
     return figure
 
 
-def _by_split(metrics: Mapping[str, Series], name: str) -> dict[str, Series]:
+def _by_split(metrics: Metrics, name: str) -> Metrics:
     return {split: metrics[f"{split}/{name}"] for split in COLORS if f"{split}/{name}" in metrics}
 
 
@@ -198,7 +195,7 @@ def _steps(ax: Axes) -> None:
     ax.xaxis.set_major_formatter("{x:,.0f}")
 
 
-def _curves(ax: Axes, curves: Mapping[str, Series], percent: bool) -> None:
+def _curves(ax: Axes, curves: Metrics, percent: bool) -> None:
     scale, unit = (100, ".1f") if percent else (1, "#.3g")
     drawn = {
         split: _plot(ax, steps, values * scale, COLORS[split], point=split == "test")
@@ -250,10 +247,8 @@ def _spread(heights: np.ndarray, gap: float) -> np.ndarray:
     return placed
 
 
-def learning_rate(steps: np.ndarray, lrs: np.ndarray) -> Figure | None:
-    """Draw the learning rate (n,) against the optimizer step (n,) and label its peak; None if n is 0."""
-    if not len(steps):
-        return None
+def learning_rate(steps: np.ndarray, lrs: np.ndarray) -> Figure:
+    """Draw the learning rate (n,) against the optimizer step (n,), n ≥ 1, and label its peak."""
     figure = Figure(figsize=(WIDTH, 2.3), layout="constrained")
     ax = figure.subplots()
     ax.plot(steps, lrs, color=VAL, lw=1.8, marker="o" if len(steps) == 1 else "")
@@ -295,8 +290,7 @@ def _matrix(counts: np.ndarray, names: Sequence[str]) -> Figure:
     ax.set_yticks(range(k), ticks)
     ax.set(xlabel="predicted", ylabel="true")
     ax.set_title(f"Confusion matrix: {np.trace(counts):,} of {counts.sum():,} correct")
-    ax.spines[:].set_visible(False)
-    ax.grid(False)
+    _remove_frame(ax)
     return figure
 
 
@@ -314,8 +308,7 @@ def _pairs(counts: np.ndarray, names: Sequence[str], top: int = 20) -> Figure | 
         ax.text(count, row, f" {count} of {totals[true]}", va="center", fontsize=9, color=MUTED)
     ax.set(ylim=(len(pairs) - 0.4, -0.6), xticks=[])
     _headline(figure, "Most confused: true → predicted")
-    ax.spines[:].set_visible(False)
-    ax.grid(False)
+    _remove_frame(ax)
     return figure
 
 
@@ -338,20 +331,11 @@ def mistakes(predictions: Predictions, class_names: Sequence[str], images: Image
         index = int(predictions.index[i])
         _show(ax, images(index) if callable(images) else images[index])
         guess, true = class_names[predictions.prediction[i]], class_names[predictions.label[i]]
-        _note(ax, 0, guess, TEST)
-        _note(ax, 1, f"{100 * predictions.confidence[i]:.1f} %", TEST)
-        _note(ax, 2, f"true: {true}", MUTED)
+        notes = (guess, TEST), (f"{100 * predictions.confidence[i]:.1f} %", TEST), (f"true: {true}", MUTED)
+        for line, (text, color) in enumerate(notes):
+            style: Any = {"xycoords": "axes fraction", "textcoords": "offset points", "ha": "center", "va": "top"}
+            ax.annotate(shorten(text, 14), (0.5, 0), (0, -2 - 10 * line), color=color, fontsize=8, **style)
     return figure
-
-
-def _note(ax: Axes, line: int, text: str, color: str) -> None:
-    """Write one line of text below an image."""
-    place: Any = {
-        "xytext": (0, -2 - 10 * line),
-        "xycoords": "axes fraction",
-        "textcoords": "offset points",
-    }  # in points
-    ax.annotate(shorten(text, 14), (0.5, 0), **place, ha="center", va="top", fontsize=8, color=color)
 
 
 def _headline(figure: Figure, text: str) -> None:
@@ -362,6 +346,10 @@ def _show(ax: Axes, image: np.ndarray) -> None:
     """Show one image, uint8 (H, W, C), C 1 (grey) or 3."""
     ax.imshow(image.squeeze(-1) if image.shape[-1] == 1 else image, cmap="gray", vmin=0, vmax=255)
     ax.set(xticks=[], yticks=[])
+    _remove_frame(ax)
+
+
+def _remove_frame(ax: Axes) -> None:
     ax.grid(False)
     ax.spines[:].set_visible(False)
 

@@ -3,7 +3,7 @@
 import csv
 import io
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +12,7 @@ from reslab.files import write_text
 
 Row = dict[str, str]
 Series = tuple[np.ndarray, np.ndarray]  # steps (n,) and values (n,) of one metric
+Metrics = Mapping[str, Series]
 
 
 def read_rows(path: Path, tail: int | None = None) -> tuple[list[str], list[Row]]:

@@ -11,18 +11,11 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 
 from reslab.files import write_text
-from reslab.runs.figures import (
-    CAPTIONS,
-    Predictions,
-    calibrate,
-    confusion_counts,
-    is_accuracy,
-    read_predictions,
-    wilson,
-)
+from reslab.runs import figures
+from reslab.runs.figures import CAPTIONS, Predictions, is_accuracy
 from reslab.runs.folder import RunFolder
 from reslab.runs.manifest import duration, read
-from reslab.runs.metrics import Series, read_metrics
+from reslab.runs.metrics import Metrics, read_metrics
 
 STATES = {
     "running": "This run has not ended: the page shows its state when the page was written.",
@@ -49,7 +42,7 @@ def write_report(run_dir: Path) -> Path:
     """
     folder = RunFolder.existing(run_dir)
     manifest = read(folder.manifest)
-    metrics, predictions = read_metrics(folder.metrics), read_predictions(run_dir)
+    metrics, predictions = read_metrics(folder.metrics), figures.read_predictions(run_dir)
     config = folder.config.read_text(encoding="utf-8") if folder.config.exists() else ""
     main = headline(manifest, metrics, predictions)
     page = (
@@ -141,16 +134,14 @@ def main_metric(names: Iterable[str], split: str) -> str | None:
     return f"{split}/acc" if f"{split}/acc" in of_split else next(iter(of_split), None)
 
 
-def headline(
-    manifest: Mapping[str, Any], metrics: Mapping[str, Series], predictions: Predictions | None
-) -> dict[str, Any]:
+def headline(manifest: Mapping[str, Any], metrics: Metrics, predictions: Predictions | None) -> dict[str, Any]:
     """Return the main result with its uncertainty: that of the test, else the latest of validation or training."""
     results = manifest.get("results") or {}
     if name := main_metric(results, "test"):
         notes = []
         if name == "test/acc" and predictions is not None:
             n = len(predictions.label)
-            low, high = wilson(round(results[name] * n), n)
+            low, high = figures.wilson(round(results[name] * n), n)
             notes.append(f"95 % interval {100 * low:.2f}–{100 * high:.2f} % (Wilson) from {n:,} test images")
         if manifest.get("tested_weights"):
             notes.append(f"weights tested: {manifest['tested_weights']}")
@@ -164,10 +155,7 @@ def headline(
 
 
 def tiles(
-    manifest: Mapping[str, Any],
-    metrics: Mapping[str, Series],
-    predictions: Predictions | None,
-    skip: str | None = None,
+    manifest: Mapping[str, Any], metrics: Metrics, predictions: Predictions | None, skip: str | None
 ) -> dict[str, str]:
     """Return the other numbers by label: all metrics of test and validation but `skip`, calibration, time and speed."""
     values = {name: points[1][-1] for name, points in metrics.items() if name.startswith("val/")}
@@ -175,7 +163,7 @@ def tiles(
     values |= {name: value for name, value in results.items() if name.startswith(("val/", "test/"))}
     shown = {label(name): formatted(name, value) for name, value in values.items() if name != skip}
     if predictions is not None:
-        error = calibrate(predictions.confidence, predictions.label == predictions.prediction).ece
+        error = figures.calibrate(predictions.confidence, predictions.label == predictions.prediction).ece
         shown["calibration error"] = f"{100 * error:.1f} %"
     if manifest.get("wall_seconds") is not None:
         shown["wall time"] = duration(manifest["wall_seconds"])
@@ -188,14 +176,9 @@ def embed(folder: Path, captions: Mapping[str, str] = CAPTIONS) -> list[dict[str
     """Return the PNGs of a directory as data URIs, those with a caption first."""
     order = list(captions)
     paths = sorted(folder.glob("*.png"), key=lambda p: order.index(p.stem) if p.stem in order else len(order))
-    return [
-        {
-            "name": path.stem,
-            "caption": captions.get(path.stem, path.stem.replace("_", " ")),
-            "uri": "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode(),
-        }
-        for path in paths
-    ]
+    names = {path.stem: captions.get(path.stem, path.stem.replace("_", " ")) for path in paths}
+    uris = ["data:image/png;base64," + base64.b64encode(path.read_bytes()).decode() for path in paths]
+    return [{"name": name, "caption": text, "uri": uri} for (name, text), uri in zip(names.items(), uris, strict=True)]
 
 
 def class_names(manifest: Mapping[str, Any], predictions: Predictions) -> list[str]:
@@ -206,7 +189,7 @@ def class_names(manifest: Mapping[str, Any], predictions: Predictions) -> list[s
 
 def class_table(predictions: Predictions, names: list[str]) -> list[dict[str, Any]]:
     """Return one row per class that has test images, the least accurate first, with its most frequent confusion."""
-    counts = confusion_counts(predictions.label, predictions.prediction, len(names))
+    counts = figures.confusion_counts(predictions.label, predictions.prediction, len(names))
     right, total = np.diag(counts), counts.sum(1)
     wrong = counts - np.diag(right)
     rows = [

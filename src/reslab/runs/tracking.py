@@ -1,6 +1,7 @@
 """Weights & Biases as a second log of a run, which can never interrupt the training."""
 
 import contextlib
+import functools
 import os
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
@@ -80,40 +81,24 @@ class WandB(Logger):
     def _start(self, options: dict[str, Any]) -> None:
         import wandb
 
-        mode: Any = self.mode or wandb.setup(self._settings()).settings.mode
+        quiet: Any = {"silent": True, "console": "off"}  # this class prints what a user must know
+        timeouts: Any = {"init_timeout": self.init_timeout, "finish_timeout": self.finish_timeout}
+        settings = functools.partial(wandb.Settings, **quiet, **timeouts, finish_timeout_raises=True)
+        mode: Any = self.mode or wandb.setup(settings()).settings.mode
         reason = "as requested"
         if mode == "online":
             try:
-                self._run = self._init_online(options)
+                if not wandb.login(prompt=False, verify=False):
+                    raise UserError("no login (run `wandb login`, or set WANDB_API_KEY)")
+                self._run = wandb.init(mode=mode, resume="allow", settings=settings(), **options)
                 print(f"W&B: {self._run.url}", flush=True)
                 return
             except Exception as error:
                 mode, reason = "offline", _first_line(error)
                 wandb.teardown()  # frees the id
-        self._run = wandb.init(mode=mode, settings=self._settings(), **options)
+        self._run = wandb.init(mode=mode, settings=settings(), **options)
         remedy = f". {self._how_to_upload()}" if mode == "offline" else ""
         print(f"W&B: {mode}, {reason}{remedy}", flush=True)
-
-    def _init_online(self, options: dict[str, Any]) -> Any:
-        import wandb
-
-        if not wandb.login(prompt=False, verify=False):
-            raise UserError("no login (run `wandb login`, or set WANDB_API_KEY)")
-        return wandb.init(mode="online", resume="allow", settings=self._settings(), **options)
-
-    def _settings(self) -> Any:
-        import wandb
-
-        settings = wandb.Settings(
-            silent=True,  # this class prints what a user must know
-            console="off",
-            init_timeout=self.init_timeout,
-            finish_timeout=self.finish_timeout,
-            finish_timeout_raises=True,
-        )
-        if self.mode:
-            settings.mode = self.mode
-        return settings
 
     @rank_zero_only
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
@@ -134,10 +119,8 @@ class WandB(Logger):
             import wandb
 
             with self._never_fatal():
-                media: dict[str, Any] = {
-                    f"figures/{path.stem}": (wandb.Html if path.suffix == ".html" else wandb.Image)(str(path))
-                    for path in figures
-                }
+                classes = {".html": wandb.Html, ".png": wandb.Image}
+                media: dict[str, Any] = {f"figures/{path.stem}": classes[path.suffix](str(path)) for path in figures}
                 media |= {f"tables/{name}": wandb.Table(dataframe=table) for name, table in (tables or {}).items()}
                 self._run.log(media)
                 self._run.summary.update(results)

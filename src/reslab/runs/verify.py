@@ -49,12 +49,8 @@ class Divergence:
 def verify(run: str, overrides: Sequence[str] = ()) -> int:
     """Recompute every hash of a finished run and print one line per item; return 0 if all match, else 1.
 
-    Args:
-        run: The run directory.
-        overrides: Changes to the run's config, such as --data.root DIR.
-
-    Raises:
-        UserError: The directory holds no finished run, or the manifest is damaged.
+    `overrides` change the run's config: --data.root DIR, for example. Raises UserError if the directory `run` holds
+    no finished run, or its manifest is damaged.
     """
     folder, manifest = _finished(run)
     items = []
@@ -160,11 +156,8 @@ def reproduce(run: str, out: str | None = None, overrides: Sequence[str] = ()) -
         out: The new directory (default: RUN-reproduced, beside RUN).
         overrides: Changes to the run's config, such as --data.root DIR.
 
-    Returns:
-        The exit status: 0 identical, 1 different or failed, 75 preempted.
-
-    Raises:
-        UserError: The directory holds no finished run, or its config or metrics are damaged.
+    Returns the exit status: 0 identical, 1 different or failed, 75 preempted. Raises UserError if `run` holds no
+    finished run, or its config or metrics are damaged.
     """
     folder, manifest = _finished(run)
     copy = RunFolder(out or f"{folder.path.resolve()}-reproduced")
@@ -254,9 +247,8 @@ def _logged(path: Path) -> dict[str, Steps]:
     columns, rows = read_rows(path)
     if "step" not in columns:
         raise UserError(f"cannot read the metrics {path}: {'no column `step`' if path.exists() else 'no such file'}")
-    return {
-        name: {int(row["step"]): row[name] for row in rows if row[name]} for name in columns if name not in NOT_COMPARED
-    }
+    names = [name for name in columns if name not in NOT_COMPARED]
+    return {name: {int(row["step"]): row[name] for row in rows if row[name]} for name in names}
 
 
 def divergences(original: Mapping[str, Steps], reproduction: Mapping[str, Steps]) -> list[Divergence]:
@@ -264,7 +256,6 @@ def divergences(original: Mapping[str, Steps], reproduction: Mapping[str, Steps]
     diverging = []
     for name in {*original, *reproduction}:
         a, b = original.get(name, {}), reproduction.get(name, {})
-        steps = [step for step in {*a, *b} if a.get(step) != b.get(step)]
-        if steps:
+        if steps := [step for step in {*a, *b} if a.get(step) != b.get(step)]:
             diverging.append(Divergence(name, min(steps), a.get(min(steps)), b.get(min(steps))))
     return sorted(diverging, key=lambda d: (d.step, d.metric))
