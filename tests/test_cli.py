@@ -63,16 +63,16 @@ def test_doctor_reports_the_machine_and_checks_the_data(
     assert "1,294 training, 144 validation, 359 test images, 10 classes" in out and "torch" in out
     cifar = ["--config", str(repo / "configs/experiment/cifar10_fast.yaml"), "--data.root", str(tmp_path)]
     assert main(["doctor", *cifar, "--data.download", "false"]) == 1
-    assert "WRONG" in capsys.readouterr().out
+    assert "FAILED" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())  # looking leaves nothing behind
 
 
 MISTAKES = [
     (["summary", "resnet51"], "resnet50"),
     (["summary", "resnet50", "--inputs", "3,32,32"], "--inputs"),
-    (["test", "no/such/run"], "no run folder"),
-    (["predict", "no/such/run", "--images", ".", "--out", "x.csv"], "no run folder"),
-    (["export", "no/such/run", "--format", "pt2", "--out", "x.pt2"], "no run folder"),
+    (["test", "no/such/run"], "no/such/run"),
+    (["predict", "no/such/run", "--images", ".", "--out", "x.csv"], "no/such/run"),
+    (["export", "no/such/run", "--format", "pt2", "--out", "x.pt2"], "no/such/run"),
     (["fit", "--config", "no/such/file.yaml"], "no/such/file.yaml"),
     (["fit", "--config", DIGITS, "--trainer.max_epoch", "3"], "trainer.max_epochs"),
     (["fit", "--config", DIGITS, "--trainer.max_epochs", "many"], "trainer.max_epochs"),

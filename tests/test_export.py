@@ -23,7 +23,8 @@ from runner import REPO, fit
 Undisturbed = Callable[..., Path]
 
 needs_onnx = pytest.mark.skipif(
-    not all(map(importlib.util.find_spec, reslab.export.NEEDED)), reason="onnx, onnxscript or onnxruntime is missing"
+    not all(map(importlib.util.find_spec, reslab.export.ONNX_PACKAGES)),
+    reason="onnx, onnxscript or onnxruntime is missing",
 )
 FORMATS = [pytest.param("onnx", marks=needs_onnx), "pt2", "safetensors"]
 
