@@ -1,13 +1,13 @@
-"""What a GPU does with reslab: `make gpu-check`, or python benchmarks/gpu_check.py [--parts loop jpeg …] [--tiny].
+"""Measure reslab on a GPU: `make gpu-check`, or python benchmarks/gpu_check.py [--parts loop jpeg ...] [--tiny].
 
     loop           ResNet-50 at 224 pixels on images in memory: reslab against a plain loop with the same settings
-    jpeg           the same from JPEG files: images/s, and the share of the time that training waits for data
+    jpeg           the same from JPEG files: images/s, and the share of time that training waits for data
     sync           50 training steps under torch.cuda.set_sync_debug_mode("error")
-    accuracy       ResNet-18 on CIFAR-10, one cycle: the time to 94 % (needs the data: --root DIR)
-    deterministic  what configs/trainer/deterministic.yaml costs a step of ResNet-50
+    accuracy       ResNet-18 on CIFAR-10, one-cycle schedule: time to 94 % (requires the data: --root DIR)
+    deterministic  cost per step of configs/trainer/deterministic.yaml with ResNet-50
 
-Each part is a process of its own and prints one line for docs/performance.md, with the card's name. --tiny goes through
-all of it in small, on a CPU too: a test of this script, not a measurement.
+Each part runs in its own process and prints one line for docs/performance.md, with the name of the GPU. --tiny runs
+small versions of all parts, also on a CPU, to test this script.
 """
 
 import argparse
@@ -30,10 +30,11 @@ from lightning.pytorch.profilers import SimpleProfiler
 from PIL import Image
 
 from reslab import Classifier, ImageData, create_model
-from reslab.config import CONFIGS, Experiment
+from reslab.config import Experiment
 from reslab.data import Augment, ImageFolder
 from reslab.data.datasets import Arrays, ImageSource, Split
 from reslab.experiment import Run
+from reslab.host import CONFIGS
 from reslab.runs.folder import RunFolder
 
 PARTS = ("loop", "jpeg", "sync", "accuracy", "deterministic")
@@ -43,7 +44,7 @@ TARGET = 0.94
 
 
 class Noise(ImageSource):
-    """Images of noise in memory, as many as are asked for."""
+    """`count` noise images in memory."""
 
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -60,7 +61,7 @@ class Noise(ImageSource):
 
 
 class Sizes:
-    """What is measured: the real thing, or a tiny one."""
+    """Sizes of the measurement, or tiny ones to test this script."""
 
     def __init__(self, tiny: bool) -> None:
         self.net, self.size, self.batch = ("resnet18", 32, 8) if tiny else ("resnet50", 224, 256)
@@ -92,7 +93,7 @@ def synchronize() -> None:
 
 
 class Blocks(Callback):
-    """Times blocks of steps, and stops after enough; between them `other` may run."""
+    """Time blocks of steps, each followed by a call of `other`, and stop after the last block."""
 
     def __init__(self, sizes: Sizes, other: Any = None) -> None:
         self.sizes, self.other = sizes, other
@@ -112,12 +113,12 @@ class Blocks(Callback):
         self.step += 1
 
     def speed(self, seconds: list[float]) -> float:
-        """Images/s of the median block; the first warms up."""
+        """Return the images/s of the median block, without the first (warmup)."""
         return self.sizes.batch * self.sizes.steps / statistics.median(seconds[1:])
 
 
 class PlainLoop:
-    """The training loop that one would write without Lightning and reslab, on batches that are there already."""
+    """A plain PyTorch training loop on one batch that is already on the device."""
 
     def __init__(self, sizes: Sizes) -> None:
         self.steps, self.device = sizes.steps, torch.device("cuda" if GPU else "cpu")
@@ -143,7 +144,7 @@ def loop(sizes: Sizes, root: str) -> str:
     blocks = Blocks(sizes, PlainLoop(sizes))
     trainer(blocks).fit(sizes.classifier(), datamodule=sizes.in_memory())
     pairs = list(zip(blocks.seconds, blocks.other_seconds, strict=False))[1:]
-    ratio = statistics.median(ours / plain for ours, plain in pairs)
+    ratio = statistics.median(fit / plain for fit, plain in pairs)
     return (
         f"{sizes.net} at {sizes.size}, batch {sizes.batch}, images in memory: {blocks.speed(blocks.seconds):,.0f} "
         f"images/s, {ratio:.3f} times the time of a plain loop without input (median of {len(pairs)} pairs of "
@@ -153,11 +154,11 @@ def loop(sizes: Sizes, root: str) -> str:
 
 @contextlib.contextmanager
 def photographs(count: int) -> Iterator[Path]:
-    """A folder of JPEGs of ImageNet's usual size, smooth enough to take some 100 KB each."""
+    """Yield a directory of JPEGs of ImageNet's usual size, smooth enough for about 100 KB each."""
     rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as scratch:
-        for split, many in (("train", count), ("val", 10)):
-            for i in range(many):
+        for split, n in (("train", count), ("val", 10)):
+            for i in range(n):
                 coarse = Image.fromarray(rng.integers(0, 256, (94, 125, 3), dtype=np.uint8))
                 path = Path(scratch, "photographs", split, f"class{i % 10}", f"{i}.jpg")
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -169,23 +170,23 @@ def jpeg(sizes: Sizes, root: str) -> str:
     profiler = SimpleProfiler()
     blocks = Blocks(sizes)
     workers = len(os.sched_getaffinity(0))
-    with photographs(sizes.images) as folder:
+    with photographs(sizes.images) as directory:
         data = ImageData(
             ImageFolder("photographs", image_size=sizes.size),
-            str(folder), batch_size=sizes.batch, val_split=0, num_workers=workers, augment=Augment(flip="random"),
+            str(directory), batch_size=sizes.batch, val_split=0, num_workers=workers, augment=Augment(flip="random"),
         )  # fmt: skip
         trainer(blocks, profiler=profiler).fit(sizes.classifier(), datamodule=data)
     waited = sum(profiler.recorded_durations["[_TrainingEpochLoop].train_dataloader_next"][sizes.steps :])
     share = waited / sum(blocks.seconds[1:])
     return (
-        f"{sizes.net} at {sizes.size}, batch {sizes.batch}, from JPEGs of 500 × 375, {workers} loaders: "
+        f"{sizes.net} at {sizes.size}, batch {sizes.batch}, from JPEGs of 500 × 375, {workers} workers: "
         f"{blocks.speed(blocks.seconds):,.0f} images/s, {100 * share:.0f} % of the time waiting for data "
         f"(median of {len(blocks.seconds) - 1} blocks of {sizes.steps} steps)"
     )
 
 
 class NoSync(Callback):
-    """Makes every synchronisation with the device an error during 50 steps."""
+    """Raise an error on any device synchronization during 50 steps."""
 
     first, last = 5, 55
 
@@ -204,13 +205,13 @@ def sync(sizes: Sizes, root: str) -> str:
     augment = Augment(flip="random", crop_padding=4, cutout=8, mixup=0.2, cutmix=1.0)
     data = ImageData(Noise(sizes.images, sizes.size), batch_size=sizes.batch, val_split=0, augment=augment)
     trainer(NoSync()).fit(sizes.classifier(), datamodule=data)
-    return f"{sizes.net}: {NoSync.last - NoSync.first} steps without a synchronisation" + (
-        "" if GPU else " (not on a CPU)"
+    return f"{sizes.net}: {NoSync.last - NoSync.first} steps without a device synchronization" + (
+        "" if GPU else " (not checked on a CPU)"
     )
 
 
 class Clock(Callback):
-    """When validation first reached the target."""
+    """Record when the validation accuracy first reaches TARGET."""
 
     reached: float | None = None
 
@@ -227,7 +228,7 @@ def accuracy(sizes: Sizes, root: str) -> str:
     experiment = "digits" if tiny else "cifar10_resnet18"
     files = [CONFIGS / f"experiment/{experiment}.yaml", CONFIGS / "recipe/onecycle.yaml"]
     files += [CONFIGS / "trainer/gpu.yaml"] if GPU else []
-    argv = [word for file in files for word in ("--config", str(file))]
+    argv = [arg for file in files for arg in ("--config", str(file))]
     argv += [f"--trainer.max_epochs={2 if tiny else 24}", "--trainer.max_steps=-1", "--data.root", root]
     clock = Clock()
     with tempfile.TemporaryDirectory() as scratch:
@@ -238,9 +239,9 @@ def accuracy(sizes: Sizes, root: str) -> str:
         run = Run(Experiment(argv), folder, argv)
         run.execute(data, model, settings)
         results, wall = run.record.manifest["results"], run.record.manifest["wall_seconds"]
-    when = "not reached" if clock.reached is None else f"of validation after {clock.reached:.0f} s"
-    found = f"test/acc {results['test/acc']:.4f} after {wall:.0f} s in all (seed 0)"
-    return f"{experiment}, one cycle: {TARGET:.0%} {when}; {found}"
+    target = "not reached" if clock.reached is None else f"on validation after {clock.reached:.0f} s"
+    final = f"test/acc {results['test/acc']:.4f} after {wall:.0f} s in total (seed 0)"
+    return f"{experiment}, one cycle: {TARGET:.0%} {target}; {final}"
 
 
 def step_seconds(sizes: Sizes, deterministic: bool) -> float:
@@ -263,11 +264,11 @@ def deterministic(sizes: Sizes, root: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
-    parser.add_argument("--root", default=os.environ.get("RESLAB_DATA", "data"), help="where CIFAR-10 lies")
+    parser.add_argument("--root", default=os.environ.get("RESLAB_DATA", "data"), help="directory with CIFAR-10")
     parser.add_argument("--tiny", action="store_true")
     args = parser.parse_args()
     if not GPU and not args.tiny:
-        sys.exit("there is no GPU here; --tiny goes through the script on a CPU")
+        sys.exit("no GPU found; use --tiny to test this script on a CPU")
     if len(args.parts) == 1:
         print(f"{NAME}: {globals()[args.parts[0]](Sizes(args.tiny), args.root)}", flush=True)
         return

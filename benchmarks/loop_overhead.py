@@ -1,10 +1,10 @@
-"""What `reslab fit` costs over a bare PyTorch loop: same network, data and precision; logging and checkpoints on.
+"""Measure the overhead of `reslab fit` over a bare PyTorch loop: same network, data and precision.
 
     python benchmarks/loop_overhead.py --data.root DIR [--blocks 7] [--steps 50]
 
-Both train ResNet-20 on CIFAR-10 (batch 128, bf16 autocast on the CPU as on a GPU) in this one process, in turns: a
-block of steps of the real thing, with its checkpoints and its log, then a block of the bare loop. The median of
-the ratios of neighbouring blocks is printed as the line that the docs quote.
+Both train ResNet-20 on CIFAR-10 (batch 128, bf16 autocast on CPU and GPU) in one process, alternating: one block of
+steps of `reslab fit`, with checkpoints and logging, then one block of the bare loop. The script prints the median
+ratio of adjacent blocks, as quoted in the docs.
 """
 
 import argparse
@@ -20,18 +20,19 @@ import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from reslab import create_model
-from reslab.config import CONFIGS, Experiment
+from reslab.config import Experiment
 from reslab.data import ImageData
 from reslab.experiment import Run
+from reslab.host import CONFIGS
 from reslab.runs.folder import RunFolder
 
 
 class Done(Exception):
-    """Enough blocks are measured."""
+    """Raised when enough blocks have been measured."""
 
 
 class BareLoop:
-    """The training loop that one would write without Lightning, over the same loader."""
+    """A plain PyTorch training loop over the same loader."""
 
     def __init__(self, data: ImageData, device: torch.device) -> None:
         self.data, self.device = data, device
@@ -55,7 +56,7 @@ class BareLoop:
 
 
 class TakeTurns(Callback):
-    """Times a block of the trainer's steps with all that hangs on them, then lets the bare loop run one."""
+    """Time a block of the trainer's steps including all callbacks, then a block of the bare loop; repeat."""
 
     def __init__(self, blocks: int, steps: int) -> None:
         self.blocks, self.steps = blocks, steps
@@ -69,12 +70,12 @@ class TakeTurns(Callback):
         synchronize(device)
         if self.bare is None:
             self.bare = BareLoop(trainer.datamodule, device)  # type: ignore[attr-defined]
-        elif batch_idx:  # an epoch's last block is cut short: it does not count
-            ours = time.perf_counter() - self.start
+        elif batch_idx:  # else an epoch has ended: its last block is incomplete and not counted
+            fit = time.perf_counter() - self.start
             bare = self.bare.run(self.steps)
-            self.ratios.append(ours / bare)
+            self.ratios.append(fit / bare)
             print(
-                f"block {len(self.ratios) - 1}: fit {ours:.2f} s, bare loop {bare:.2f} s, ratio {ours / bare:.3f}",
+                f"block {len(self.ratios) - 1}: fit {fit:.2f} s, bare loop {bare:.2f} s, ratio {fit / bare:.3f}",
                 flush=True,
             )
         if len(self.ratios) > self.blocks:
@@ -89,25 +90,12 @@ def synchronize(device: torch.device) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--blocks", type=int, default=7, help="measured blocks, after one to warm up")
-    parser.add_argument("--steps", type=int, default=50, help="steps a block")
+    parser.add_argument("--blocks", type=int, default=7, help="measured blocks, after one warmup block (default: 7)")
+    parser.add_argument("--steps", type=int, default=50, help="steps per block (default: 50)")
     args, rest = parser.parse_known_args()
     turns = TakeTurns(args.blocks, args.steps)
-    argv = [
-        "--config",
-        str(CONFIGS / "experiment/cifar10_resnet20.yaml"),
-        "--trainer.precision",
-        "bf16-mixed",
-    ]
-    argv += [
-        "--run.checkpoint_every_steps",
-        "100",
-        "--trainer.max_epochs",
-        "30",
-        "--trainer.max_steps",
-        "-1",
-        *rest,
-    ]
+    argv = [f"--config={CONFIGS / 'experiment/cifar10_resnet20.yaml'}", "--trainer.precision=bf16-mixed"]
+    argv += ["--run.checkpoint_every_steps=100", "--trainer.max_epochs=30", "--trainer.max_steps=-1", *rest]
     with tempfile.TemporaryDirectory() as temporary:
         folder = RunFolder(Path(temporary) / "run")
         folder.probe()

@@ -1,4 +1,4 @@
-"""How long `reslab --help` takes: python benchmarks/startup.py."""
+"""Measure the time of `reslab --help`: python benchmarks/startup.py."""
 
 import statistics
 import subprocess
@@ -16,5 +16,5 @@ def seconds() -> float:
 
 if __name__ == "__main__":
     times = [seconds() for _ in range(RUNS)]
-    middle = statistics.median(times)
-    print(f"reslab --help: {middle:.2f} s (median of {RUNS}, {min(times):.2f} to {max(times):.2f} s)")
+    median = statistics.median(times)
+    print(f"reslab --help: {median:.2f} s (median of {RUNS}, {min(times):.2f} to {max(times):.2f} s)")

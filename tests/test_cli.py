@@ -1,4 +1,4 @@
-"""The commands beside `fit`, and what the command line answers to mistakes."""
+"""Commands other than `fit`, and how the command line reports mistakes."""
 
 import subprocess
 import sys
@@ -12,7 +12,7 @@ DIGITS = "configs/experiment/digits.yaml"
 
 
 @pytest.fixture(autouse=True)
-def in_the_repository(repo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def in_repository(repo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(repo)
 
 
@@ -26,9 +26,9 @@ def test_help_and_lists_import_no_torch(command: list[str]) -> None:
         "heavy = {'torch', 'lightning', 'numpy', 'pandas', 'wandb'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout
 
 
 def test_list_names_every_config_file(capsys: pytest.CaptureFixture[str], repo: Path) -> None:
@@ -46,7 +46,7 @@ def test_summary_counts_parameters_and_flops(capsys: pytest.CaptureFixture[str])
 
 
 @pytest.mark.parametrize("what", ["lr", "augment"])
-def test_preview_draws_a_picture(tmp_path: Path, what: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_preview_writes_png(tmp_path: Path, what: str, capsys: pytest.CaptureFixture[str]) -> None:
     from PIL import Image
 
     assert main(["preview", what, "--config", DIGITS, "--out", str(tmp_path / "a" / "p.png")]) == 0
@@ -54,7 +54,7 @@ def test_preview_draws_a_picture(tmp_path: Path, what: str, capsys: pytest.Captu
     assert "p.png" in capsys.readouterr().out
 
 
-def test_doctor_reports_the_machine_and_checks_the_data(
+def test_doctor_reports_machine_and_checks_data(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, repo: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -63,8 +63,8 @@ def test_doctor_reports_the_machine_and_checks_the_data(
     assert "1,294 training, 144 validation, 359 test images, 10 classes" in out and "torch" in out
     cifar = ["--config", str(repo / "configs/experiment/cifar10_fast.yaml"), "--data.root", str(tmp_path)]
     assert main(["doctor", *cifar, "--data.download", "false"]) == 1
-    assert "WRONG" in capsys.readouterr().out
-    assert not list(tmp_path.iterdir())  # looking leaves nothing behind
+    assert "FAILED" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())  # doctor leaves no files behind
 
 
 MISTAKES = [
@@ -82,15 +82,15 @@ MISTAKES = [
 ]
 
 
-@pytest.mark.parametrize(("command", "told"), MISTAKES, ids=lambda x: " ".join(x) if isinstance(x, list) else x)
-def test_a_mistake_is_one_message_and_exit_status_2(
-    command: list[str], told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("command", "expected"), MISTAKES, ids=lambda x: " ".join(x) if isinstance(x, list) else x)
+def test_mistake_is_one_message_and_exit_status_2(
+    command: list[str], expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if command[0] == "fit":
         command = [*command, "--run.dir", str(tmp_path / "run")]
     assert main(command) == 2
-    answer = capsys.readouterr().err
-    assert told in answer and "Traceback" not in answer and len(answer.splitlines()) <= 6
+    message = capsys.readouterr().err
+    assert expected in message and "Traceback" not in message and len(message.splitlines()) <= 6
 
 
 @pytest.mark.parametrize("command", [["bogus"], [], ["summary"], ["summary", "resnet50", "--input", "a,b"]])

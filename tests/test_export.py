@@ -1,4 +1,4 @@
-"""An export answers as its run did, says how to use it, and is not left behind where it does not."""
+"""Exports reproduce the run's predictions, describe their use, and are removed if they fail the check."""
 
 import csv
 import importlib.util
@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image
 from safetensors import safe_open
 
@@ -18,12 +19,14 @@ from reslab import create_model
 from reslab.cli import main
 from reslab.data import Digits
 from reslab.files import sha256_file
+from reslab.models import ResNet
 from runner import REPO, fit
 
 Undisturbed = Callable[..., Path]
 
 needs_onnx = pytest.mark.skipif(
-    not all(map(importlib.util.find_spec, reslab.export.NEEDED)), reason="onnx, onnxscript or onnxruntime is missing"
+    not all(map(importlib.util.find_spec, reslab.export.ONNX_PACKAGES)),
+    reason="onnx, onnxscript or onnxruntime is missing",
 )
 FORMATS = [pytest.param("onnx", marks=needs_onnx), "pt2", "safetensors"]
 
@@ -32,8 +35,8 @@ def export(run: Path, format: str, out: Path, *options: str) -> int:
     return main(["export", str(run), "--format", format, "--out", str(out), *options])
 
 
-def answers(file: Path, images: torch.Tensor) -> torch.Tensor:
-    """The logits of an exported file, read without reslab (the weights alone need its network)."""
+def logits(file: Path, images: torch.Tensor) -> torch.Tensor:
+    """Return an exported file's logits, read without reslab (except for safetensors, which holds only weights)."""
     if file.suffix == ".onnx":
         import onnxruntime
 
@@ -51,15 +54,15 @@ def record(file: Path) -> dict:
 
 @pytest.fixture(scope="module")
 def exported(undisturbed: Undisturbed, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """The file of the short run in a format, with normalisation or without; made once, in a folder of its own."""
+    """Export the short run, once per combination of format and options."""
 
     @cache
-    def made(format: str, *options: str) -> Path:
-        file = tmp_path_factory.mktemp("exports") / "new folder" / f"m.{format}"
+    def exported_file(format: str, *options: str) -> Path:
+        file = tmp_path_factory.mktemp("exports") / "new directory" / f"m.{format}"
         assert export(undisturbed(), format, file, *options) == 0
         return file
 
-    return made
+    return exported_file
 
 
 @pytest.mark.parametrize(
@@ -72,39 +75,39 @@ def exported(undisturbed: Undisturbed, tmp_path_factory: pytest.TempPathFactory)
         ("safetensors", [], torch.float32),
     ],
 )
-def test_it_answers_as_the_run_did(
+def test_export_reproduces_the_predictions(
     exported: Callable[..., Path], undisturbed: Undisturbed, format: str, options: list[str], dtype: torch.dtype
 ) -> None:
     file = exported(format, *options)
-    said = record(file)["input"]
-    assert f"torch.{said['dtype']}" == str(dtype) and said["shape"] == ["batch", 1, 8, 8]
+    spec = record(file)["input"]
+    assert f"torch.{spec['dtype']}" == str(dtype) and spec["shape"] == ["batch", 1, 8, 8]
     images = torch.from_numpy(Digits().load(Path(), "test").images).permute(0, 3, 1, 2).contiguous()
     if dtype.is_floating_point:
-        images = (images / 255 - said["mean"][0]) / said["std"][0]
-    confidence, prediction = answers(file, images).softmax(1).max(1)
+        images = (images / 255 - spec["mean"][0]) / spec["std"][0]
+    confidence, prediction = logits(file, images).softmax(1).max(1)
     predictions = np.load(undisturbed() / "predictions.npz")
     assert prediction.tolist() == predictions["prediction"].tolist()
     assert confidence.numpy() == pytest.approx(predictions["confidence"], abs=1e-4)
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_it_says_what_it_is(exported: Callable[..., Path], undisturbed: Undisturbed, format: str) -> None:
+def test_export_describes_itself(exported: Callable[..., Path], undisturbed: Undisturbed, format: str) -> None:
     file = exported(format)
-    said, check = record(file), record(file)["check"]
-    assert said["sha256"] == sha256_file(file)
+    description, check = record(file), record(file)["check"]
+    assert description["sha256"] == sha256_file(file)
     run = json.loads((undisturbed() / "manifest.json").read_text())
-    assert said["run"]["weights_sha256"] == run["weights_sha256"]
-    assert said["classes"] == [str(digit) for digit in range(10)]
+    assert description["run"]["weights_sha256"] == run["weights_sha256"]
+    assert description["classes"] == [str(digit) for digit in range(10)]
     assert check["n"] == 16 and check["images"] == "test images"
     assert check["max_abs_difference"] <= 1e-4 * check["max_abs_logit"]
-    inside = metadata(file)
-    assert all(inside[key] == said[key] for key in ("classes", "input", "run"))
-    assert str(REPO).encode() not in file.read_bytes()  # nothing of this machine goes along
+    embedded = metadata(file)
+    assert all(embedded[key] == description[key] for key in ("classes", "input", "run"))
+    assert str(REPO).encode() not in file.read_bytes()  # no paths of this machine
     assert {p.name for p in file.parent.iterdir()} == {file.name, f"{file.name}.json"}
 
 
 def metadata(file: Path) -> dict:
-    """What a file says of itself; its values are JSON where they are more than text."""
+    """Return the metadata embedded in the file, parsed from JSON."""
     if file.suffix == ".pt2":
         extra = {"reslab.json": ""}
         torch.export.load(file, extra_files=extra)
@@ -119,7 +122,7 @@ def metadata(file: Path) -> dict:
     return {key: json.loads(value) for key, value in pairs.items() if value[0] in "[{"}
 
 
-def test_a_file_that_answers_otherwise_is_not_left_behind(
+def test_export_that_differs_is_removed(
     undisturbed: Undisturbed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write = reslab.export.WRITERS["pt2"]
@@ -129,7 +132,7 @@ def test_a_file_that_answers_otherwise_is_not_left_behind(
             wrong = type(graph)(in_channels=1, num_classes=10, **kwargs)
             wrong.load_state_dict(graph.state_dict())
             wrong.fc.bias += 0.01
-        write(wrong.eval(), *args)
+        write(wrong.eval().requires_grad_(False), *args)
 
     kwargs = {"layers": (1, 1, 1), "width": 16, "stem": "cifar", "shortcut": "A"}
     monkeypatch.setitem(reslab.export.WRITERS, "pt2", slightly_wrong)
@@ -138,7 +141,41 @@ def test_a_file_that_answers_otherwise_is_not_left_behind(
     assert not list(tmp_path.iterdir())
 
 
-def test_what_is_missing_is_named_with_the_line_that_installs_it(
+@pytest.mark.parametrize("format", FORMATS[:2])
+def test_network_that_fixes_the_batch_size_is_explained(
+    undisturbed: Undisturbed,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    format: str,
+) -> None:
+    forward = ResNet.forward
+    monkeypatch.setattr(ResNet, "forward", lambda net, images: torch.cat([forward(net, x[None]) for x in images]))
+    assert export(undisturbed(), format, tmp_path / "m") == 2
+    message = capsys.readouterr().err
+    assert f"{format} export with a dynamic batch size failed" in message and "Traceback" not in message
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("name", ["torchvision.mobilenet_v3_small", "timm.resnet10t", "timm.vit_tiny_patch16_224"])
+def test_networks_of_libraries_are_exported_with_any_batch_size(name: str, format: str, tmp_path: Path) -> None:
+    library, _, name = name.partition(".")
+    if library == "timm":
+        timm = pytest.importorskip("timm")
+        size = {"img_size": 32, "patch_size": 8, "depth": 2} if name.startswith("vit") else {}
+        net = timm.create_model(name, num_classes=10, **size)
+    else:
+        net = torchvision.models.get_model(name, num_classes=10)
+    net.eval().requires_grad_(False)
+    images = torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    reslab.export.WRITERS[format](net, images[:2], {"classes": ["a", "b"]}, tmp_path / "m")
+    exported = reslab.export.READERS[format](net, tmp_path / "m")
+    for batch in (images, images[:1]):
+        torch.testing.assert_close(exported(batch), net(batch), atol=1e-4, rtol=1e-4)
+
+
+def test_missing_packages_are_named_with_the_install_command(
     undisturbed: Undisturbed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     find = importlib.util.find_spec
@@ -149,16 +186,16 @@ def test_what_is_missing_is_named_with_the_line_that_installs_it(
     assert "--with-normalization" in capsys.readouterr().err
 
 
-def test_a_run_is_used_where_its_data_are_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for i, place in enumerate(f"{split}/{name}" for split in ("train", "val") for name in ("no", "cat, größer")):
+def test_predict_and_export_work_without_the_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for i, directory in enumerate(f"{split}/{name}" for split in ("train", "val") for name in ("no", "cat, größer")):
         for j in range(8):
-            file = tmp_path / "photos" / place / f"{j}.png"
+            file = tmp_path / "photos" / directory / f"{j}.png"
             file.parent.mkdir(parents=True, exist_ok=True)
             Image.new("RGB", (12, 12), (200 * (i % 2), 10 * j, 90)).save(file)
     dataset = ["--data.dataset", str(REPO / "configs/data/imagefolder.yaml"), "--data.dataset.init_args.folder=photos"]
     small = ["--data.dataset.init_args.image_size=8", "--data.batch_size=4", "--trainer.max_epochs=1"]
-    ended = fit(tmp_path / "run", *dataset, *small, f"--data.root={tmp_path}", "--data.val_split=0")
-    assert ended.status == 0, ended.output
+    result = fit(tmp_path / "run", *dataset, *small, f"--data.root={tmp_path}", "--data.val_split=0")
+    assert result.status == 0, result.output
     (tmp_path / "photos").rename(tmp_path / "elsewhere")
     out = tmp_path / "out.csv"
     assert main(["predict", str(tmp_path / "run"), "--images", str(tmp_path / "elsewhere"), "--out", str(out)]) == 0

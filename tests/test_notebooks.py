@@ -1,4 +1,4 @@
-"""The notebooks run from top to bottom, and are stored without outputs."""
+"""Run the notebooks from top to bottom; they are committed without outputs."""
 
 from pathlib import Path
 
@@ -19,15 +19,15 @@ def test_notebook_runs(path: Path, tmp_path: Path) -> None:
     notebook = nbformat.read(path, as_version=4)
     assert not any(cell.get("outputs") for cell in notebook.cells), "clear the outputs before committing"
     nbclient.NotebookClient(notebook, timeout=240, resources={"metadata": {"path": str(tmp_path)}}).execute()
-    shown = [output.get("data", {}) for cell in notebook.cells for output in cell.get("outputs", [])]
-    assert any("image/png" in data for data in shown)
+    outputs = [output.get("data", {}) for cell in notebook.cells for output in cell.get("outputs", [])]
+    assert any("image/png" in data for data in outputs)
 
 
 @pytest.fixture(autouse=True)
-def a_study(repo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A finished study, for the notebook that reads one: `make ablation-demo`'s where it was run, else a made one."""
+def finished_study(repo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Provide a finished study to the notebooks: from `make ablation-demo` if it has been run, else a synthetic one."""
     out = repo / "runs/ablations/digits_shortcuts"
-    if not (out / "report.json").exists():  # arms that are worse, the same, and close
+    if not (out / "report.json").exists():  # one worse arm and one similar arm
         study, out = make_study(tmp_path, ["A", "none", "B"]), tmp_path / "study"
         run_study(study, out, {"A": 0.95, "none": 0.91, "B": 0.951})
         write_report(study, out)

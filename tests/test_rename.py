@@ -1,4 +1,4 @@
-"""A copy of the template under another name works, and nothing in it remembers the old one."""
+"""Rename the package in a copy of the repository: the copy works and does not contain the old name."""
 
 import os
 import shutil
@@ -14,10 +14,10 @@ PARSES = f"from {NEW}.config import Experiment; Experiment(['--config', 'configs
 
 @pytest.fixture
 def copy(repo: Path, tmp_path: Path) -> Path:
-    """A checkout of its own of this working tree."""
+    """Return a new git repository with a copy of this working tree."""
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-    listed = subprocess.run(command, cwd=repo, check=True, capture_output=True, text=True).stdout
-    for name in listed.split("\0"):
+    files = subprocess.run(command, cwd=repo, check=True, capture_output=True, text=True).stdout
+    for name in files.split("\0"):
         if (repo / name).is_file():
             (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(repo / name, tmp_path / name)
@@ -31,17 +31,17 @@ def run(copy: Path, *args: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("name", ["2fast", "My-Lab", "class", "torch", ""])
-def test_a_name_that_cannot_be_is_refused(copy: Path, name: str) -> None:
-    done = run(copy, "scripts/rename.py", name)
-    assert done.returncode == 1 and "Traceback" not in done.stderr
+def test_invalid_name_is_refused(copy: Path, name: str) -> None:
+    result = run(copy, "scripts/rename.py", name)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
     assert (copy / "src" / "reslab" / "cli.py").exists()
 
 
-def test_the_copy_works_under_its_name(copy: Path) -> None:
+def test_renamed_copy_works(copy: Path) -> None:
     old = (copy / "scripts" / "rename.py").read_text().partition('OLD = "')[2].partition('"')[0]
     assert run(copy, "scripts/rename.py", NEW).returncode == 0
     assert "digits" in run(copy, "-m", NEW, "list", "experiments").stdout
     assert run(copy, "-c", PARSES).stderr == ""
     files = [path for path in copy.rglob("*") if path.is_file() and ".git" not in path.parts]
-    left = [p for p in files if old in str(p.relative_to(copy)) or old.encode() in p.read_bytes().lower()]
-    assert {path.name for path in left if "__pycache__" not in path.parts} <= {"LICENSE"}
+    unchanged = [p for p in files if old in str(p.relative_to(copy)) or old.encode() in p.read_bytes().lower()]
+    assert {path.name for path in unchanged if "__pycache__" not in path.parts} <= {"LICENSE"}

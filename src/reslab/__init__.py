@@ -1,4 +1,4 @@
-"""reslab: ResNet experiments with PyTorch Lightning that others can reproduce."""
+"""reslab: reproducible image-classification experiments with PyTorch Lightning."""
 
 import importlib
 from typing import TYPE_CHECKING, Any
@@ -12,16 +12,11 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["Classifier", "ImageData", "create_model", "list_models"]
 
-_HOMES = {
-    "create_model": "reslab.models",
-    "list_models": "reslab.models",
-    "Classifier": "reslab.training",
-    "ImageData": "reslab.data",
-}
+_MODULES = {"Classifier": "training", "ImageData": "data", "create_model": "models", "list_models": "models"}
 
 
 def __getattr__(name: str) -> Any:
-    # Lazy, so that `import reslab` and `reslab --help` do not pay for torch (1.7 s) and lightning (5 s).
-    if name in _HOMES:
-        return getattr(importlib.import_module(_HOMES[name]), name)
+    # Lazy: `import reslab` and `reslab --help` must not import torch (1.7 s) and lightning (5 s).
+    if name in _MODULES:
+        return getattr(importlib.import_module(f"reslab.{_MODULES[name]}"), name)
     raise AttributeError(f"module 'reslab' has no attribute {name!r}")

@@ -1,20 +1,27 @@
-"""The command line. torch and lightning are imported by the commands that need them, when they run."""
+"""Command line interface. Commands import torch and lightning lazily, when they run."""
 
 import argparse
+import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from reslab.errors import Exit, UserError
 from reslab.host import CONFIGS
 
+if TYPE_CHECKING:
+    from reslab.ablation.study import Study
+
+Handler = Callable[[argparse.Namespace, list[str]], int | None]
+
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit status: 0 done, 2 wrong usage or config, 75 preempted, 1 anything else."""
+    """Run one command and return its exit status (see `reslab.errors.Exit`)."""
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        if argv[:1] == ["fit"]:  # its options are LightningCLI's
+        if argv[:1] == ["fit"]:  # LightningCLI parses its options
             _quiet()
             from reslab.experiment import fit
 
@@ -23,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if rest and not args.takes_config:
             raise UserError(f"unrecognized arguments: {' '.join(rest)} (see `reslab {args.command} --help`)")
         _quiet()
-        return args.run(args, rest) or 0
+        return args.handler(args, rest) or 0
     except UserError as error:
         print(f"reslab: {error}", file=sys.stderr)
         return Exit.USAGE
@@ -33,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _quiet() -> None:
-    """Leaves out what the libraries say at every start; warnings that tell something stay."""
+    """Silence known library warnings that do not help the user; all others stay visible."""
     import logging
     import warnings
 
@@ -47,48 +54,61 @@ def _quiet() -> None:
         r".*in eval mode at the start of training.*",
         r".*is intended to run from within Python.*",
         r".*`srun` command is available on your system but is not used.*",
-        r".*distributed.nn.functional.all_gather is deprecated.*",  # Lightning's own call
-        r".*It is recommended to use `self.log\(.*sync_dist=True.*",  # torchmetrics has synchronised them
+        r".*distributed.nn.functional.all_gather is deprecated.*",  # called by Lightning
+        r".*It is recommended to use `self.log\(.*sync_dist=True.*",  # torchmetrics has synchronized them already
     ):
         warnings.filterwarnings("ignore", message)
+
+
+def _call(target: str, *arguments: str) -> Handler:
+    """Return a handler that imports `module:function` and calls it with these parsed arguments and the overrides."""
+    module, function = target.split(":")
+
+    def handler(args: argparse.Namespace, rest: list[str]) -> int | None:
+        values = [getattr(args, name) for name in arguments]
+        return getattr(importlib.import_module(f"reslab.{module}"), function)(*values, rest)
+
+    return handler
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="reslab",
-        description="ResNet experiments that others can reproduce.",
+        description="Reproducible image-classification experiments with PyTorch Lightning.",
         epilog="Start with: reslab fit --config configs/experiment/digits.yaml",
         allow_abbrev=False,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def add(name: str, run, help: str, takes_config: bool = False) -> argparse.ArgumentParser:  # type: ignore[no-untyped-def]
+    def add(name: str, handler: Handler | None, help: str, takes_config: bool = False) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=help, description=help, allow_abbrev=False)
-        command.set_defaults(run=run, takes_config=takes_config)
+        command.set_defaults(handler=handler, takes_config=takes_config)
         return command
 
-    def add_for_run(name: str, run, help: str) -> argparse.ArgumentParser:  # type: ignore[no-untyped-def]
-        command = add(name, run, help, takes_config=True)
-        command.add_argument("folder", metavar="RUN", help="a run folder")
+    def add_for_run(name: str, handler: Handler, help: str) -> argparse.ArgumentParser:
+        command = add(name, handler, help, takes_config=True)
+        command.add_argument("run_dir", metavar="RUN", help="run directory")
         return command
 
-    add("fit", None, "train and test a run: --config FILE … [--run.dir DIR] [--KEY VALUE …]; all keys: fit --help")
-    for split in ("validate", "test"):
-        add_for_run(split, _evaluate, f"{split} a finished run's weights: RUN [--data.root DIR]")
-    command = add_for_run("predict", _predict, "classify a folder of images with a run's weights")
-    command.add_argument("--images", required=True, metavar="DIR", help="image files, in any folders below DIR")
-    command.add_argument("--out", required=True, metavar="FILE.csv", help="a row an image: prediction, probability")
-    command.add_argument("--all", action="store_true", help="a column for the probability of every class, too")
-    command = add_for_run("export", _export, "write a run's network as ONNX, PyTorch program or safetensors")
+    add("fit", None, "train and test: --config FILE [--run.dir DIR] [--KEY VALUE ...]; all keys: fit --help")
+    for name, split in (("validate", "validation"), ("test", "test")):
+        evaluate = _call("inference:evaluate", "run_dir", "command")
+        add_for_run(name, evaluate, f"evaluate a finished run on its {split} set: RUN [--data.root DIR]")
+    predict = _call("inference:predict", "run_dir", "images", "out", "all")
+    command = add_for_run("predict", predict, "classify image files with a run's weights")
+    command.add_argument("--images", required=True, metavar="DIR", help="directory of images, searched recursively")
+    command.add_argument("--out", required=True, type=Path, metavar="FILE.csv", help="CSV file with one row per image")
+    command.add_argument("--all", action="store_true", help="add one probability column per class")
+    export = _call("export:export", "run_dir", "format", "out", "with_normalization")
+    command = add_for_run("export", export, "export a run's network to ONNX, torch.export (pt2) or safetensors")
     command.add_argument("--format", required=True, choices=["onnx", "pt2", "safetensors"])
-    command.add_argument("--out", required=True, metavar="FILE", help="FILE.json beside it says how to use it")
-    command.add_argument(
-        "--with-normalization", action="store_true", help="the graph takes uint8 images, 0 to 255, not normalised ones"
-    )
-    add_for_run("verify", _verify, "check a run against its hashes: RUN [--data.root DIR]")
-    command = add_for_run("reproduce", _reproduce, "run a finished run again, and compare: RUN [--KEY VALUE …]")
-    command.add_argument("--out", metavar="DIR", help="the new run's folder, default RUN-reproduced")
-    _add_ablate(add("ablate", None, "plan, run or report a study: arms × seeds in, a verdict out"))
+    command.add_argument("--out", required=True, type=Path, metavar="FILE", help="output; FILE.json describes its use")
+    command.add_argument("--with-normalization", action="store_true", help="accept uint8 images and normalize them")
+    add_for_run("verify", _call("runs.verify:verify", "run_dir"), "verify a run's hashes: RUN [--data.root DIR]")
+    reproduce = _call("runs.verify:reproduce", "run_dir", "out")
+    command = add_for_run("reproduce", reproduce, "repeat a finished run and compare: RUN [--KEY VALUE ...]")
+    command.add_argument("--out", metavar="DIR", help="directory of the new run (default: RUN-reproduced)")
+    _add_ablate(add("ablate", None, "plan, run and report an ablation study: arms × seeds in, a verdict out"))
     command = add("list", _list, "list models, data sets, experiments or ablation studies")
     command.add_argument("what", nargs="?", choices=[*LISTS, "models"], help="default: all of them")
     command.add_argument(
@@ -98,43 +118,45 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("model", help="a name from `reslab list models`, timm/NAME or torchvision/NAME")
     command.add_argument("--input", default="3,224,224", type=_shape, metavar="C,H,W", help="default 3,224,224")
     command.add_argument("--classes", default=1000, type=int, metavar="N", help="default 1000")
-    add("doctor", _doctor, "check the machine, and the data of an experiment: [--config FILE …]", takes_config=True)
-    command = add("preview", _preview, "draw an experiment's learning rate or augmented images", takes_config=True)
+    add("doctor", _call("doctor:examine"), "check the machine and data: [--config FILE ...]", takes_config=True)
+    command = add("preview", _preview, "plot an experiment's learning rate or augmented images", takes_config=True)
     command.add_argument("what", choices=["lr", "augment"])
-    command.add_argument("--out", metavar="FILE.png", help="default preview-WHAT.png")
+    command.add_argument("--out", metavar="FILE.png", help="output (default: preview-WHAT.png)")
     return parser
 
 
 def _add_ablate(parser: argparse.ArgumentParser) -> None:
     commands = parser.add_subparsers(dest="step", required=True, metavar="STEP")
 
-    def add(name: str, run, help: str) -> argparse.ArgumentParser:  # type: ignore[no-untyped-def]
+    def add(name: str, handler: Handler, help: str) -> argparse.ArgumentParser:
         step = commands.add_parser(name, help=help, description=help, allow_abbrev=False)
-        step.set_defaults(run=run, takes_config=True)
-        step.add_argument("study", metavar="STUDY", help="a study file, or its name in configs/ablation")
-        step.add_argument("--out", metavar="DIR", help="the study's folder, default runs/ablations/<name>")
+        step.set_defaults(handler=handler, takes_config=True)
+        step.add_argument("study", metavar="STUDY", help="study file, or its name in configs/ablation")
+        step.add_argument("--out", metavar="DIR", help="study directory (default: runs/ablations/<name>)")
         return step
 
-    step = add("plan", _ablate_plan, "the cells, what each arm changes, the cost: STUDY [--KEY VALUE …]")
-    step.add_argument("--check", action="store_true", help="check every value against its type, too (loads torch)")
-    step = add("run", _ablate_run, "run all cells, or go on with them, then report: STUDY [--KEY VALUE …]")
-    step.add_argument("--jobs", type=int, metavar="N", help="cells at a time; default: what the GPUs hold, else 1")
-    step.add_argument("--jobs-per-gpu", type=int, default=1, metavar="K", help="cells that share a GPU, default 1")
-    step.add_argument("--retries", type=int, default=1, metavar="N", help="how often a failed cell is tried again")
-    step.add_argument("--launcher", choices=["local", "slurm"], default="local", help="this machine, or Slurm jobs")
+    step = add("plan", _ablate_plan, "list the runs, what each arm changes, and the cost: STUDY [--KEY VALUE ...]")
+    step.add_argument("--check", action="store_true", help="also check every value against its type (imports torch)")
+    step = add("run", _ablate_run, "start or resume all runs, then report: STUDY [--KEY VALUE ...]")
+    step.add_argument("--jobs", type=int, metavar="N", help="concurrent runs (default: one per visible GPU; 1 on CPU)")
+    step.add_argument("--jobs-per-gpu", type=int, default=1, metavar="K", help="runs that share one GPU (default: 1)")
+    step.add_argument("--retries", type=int, default=1, metavar="N", help="retries per failed run (default: 1)")
+    step.add_argument("--launcher", choices=["local", "slurm"], default="local", help="where to run (default: local)")
     _add_slurm(step.add_argument_group("with --launcher slurm"))
-    add("report", _ablate_report, "statistics, tables and figures of what is there: STUDY [--KEY VALUE …]")
+    add("report", _ablate_report, "write statistics, tables and figures of the finished runs: STUDY [--KEY VALUE ...]")
 
 
 def _add_slurm(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--detach", action="store_true", help="submit the cells and return; do not wait")
-    group.add_argument("--slurm", metavar="FILE", help="a YAML file of the options below: partition, minutes, …")
-    group.add_argument("--partition", metavar="NAME", help="default: Slurm's own")
-    group.add_argument("--minutes", type=int, metavar="N", help="time limit of a job, default 240; it is requeued then")
-    group.add_argument("--gpus", type=int, metavar="N", help="GPUs a node; default: trainer.devices, on GPUs")
-    group.add_argument("--cpus", type=int, metavar="N", help="CPUs a process, default 1")
-    group.add_argument("--memory", type=int, metavar="GB", help="memory a node; default: Slurm's own")
-    group.add_argument("--sbatch", type=_pair, action="append", metavar="KEY=VALUE", help="any other option of sbatch")
+    group.add_argument("--detach", action="store_true", help="submit the jobs and return without waiting")
+    group.add_argument("--slurm", metavar="FILE", help="YAML file with the options below (partition, minutes, ...)")
+    group.add_argument("--partition", metavar="NAME", help="default: the cluster's default partition")
+    group.add_argument("--minutes", type=int, metavar="N", help="time limit per job, then requeued (default: 240)")
+    group.add_argument(
+        "--gpus", type=int, metavar="N", help="GPUs per node (default: trainer.devices if it trains on GPUs)"
+    )
+    group.add_argument("--cpus", type=int, metavar="N", help="CPUs per process (default: 1)")
+    group.add_argument("--memory", type=int, metavar="GB", help="memory per node (default: the cluster's default)")
+    group.add_argument("--sbatch", type=_pair, action="append", metavar="KEY=VALUE", help="any other sbatch option")
 
 
 def _pair(text: str) -> tuple[str, str | bool]:
@@ -173,7 +195,7 @@ def _list(args: argparse.Namespace, rest: list[str]) -> None:
 
 
 def _config_lines(folder: str) -> list[str]:
-    """A line a config file: its name and the first line of its header."""
+    """Return one line per config file: its name and the first line of its header."""
     files = sorted((CONFIGS / folder).glob("*.yaml"))
     width = max((len(file.stem) for file in files), default=0)
     headers = [file.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ") for file in files]
@@ -187,37 +209,8 @@ def _summary(args: argparse.Namespace, rest: list[str]) -> None:
     print(summarize(net, args.input))
 
 
-def _evaluate(args: argparse.Namespace, rest: list[str]) -> None:
-    from reslab.inference import evaluate
-
-    evaluate(args.folder, args.command, rest)
-
-
-def _predict(args: argparse.Namespace, rest: list[str]) -> None:
-    from reslab.inference import predict
-
-    predict(args.folder, Path(args.images), Path(args.out), args.all, rest)
-
-
-def _export(args: argparse.Namespace, rest: list[str]) -> None:
-    from reslab.export import export
-
-    export(args.folder, args.format, Path(args.out), args.with_normalization, rest)
-
-
-def _verify(args: argparse.Namespace, rest: list[str]) -> int:
-    from reslab.runs.verify import verify
-
-    return verify(args.folder, rest)
-
-
-def _reproduce(args: argparse.Namespace, rest: list[str]) -> int:
-    from reslab.runs.verify import reproduce
-
-    return reproduce(args.folder, args.out, rest)
-
-
-def _study(args: argparse.Namespace, rest: list[str]):  # type: ignore[no-untyped-def]
+def _study(args: argparse.Namespace, rest: list[str]) -> "tuple[Study, Path]":
+    """Return the study and its directory."""
     from reslab.ablation.study import read_study
 
     study = read_study(args.study, rest)
@@ -239,14 +232,14 @@ def _ablate_run(args: argparse.Namespace, rest: list[str]) -> int:
     from reslab.ablation.launch import LocalResources, run_local
 
     study, out = _study(args, rest)
-    asked = {key: getattr(args, key) for key in ("partition", "minutes", "gpus", "cpus", "memory", "sbatch")}
+    job_options = {key: getattr(args, key) for key in ("partition", "minutes", "gpus", "cpus", "memory", "sbatch")}
     if args.launcher == "slurm":
         from reslab.ablation.slurm import Cluster, run_slurm
 
-        cluster = Cluster.read(args.slurm, **{**asked, "sbatch": dict(args.sbatch or [])})
+        cluster = Cluster.read(args.slurm, **{**job_options, "sbatch": dict(args.sbatch or [])})
         status = run_slurm(study, out, cluster, args.jobs, args.retries, args.detach)
-    elif args.detach or args.slurm or any(asked.values()):
-        raise UserError("--detach and what a job asks for are for --launcher slurm")
+    elif args.detach or args.slurm or any(job_options.values()):
+        raise UserError("--detach, --slurm and job options require --launcher slurm")
     else:
         status = run_local(study, out, LocalResources(args.jobs, args.jobs_per_gpu), args.retries)
     if status != Exit.PREEMPTED and not args.detach:
@@ -260,12 +253,6 @@ def _ablate_report(args: argparse.Namespace, rest: list[str]) -> None:
     study, out = _study(args, rest)
     print(f"report  {write_report(study, out)}")
     log_summary(study, out)
-
-
-def _doctor(args: argparse.Namespace, rest: list[str]) -> int:
-    from reslab.doctor import examine
-
-    return examine(rest)
 
 
 def _preview(args: argparse.Namespace, rest: list[str]) -> None:

@@ -1,80 +1,77 @@
-"""`reslab doctor`: is this machine, and are these data, fit for a run?"""
+"""`reslab doctor`: check the machine, and optionally an experiment's data."""
 
+import contextlib
 import json
 import os
 import shutil
 import time
+import timeit
 from pathlib import Path
 
 import torch
 
 from reslab.config import Experiment
 from reslab.data import ImageData
-from reslab.errors import UserError
+from reslab.errors import Exit, UserError
 from reslab.runs.folder import RunFolder
 from reslab.runs.manifest import environment
 
 
 def examine(args: list[str]) -> int:
-    """Prints what is here, checks writing and (given an experiment's --config) its data; 1 if something is wrong."""
-    here = environment()
-    packages = "  ".join(f"{name} {version}" for name, version in here["packages"].items())
-    print(f"python    {here['python']} on {here['platform']}")
+    """Print the environment and check that runs can be written; with --config, check the experiment's data too.
+
+    Returns:
+        Exit status: 1 if a check fails.
+    """
+    machine = environment()
+    packages = "  ".join(f"{name} {version}" for name, version in machine["packages"].items())
+    print(f"python    {machine['python']} on {machine['platform']}")
     print(f"packages  {packages}")
-    print(f"cpu       {here['cpu']}, {here['cpus']} cores, {here['threads']} threads in torch")
-    print(f"gpu       {', '.join(here['gpus']) or 'none'}")
-    print(f"speed     {_tflops():.2f} TFLOP/s in a float32 matrix product")
-    print(f"flags     {json.dumps(here['determinism'])}")
+    print(f"cpu       {machine['cpu']}, {machine['cpus']} cores, {machine['threads']} torch threads")
+    print(f"gpu       {', '.join(machine['gpus']) or 'none'}")
+    print(f"speed     {_tflops():.2f} TFLOP/s (float32 matrix product)")
+    print(f"flags     {json.dumps(machine['determinism'])}")
     print(f"wandb     {_wandb()}")
-    checks = [_writing]
+    checks = [_check_writing]
     if args:
-        experiment = Experiment(args)
-        data, _, _ = experiment.build()
-        checks.append(lambda: _data(data))
-    wrong = 0
+        data, _, _ = Experiment(args).build()
+        checks.append(lambda: _check_data(data))
+    status = Exit.OK
     for check in checks:
         try:
             print(check())
         except UserError as error:
-            wrong += 1
-            print(f"WRONG     {error}")
-    return 1 if wrong else 0
+            status = Exit.FAILED
+            print(f"FAILED    {error}")
+    return status
 
 
 def _tflops(size: int = 2048) -> float:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    a = torch.randn(size, size, device=device)
-    times = []
-    for _ in range(3):
-        start = time.perf_counter()
-        float((a @ a)[0, 0])  # reading a number waits for the device
-        times.append(time.perf_counter() - start)
-    return 2 * size**3 / min(times) / 1e12
+    a = torch.randn(size, size, device="cuda" if torch.cuda.is_available() else "cpu")
+    seconds = min(timeit.repeat(lambda: float((a @ a)[0, 0]), number=1, repeat=3))  # reading a value waits for the GPU
+    return 2 * size**3 / seconds / 1e12
 
 
 def _wandb() -> str:
     netrc = Path.home() / ".netrc"
-    known = bool(os.environ.get("WANDB_API_KEY")) or (netrc.exists() and "wandb" in netrc.read_text())
-    return (
-        "a login is there: runs with configs/logger/wandb.yaml go online"
-        if known
-        else "no login: such runs are kept offline"
-    )
+    if os.environ.get("WANDB_API_KEY") or (netrc.exists() and "wandb" in netrc.read_text()):
+        return "login found: runs with configs/logger/wandb.yaml are synced online"
+    return "no login: runs with configs/logger/wandb.yaml stay offline"
 
 
-def _writing() -> str:
+def _check_writing() -> str:
     folder = RunFolder(Path("runs", f".doctor-{os.getpid()}"))
-    existed = Path("runs").exists()
     try:
         folder.probe()
     finally:
         shutil.rmtree(folder.path, ignore_errors=True)
-        if not existed:
-            shutil.rmtree("runs", ignore_errors=True)
-    return f"folder    {Path('runs').absolute()} can be written, {shutil.disk_usage('.').free / 2**30:.0f} GiB free"
+        with contextlib.suppress(OSError):  # not empty: there are runs
+            folder.path.parent.rmdir()
+    free = shutil.disk_usage(".").free / 2**30
+    return f"runs      {Path('runs').absolute()} is writable, {free:.0f} GiB free"
 
 
-def _data(data: ImageData) -> str:
+def _check_data(data: ImageData) -> str:
     start = time.perf_counter()
     data.prepare_data()
     data.setup()

@@ -1,4 +1,4 @@
-"""Files that are either whole or not there: write beside, fsync, rename; and their SHA-256."""
+"""Atomic file writes (temporary file, fsync, rename) and SHA-256 of files."""
 
 import contextlib
 import hashlib
@@ -9,10 +9,10 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yields a temporary path in the same folder; what was written there takes the place of `path` at the end.
+    """Yield a temporary path in the same directory, and rename it to `path` on success.
 
-    The bytes are on the disk before the name changes, and the name before this returns: a crash at any moment
-    leaves the old file or the new one. On an error the old file stays and nothing is left beside it.
+    File and directory are fsynced in that order, so after a crash at any moment `path` is the old file or the
+    complete new one. On an error the old file stays and the temporary file is removed.
     """
     part = path.with_name(f".{path.name}.part")
     try:
@@ -22,25 +22,20 @@ def replacing(path: Path) -> Iterator[Path]:
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
-    fsync_folder(path.parent)
-
-
-def fsync_folder(folder: Path) -> None:
-    """Puts the folder's entries (a rename, a new file) on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
+    directory = os.open(path.parent, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        os.fsync(directory)
     finally:
-        os.close(descriptor)
+        os.close(directory)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes `text` as UTF-8, atomically."""
+    """Write `text` as UTF-8, atomically."""
     with replacing(path) as part:
         part.write_text(text, encoding="utf-8")
 
 
 def sha256_file(path: Path) -> str:
-    """The file's SHA-256 in hexadecimal."""
+    """Return the file's SHA-256 in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

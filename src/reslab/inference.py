@@ -1,4 +1,4 @@
-"""Using a finished run: evaluate its weights again, classify a folder of images."""
+"""Use a finished run: evaluate its weights, classify image files."""
 
 import csv
 import json
@@ -6,12 +6,12 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
+import yaml
 from lightning.pytorch import Trainer
 from safetensors.torch import load_file
-from torch import Tensor
 
 from reslab.config import Experiment
 from reslab.data import ImageData
@@ -23,32 +23,39 @@ from reslab.training import Classifier
 
 
 def load_run(run: str, overrides: list[str], data_needed: bool = True) -> tuple[ImageData, Classifier, dict[str, Any]]:
-    """A finished run's data, its model with the weights that were tested, and a trainer's settings that write nothing.
+    """Return a finished run's data, its model with the tested weights, and settings for a Trainer that writes nothing.
 
     Args:
-        run: The run folder.
-        overrides: Of the run's config.
-        data_needed: Ask the data for the names of the classes; else take those that the run noted, so that the data
-            need not be there.
+        run: Run directory.
+        overrides: Overrides of the run's config.
+        data_needed: Read the class names from the data; if False, from the manifest, so the data may be missing.
 
     Raises:
-        UserError: it is no run folder, or the run has not come to its weights yet.
+        UserError: `run` is not a run directory, or has no weights yet.
     """
     folder = RunFolder.existing(run)
     manifest = manifests.read(folder.manifest)
     if not folder.weights.exists():
         raise UserError(f"{run} has no {folder.weights.name} yet: its status is {manifest['status']}")
-    # The file holds the weights that were evaluated: of the average, where there was one.
-    once = ["--model.ema_decay", "null", "--model.weights", "null", "--model.compile", "false"]
+    # The file holds the evaluated weights (the average, if there was one): no other weights are loaded or fetched.
+    fixed = ["--model.ema_decay", "null", "--model.weights", "null", "--model.compile", "false"]
+    fixed += _without_pretrained(folder.config)
     if not data_needed:
-        once += ["--data.classes", json.dumps(manifest["data"]["class_names"])]
-    data, model, settings = Experiment(["--config", str(folder.config), *once, *overrides]).build()
+        fixed += ["--data.classes", json.dumps(manifest["data"]["class_names"])]
+    data, model, settings = Experiment(["--config", str(folder.config), *fixed, *overrides]).build()
     model.net.load_state_dict(load_file(folder.weights))
     return data, model, {**settings, "logger": False, "callbacks": []}
 
 
+def _without_pretrained(config: Path) -> list[str]:
+    """Return the overrides that keep a library's network from fetching its pretrained weights again."""
+    init_args = yaml.safe_load(config.read_text(encoding="utf-8"))["model"]["net"].get("init_args", {})
+    empty = {"pretrained": "false", "weights": "null"}
+    return [f"--model.net.init_args.{name}={value}" for name, value in empty.items() if name in init_args]
+
+
 def evaluate(run: str, split: str, overrides: list[str]) -> None:
-    """Prints the metrics of a run's weights on its validation or test set."""
+    """Print the metrics of a run's weights on its validation set (`validate`) or test set (`test`)."""
     data, model, settings = load_run(run, overrides)
     trainer = Trainer(**settings)
     (trainer.test if split == "test" else trainer.validate)(model, datamodule=data, verbose=False, weights_only=True)
@@ -57,59 +64,48 @@ def evaluate(run: str, split: str, overrides: list[str]) -> None:
             print(f"{name} {value:.6f}")
 
 
-class Answer(NamedTuple):
-    """What a network says about an image file: its classes' probabilities (num_classes,), or why there are none."""
+def predict(run: str, images: str, out: Path, all_classes: bool, overrides: list[str]) -> None:
+    """Write a CSV with one row per image (file, prediction, probability, error); an unreadable file has only an error.
 
-    path: str
-    probabilities: Tensor | None
-    error: str = ""
-
-
-def predict(run: str, images: Path, out: Path, all_classes: bool, overrides: list[str]) -> None:
-    """Writes a CSV row an image: file, prediction, probability, error; unreadable files have only the last.
-
-    Rows are written as they come, so that a folder may be of any size.
+    Rows are streamed, so the directory may hold any number of images.
 
     Args:
-        run: The run folder.
-        images: Image files lie in it and in the folders below it.
-        out: The CSV file; it appears when it is whole.
-        all_classes: Adds the probability of every class.
-        overrides: Of the run's config, such as --data.num_workers 4.
+        run: Run directory.
+        images: Directory with image files, searched recursively.
+        out: CSV file; it appears when it is complete.
+        all_classes: Add one probability column per class.
+        overrides: Overrides of the run's config, such as --data.num_workers 4.
     """
     data, model, settings = load_run(run, overrides, data_needed=False)
     device = torch.device("cuda" if torch.cuda.is_available() and settings["accelerator"] != "cpu" else "cpu")
     names = data.class_names if all_classes else []
     count = failed = 0
-    began = time.monotonic()
+    start = time.monotonic()
     out.parent.mkdir(parents=True, exist_ok=True)
-    # Names of files are bytes, not always UTF-8: they are written as they are.
+    # File names are bytes and not always UTF-8: surrogateescape writes them unchanged.
     with replacing(out) as part, part.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.writer(file)
         writer.writerow(["file", "prediction", "probability", "error", *names])
-        for answer in _answers(data, model.to(device).eval(), images, device):
-            writer.writerow(_row(answer, data.class_names, all_classes))
+        for row in _rows(data, model.to(device).eval(), images, device, all_classes):
+            writer.writerow(row)
             count += 1
-            failed += answer.probabilities is None
-    rate = count / (time.monotonic() - began)
-    print(f"{count} images ({rate:.0f}/s)\npredictions: {out}")
+            failed += bool(row[3])
+    print(f"{count} images ({count / (time.monotonic() - start):.0f}/s)\npredictions: {out}")
     if failed:
-        print(f"{failed} files could not be read: their rows say why", file=sys.stderr)
+        print(f"{failed} unreadable files: see the column `error`", file=sys.stderr)
 
 
 @torch.inference_mode()
-def _answers(data: ImageData, model: Classifier, images: Path, device: torch.device) -> Iterator[Answer]:
+def _rows(
+    data: ImageData, model: Classifier, images: str, device: torch.device, all_classes: bool
+) -> Iterator[list[str]]:
+    """Yield one CSV row per image file, sorted by path."""
     for batch, paths, unreadable in data.folder_dataloader(images, skip_unreadable=True):
-        answers = [Answer(path, None, reason) for path, reason in unreadable]
+        rows = [[path, "", "", error] for path, error in unreadable]
         if paths:
             batch = data.on_after_batch_transfer(batch._replace(images=batch.images.to(device)))
-            answers += map(Answer, paths, model.predict_step(batch, 0).cpu())
-        yield from sorted(answers, key=lambda answer: answer.path)
-
-
-def _row(answer: Answer, classes: list[str], all_classes: bool) -> list[str]:
-    if answer.probabilities is None:
-        return [answer.path, "", "", answer.error]
-    values = answer.probabilities.tolist()
-    best = max(range(len(values)), key=values.__getitem__)
-    return [answer.path, classes[best], f"{values[best]:.6f}", "", *(f"{p:.6f}" for p in values if all_classes)]
+            for path, probabilities in zip(paths, model.predict_step(batch, 0).cpu(), strict=True):
+                columns = [f"{p:.6f}" for p in probabilities.tolist()]
+                best = int(probabilities.argmax())
+                rows.append([path, data.class_names[best], columns[best], "", *(columns if all_classes else [])])
+        yield from sorted(rows)
