@@ -111,9 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_ablate(add("ablate", None, "plan, run and report an ablation study: arms × seeds in, a verdict out"))
     command = add("list", _list, "list models, data sets, experiments or ablation studies")
     command.add_argument("what", nargs="?", choices=[*LISTS, "models"], help="default: all of them")
-    command.add_argument(
-        "pattern", nargs="?", help="with models: timm, torchvision, or a pattern such as 'timm/convnext*'"
-    )
+    command.add_argument("pattern", nargs="?", help="with models: timm, torchvision, or 'timm/convnext*'")
     command = add("summary", _summary, "print a model's layers: shapes, parameters, FLOPs")
     command.add_argument("model", help="a name from `reslab list models`, timm/NAME or torchvision/NAME")
     command.add_argument("--input", default="3,224,224", type=_shape, metavar="C,H,W", help="default 3,224,224")
@@ -205,7 +203,8 @@ def _config_lines(folder: str) -> list[str]:
 def _summary(args: argparse.Namespace, rest: list[str]) -> None:
     from reslab.models import create_model, summarize
 
-    net = create_model(args.model, num_classes=args.classes, in_channels=args.input[0])
+    size = {"image_size": args.input[1:]} if "/" in args.model and len(args.input) == 3 else {}
+    net = create_model(args.model, num_classes=args.classes, in_channels=args.input[0], **size)
     print(summarize(net, args.input))
 
 

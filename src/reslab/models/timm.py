@@ -29,8 +29,8 @@ class TimmNetwork(LibraryNetwork):
         pretrained: Start from timm's weights. They are downloaded once, to the cache of the Hugging Face hub.
         num_classes: Outputs of the head; 0 for features. With another number than the weights have, the head is new.
         in_channels: Channels of the images. With another number, timm adapts the first convolution of the weights.
-        image_size: Height and width of the images, for architectures that depend on it, such as ViT; others ignore it.
-            By default the size that timm states for the model.
+        image_size: Height and width of the images, for architectures that depend on them, such as ViT; others ignore
+            them. By default the size that timm states for the model.
         allow_remote: Allow names with a scheme (hf-hub:, local-dir:) and arguments that name a file or address.
         kwargs: Further arguments of the architecture: drop_path_rate=0.1. In a config they are in `dict_kwargs`.
 
@@ -127,5 +127,7 @@ def _explain(name: str, pretrained: bool, error: Exception) -> str:
 
 
 def _heads(model: Any) -> list[nn.Module]:
+    if not hasattr(model, "get_classifier"):
+        raise ModelError(f"{type(model).__name__} of timm is not a classifier: remove features_only")
     head = model.get_classifier()
     return list(head) if isinstance(head, tuple | list | nn.ModuleList) else [head]

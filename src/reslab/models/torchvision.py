@@ -14,7 +14,6 @@ from reslab.models.zoo import load_weights, nearest
 # Auxiliary heads return a tuple in training. The published weights want the input transform: always use it, so that
 # a network does not depend on where its weights came from.
 INCEPTION_KWARGS = {"aux_logits": False, "init_weights": True, "transform_input": True}
-IMAGE_SIZE_KEYS = {"vit_": "image_size", "maxvit_": "input_size"}  # start of a name: its builder's argument
 
 
 class TorchvisionNetwork(LibraryNetwork):
@@ -27,8 +26,8 @@ class TorchvisionNetwork(LibraryNetwork):
             of channels does.
         num_classes: Outputs of the head; 0 for features.
         in_channels: Channels of the images.
-        image_size: Height and width of the images, for architectures that depend on it (ViT, MaxViT); others ignore it.
-            224 by default.
+        image_size: Height and width of the images, for architectures that depend on them (ViT, MaxViT); others ignore
+            them. 224 by default.
         kwargs: Further arguments of the architecture: dropout=0.1. In a config they are in `dict_kwargs`.
 
     Raises:
@@ -42,16 +41,15 @@ class TorchvisionNetwork(LibraryNetwork):
         *,
         num_classes: int = 1000,
         in_channels: int = 3,
-        image_size: int | None = None,
+        image_size: int | tuple[int, int] | None = None,
         **kwargs: Any,
     ) -> None:
         if name not in list_torchvision_models():
             raise ModelError(f"torchvision has no image classifier {name!r}{nearest(name, list_torchvision_models())}")
         if name in ("googlenet", "inception_v3"):
             kwargs = {**INCEPTION_KWARGS, "transform_input": in_channels == 3, **kwargs}
-        for start, key in IMAGE_SIZE_KEYS.items():
-            if name.startswith(start) and image_size is not None:
-                kwargs[key] = (image_size, image_size) if key == "input_size" else image_size
+        if image_size is not None and name.startswith(("vit_", "maxvit_")):
+            kwargs |= _image_size(name, image_size)
         try:
             model = torchvision.models.get_model(name, num_classes=num_classes or 1000, **kwargs)
         except (TypeError, ValueError, AssertionError, RuntimeError) as error:
@@ -75,6 +73,15 @@ class TorchvisionNetwork(LibraryNetwork):
 def list_torchvision_models() -> list[str]:
     """Return the names of torchvision's image classifiers."""
     return torchvision.models.list_models(module=torchvision.models)
+
+
+def _image_size(name: str, size: int | tuple[int, int]) -> dict[str, Any]:
+    height, width = (size, size) if isinstance(size, int) else size
+    if name.startswith("maxvit_"):
+        return {"input_size": (height, width)}
+    if height != width:
+        raise ModelError(f"torchvision/{name} requires square images, got image_size={size}")
+    return {"image_size": height}
 
 
 def _head_name(model: nn.Module) -> str:

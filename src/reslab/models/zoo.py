@@ -160,8 +160,10 @@ def load_weights(net: "nn.Module", weights: str | Path) -> list[str]:
         weights = Path(weights) / WEIGHTS_FILE
     is_file = Path(weights).is_file() or Path(weights).suffix in (".pth", ".pt", ".ckpt", ".safetensors")
     state = _tensors(_read_file(Path(weights)) if is_file else _download(net, str(weights)), weights)
-    state = _rename(net, state)
+    state, resized = _rename(net, state)
     messages = [f"weights: {weights}"]
+    if resized:
+        messages.append(f"resized to this image size: {', '.join(resized)}")
     if isinstance(net, Network):
         messages += _keep_new_layers(net, state, str(weights))
     _load(net, state, weights)
@@ -252,17 +254,18 @@ def _tensors(content: Any, source: str | Path) -> "dict[str, Tensor]":
     return dict(content)
 
 
-def _rename(net: "nn.Module", state: "dict[str, Tensor]") -> "dict[str, Tensor]":
-    """Return the state by the network's own keys: without the prefixes of wrappers, in today's names of the library."""
+def _rename(net: "nn.Module", state: "dict[str, Tensor]") -> "tuple[dict[str, Tensor], list[str]]":
+    """Return the state by the network's own keys, and the keys whose tensors the library resized to the image size."""
     from reslab.models.library import LibraryNetwork
 
     prefix = "model." if isinstance(net, LibraryNetwork) else ""
-    own = {key.removeprefix(prefix): value for key, value in net.state_dict().items()}
-    best = max(_unwrapped(state), key=lambda candidate: len(candidate.keys() & own.keys()))  # the first of equals
-    fits = best.keys() == own.keys() and all(best[key].shape == own[key].shape for key in own)
-    if isinstance(net, LibraryNetwork) and not fits:
-        best = net.convert_state(best)
-    return {prefix + key: value for key, value in best.items()}
+    own = {key.removeprefix(prefix): value.shape for key, value in net.state_dict().items()}
+    state = max(_unwrapped(state), key=lambda candidate: len(candidate.keys() & own.keys()))  # the first of equals
+    shapes = {key: value.shape for key, value in state.items()}
+    if isinstance(net, LibraryNetwork) and shapes != own:
+        state = net.convert_state(state)
+    resized = [prefix + key for key, value in state.items() if shapes.get(key, value.shape) != value.shape]
+    return {prefix + key: value for key, value in state.items()}, resized
 
 
 def _unwrapped(state: "dict[str, Tensor]") -> "Iterator[dict[str, Tensor]]":
