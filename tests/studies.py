@@ -29,7 +29,9 @@ EPOCHS, IMAGES = 5, 500
 def make_study(folder: Path, arms: Iterable[str] = ("identity", "plain"), seeds: int = 5, **keys: Any) -> Study:
     """Writes and reads a study file; its first arm is the baseline, the others smooth labels ever more."""
     baseline, *_ = arms
-    changes = {name: {"model.label_smoothing": 0.2 + i / 100} if i else {} for i, name in enumerate(arms)}
+    changes = {
+        name: {"model.objective.init_args.label_smoothing": 0.2 + i / 100} if i else {} for i, name in enumerate(arms)
+    }
     text = {"name": "demo", "question": "Does it matter?", "base": [str(REPO / "configs/experiment/digits.yaml")]}
     text |= {"baseline": baseline, "seeds": list(range(seeds)), "margin": 0.002}
     text |= {} if "factors" in keys else {"arms": changes}

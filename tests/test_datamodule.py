@@ -20,6 +20,7 @@ from reslab.data.datasets import Arrays
 from reslab.data.order import permutation
 from reslab.data.samplers import BatchKey, EvalOrder, TrainOrder
 from reslab.errors import UserError
+from reslab.training import CrossEntropy
 
 AUGMENT = Augment(crop_padding=1, flip="random", cutout=2, mixup=1.0, cutmix=1.0, erasing=0.5)
 UNMIXED = Augment(crop_padding=1, flip="random", cutout=2, erasing=0.5)
@@ -215,7 +216,7 @@ class Losses(Callback):
         soft = batch.mix * hard + (1 - batch.mix) * swap_pairs(hard) if batch.mix.numel() else hard
         with torch.no_grad():
             logits = model.net(batch.images)
-        loss = F.cross_entropy(logits, soft, label_smoothing=model.label_smoothing)
+        loss = F.cross_entropy(logits, soft, label_smoothing=model.objective.label_smoothing)
         self.theirs += [float(loss), float((logits.argmax(1) == soft.argmax(1)).float().mean())]
 
     def on_train_batch_end(self, trainer: Trainer, model: Any, *args: Any) -> None:
@@ -238,7 +239,7 @@ def test_loss_is_the_cross_entropy_with_mixed_labels(augment, smoothing):
         enable_model_summary=False,
         callbacks=[losses],
     )
-    trainer.fit(Classifier(net, label_smoothing=smoothing), digits(augment=augment))
+    trainer.fit(Classifier(net, objective=CrossEntropy(smoothing)), digits(augment=augment))
     assert losses.ours == pytest.approx(losses.theirs, rel=1e-5)
     assert len(losses.ours) == 12
 

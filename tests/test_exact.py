@@ -75,7 +75,12 @@ def test_killed_and_resumed_at_random_points(undisturbed: Undisturbed, tmp_path:
 RECIPE = [
     "--data.augment.transforms=[{class_path: torchvision.transforms.v2.RandAugment}]",
     *("--data.augment.erasing=0.25", "--data.augment.repeats=2"),
-    *("--data.augment.mixup=0.2", "--data.augment.cutmix=1", "--model.loss=binary", "--model.target_threshold=0.2"),
+    *(
+        "--data.augment.mixup=0.2",
+        "--data.augment.cutmix=1",
+        "--model.objective=BinaryCrossEntropy",
+        "--model.objective.init_args.target_threshold=0.2",
+    ),
     *("--model.ema_decay=0.9", "--model.flip_tta=true", "--model.net.init_args.blur=true"),
 ]
 
@@ -117,7 +122,8 @@ def test_killed_and_resumed_in_every_configuration(
 
 def test_killed_and_resumed_fine_tuning(undisturbed: Undisturbed, tmp_path: Path) -> None:
     start = undisturbed()
-    options = [f"--model.weights={start}", "--model.freeze=[stem,stage1]", "--model.backbone_lr_scale=0.1"]
+    groups = ["--model.param_groups.freeze=[stem,stage1]", "--model.param_groups.backbone_lr_scale=0.1"]
+    options = [f"--model.weights={start}", *groups]
     whole = undisturbed(*options)
     killed_and_resumed(tmp_path, *options, faults=[Fault(TRAINING, call=17), Fault(VALIDATION, call=2)])
     assert traces(tmp_path) == traces(whole)
