@@ -15,8 +15,8 @@ from PIL import Image
 from reslab import Classifier, create_model
 from reslab.data import CIFAR10, Augment, DataError, Digits, ImageData, ImageFolder, ImageSource
 from reslab.data.augment import swap_pairs
-from reslab.data.datasets import Arrays
 from reslab.data.batches import Batch
+from reslab.data.datasets import Arrays
 from reslab.data.order import permutation
 from reslab.data.samplers import BatchKey, EvalOrder, TrainOrder
 from reslab.errors import UserError
