@@ -1,10 +1,10 @@
-"""What a table of 1.28 million image files costs: python benchmarks/file_index.py [--files N] [--folder DIR]
+"""Measure the cost of a table of 1.28 million image files: python benchmarks/file_index.py [--files N] [--folder DIR]
 
-Makes a folder of 1,000 classes with that many names (by default in a temporary folder; give one in memory to spare the
-disk), those of a class being links to one file. It is listed through ImageData as a run does, and again in a fresh
-process, which finds the table kept. The time is from ImageData's construction to its fingerprint: training and
-validation split, and the check that the folder has not changed. A worker's growth is what a loader process, started
-after that, adds to its private memory (Linux) while it looks up 200 batches of 256 files in random order.
+Creates that many file names in 1,000 class directories, in a temporary directory (choose one in memory to spare the
+disk); the names of a class are hard links to one file. They are listed through ImageData as in a run, and again in a
+new process, which uses the cached table. The time covers ImageData's construction, the validation split, the check that
+the directory has not changed, and the fingerprint. The memory is what a worker, started after that, adds to its private
+memory (Linux) while it looks up 200 batches of 256 files in random order.
 """
 
 import argparse
@@ -35,7 +35,7 @@ def make(top: Path, files: int) -> None:
             first.write_bytes(b"\xff")
             for i in range(1, count):
                 os.link(first, f"{folder}/n{label:08}_{i}.JPEG")
-    time.sleep(1.1)  # a folder that changed within the last second is not trusted to stay
+    time.sleep(1.1)  # a directory modified within the last second is not cached
 
 
 def unique_bytes() -> int:
@@ -54,12 +54,12 @@ def look_up(files: Files, queue: Any) -> None:
 
 
 def start(top: str) -> None:
-    """As a run starts: prints seconds (clock, CPU), and a worker's growth in bytes, forked and spawned."""
-    began, worked = time.perf_counter(), time.process_time()
+    """Start like a run; print the seconds (wall clock, CPU) and how many bytes a forked and a spawned worker add."""
+    start_time, start_cpu = time.perf_counter(), time.process_time()
     data = ImageData(ImageFolder(top), top, 256, num_workers=0, val_split=10_000)
     data.setup("fit")
     data.fingerprint()
-    took = time.perf_counter() - began, time.process_time() - worked
+    seconds = time.perf_counter() - start_time, time.process_time() - start_cpu
     growth = {}
     for method in ("fork", "spawn"):
         context = multiprocessing.get_context(method)
@@ -68,10 +68,10 @@ def start(top: str) -> None:
         worker.start()
         growth[method] = queue.get()
         worker.join()
-    print(json.dumps([len(data.train_data), took, growth]))
+    print(json.dumps([len(data.train_data), seconds, growth]))
 
 
-def started(top: str) -> tuple[int, tuple[float, float], dict[str, int]]:
+def run_start(top: str) -> tuple[int, tuple[float, float], dict[str, int]]:
     command = [sys.executable, __file__, "--start", top]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
@@ -79,18 +79,18 @@ def started(top: str) -> tuple[int, tuple[float, float], dict[str, int]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--files", type=int, default=1_281_000)
-    parser.add_argument("--folder", help="for the generated files; removed at the end")
+    parser.add_argument("--folder", help="where to create the files; they are removed at the end")
     parser.add_argument("--start", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.start:
         return start(arguments.start)
     with tempfile.TemporaryDirectory(dir=arguments.folder) as top:
         make(Path(top), arguments.files)
-        (count, listed, _), (_, kept, growth) = started(top), started(top)
+        (count, listed, _), (_, cached, growth) = run_start(top), run_start(top)
     print(
-        f"table of {count:,} files: listed in {listed[0]:.1f} s, from the table kept {kept[0]:.2f} s "
-        f"({kept[1]:.2f} s of CPU time); "
-        f"a loader process grows by {growth['fork'] / 1e6:.0f} MB (forked), {growth['spawn'] / 1e6:.0f} MB (spawned)"
+        f"table of {count:,} files: listed in {listed[0]:.1f} s, loaded from the cache in {cached[0]:.2f} s "
+        f"({cached[1]:.2f} s of CPU time); "
+        f"a worker adds {growth['fork'] / 1e6:.0f} MB (forked), {growth['spawn'] / 1e6:.0f} MB (spawned)"
     )
 
 

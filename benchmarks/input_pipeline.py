@@ -1,17 +1,17 @@
-"""Input pipelines on one thread, reslab's against torchvision's: python benchmarks/input_pipeline.py [--jpeg]
+"""Compare the input pipelines of reslab and torchvision on one thread: python benchmarks/input_pipeline.py [--jpeg]
 
-All give augmented, normalised float32 batches in random order.
+All yield augmented, normalised float32 batches in random order.
 
-CIFAR-10: batches of 128 (pad-4 crop and flip). torchvision's is CIFAR10 + RandomCrop, RandomHorizontalFlip, ToTensor,
-Normalize on PIL images in a DataLoader, with 0 and with 2 workers, of which the better counts.
+CIFAR-10: batches of 128 with pad-4 crop and flip. torchvision: CIFAR10 with RandomCrop, RandomHorizontalFlip, ToTensor
+and Normalize on PIL images in a DataLoader; the faster of 0 and 2 workers counts.
 
---jpeg: the pictures in ROOT/imagenet-samples/<class>/, batches of 50 at 224 pixels, one loader process each.
-torchvision's is its reference preset on PIL images: ImageFolder + RandomResizedCrop, RandomHorizontalFlip, ToTensor,
-Normalize, DataLoader. reslab's flips and normalises in the main process, on its device; that is counted too. The
-scaled mode is data.resize.scaled_decode at --share.
+--jpeg: the images in ROOT/imagenet-samples/<class>/, batches of 50 at 224 pixels, one worker each. torchvision: its
+reference preset on PIL images, ImageFolder with RandomResizedCrop, RandomHorizontalFlip, ToTensor and Normalize in a
+DataLoader. reslab flips and normalises in the main process, on the device; that time is included. The scaled mode sets
+data.resize.scaled_decode to --share.
 
-Each repeat times all in turn and takes the ratio of neighbours in time, so that other work on the machine meets all
-alike.
+Each repeat runs all pipelines in turn and compares runs next to each other in time, so that other load on the machine
+affects all alike.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from reslab.data.datasets import IMAGENET_MEAN, IMAGENET_STD
 from reslab.data.decode import simplejpeg
 
 BATCH, JPEG_BATCH = 128, 50
-PASSES = 4  # over the pictures in each measurement
+PASSES = 4  # over the images in each measurement
 
 
 def torchvision_loader(root: str, workers: int) -> DataLoader[Any]:
@@ -59,7 +59,7 @@ def images_per_second(batches: Iterable[Any], size: int = BATCH) -> float:
 
 
 def started(loader: DataLoader[Any], count: int) -> Iterator[Any]:
-    """The first batches of a loader whose workers are up and have filled their queues."""
+    """Return the next `count` batches of a loader after its first batch, so that its workers have started."""
     iterator = iter(loader)
     next(iterator)
     return islice(iterator, count)
@@ -71,12 +71,12 @@ def cifar(root: str, repeats: int) -> None:
     data.setup()
     ours, theirs, ratios = [], [], []
     for _ in range(repeats):
-        ours.append(images_per_second(reslab_batches(data)))  # a whole epoch, its start included
+        ours.append(images_per_second(reslab_batches(data)))  # a whole epoch, including its start
         theirs.append(max(images_per_second(started(loader, 80)) for loader in loaders))
         ratios.append(ours[-1] / theirs[-1])
     print(
         f"input pipeline, CIFAR-10, one thread: reslab {median(ours):,.0f} images/s, torchvision "
-        f"{median(theirs):,.0f} images/s (better of 0 and 2 workers): {median(ratios):.1f} times "
+        f"{median(theirs):,.0f} images/s (faster of 0 and 2 workers): {median(ratios):.1f} times "
         f"(median of {repeats} interleaved repeats, {min(ratios):.1f} to {max(ratios):.1f}; "
         f"batch {BATCH}, torch {torch.__version__})"
     )
@@ -91,37 +91,37 @@ def reference_preset(root: str) -> Callable[[], Iterator[Any]]:
             transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD),
         ]
     )
-    pictures = datasets.ImageFolder(f"{root}/imagenet-samples", transform)
-    count = PASSES * len(pictures)
-    sampler = RandomSampler(pictures, replacement=True, num_samples=count + JPEG_BATCH)
-    loader = DataLoader(pictures, JPEG_BATCH, sampler=sampler, num_workers=1, persistent_workers=True)
+    images = datasets.ImageFolder(f"{root}/imagenet-samples", transform)
+    count = PASSES * len(images)
+    sampler = RandomSampler(images, replacement=True, num_samples=count + JPEG_BATCH)
+    loader = DataLoader(images, JPEG_BATCH, sampler=sampler, num_workers=1, persistent_workers=True)
     return lambda: started(loader, count // JPEG_BATCH)
 
 
-def jpeg_path(root: str, scaled_decode: float | None) -> Callable[[], Iterator[Any]]:
+def jpeg_pipeline(root: str, scaled_decode: float | None) -> Callable[[], Iterator[Any]]:
     source = ImageFolder(root, train="imagenet-samples", test="imagenet-samples", apply_exif_orientation=False)
     resize, augment = ResizeConfig(scaled_decode=scaled_decode), Augment(flip="random")
     data = ImageData(source, root, JPEG_BATCH, val_split=0, num_workers=1, augment=augment, resize=resize)
-    pictures = np.arange(len(data.train_data))
-    data.split = np.concatenate([np.tile(pictures, PASSES), pictures[:JPEG_BATCH]]), pictures[:0]
+    indices = np.arange(len(data.train_data))
+    data.split = np.concatenate([np.tile(indices, PASSES), indices[:JPEG_BATCH]]), indices[:0]
     loader = data.train_dataloader()
-    return lambda: map(data.on_after_batch_transfer, started(loader, PASSES * len(pictures) // JPEG_BATCH))
+    return lambda: map(data.on_after_batch_transfer, started(loader, PASSES * len(indices) // JPEG_BATCH))
 
 
 def jpeg(root: str, repeats: int, share: float) -> None:
-    exact, scaled, theirs = jpeg_path(root, None), jpeg_path(root, share), reference_preset(root)
+    exact, scaled, theirs = jpeg_pipeline(root, None), jpeg_pipeline(root, share), reference_preset(root)
     rates = np.array(
         [[images_per_second(run(), JPEG_BATCH) for run in (theirs, exact, scaled)] for _ in range(repeats)]
     )
     reference, *ours = np.median(rates, axis=0)
-    said = []
+    results = []
     for name, speed, column in zip(("exact", f"scaled (share {share})"), ours, (1, 2), strict=True):
         ratios = rates[:, column] / rates[:, 0]
-        said.append(
+        results.append(
             f"{name} {speed:,.0f} images/s, {median(ratios):.2f} times ({min(ratios):.2f} to {max(ratios):.2f})"
         )
     print(
-        f"JPEG input, one worker: torchvision {reference:,.0f} images/s, reslab {'; '.join(said)} "
+        f"JPEG input, one worker: torchvision {reference:,.0f} images/s, reslab {'; '.join(results)} "
         f"(medians of {repeats} interleaved repeats; 224 pixels, torch {torch.__version__}, "
         f"{'simplejpeg ' + simplejpeg.__version__ if simplejpeg else 'no simplejpeg'})"
     )

@@ -162,6 +162,18 @@ def test_several_processes_can_write_a_cache_at_once(top):
     assert sorted(file.name for file in top.parent.iterdir()) == [path.name, "train"]
 
 
+def test_image_names_are_sorted_depth_first_without_hidden_files(tmp_path):
+    names = ["a-.png", "a/0.JPG", "a/b/1.png", "a/b-.png", "a0.png", ".thumbnails/2.png", "Z.webp"]
+    for name in [*names, "a/notes.txt", "a/._0.jpg", ".3.png", "png"]:
+        write(tmp_path / name)
+    times: files.ModificationTimes = {}
+    assert list(files.image_names(tmp_path, times=times)) == sorted(names)
+    assert times == {name: (tmp_path / name).stat().st_mtime_ns for name in ("", ".thumbnails/", "a/", "a/b/")}
+    assert list(files.image_names(tmp_path, "a/b/")) == ["a/b/1.png"]
+    with pytest.raises(DataError, match=r"nowhere cannot be listed \(No such file"):
+        next(files.image_names(tmp_path / "nowhere"))
+
+
 def test_dangling_symlink_is_named(top):
     (top / "cat" / "lost.jpg").symlink_to(top / "nowhere.jpg")
     with pytest.raises(DataError, match=r"cat/lost\.jpg cannot be read \(No such file"):

@@ -131,10 +131,7 @@ class Augment:
                     image = transform(image)
                 output = np.asarray(image)
                 if output.shape[:2] != pixels.shape[:2] or output.size != pixels.size:
-                    raise UserError(
-                        f"data.augment.transforms must keep the size of an image, but turned {pixels.shape} into "
-                        f"{output.shape}"
-                    )
+                    raise UserError(f"data.augment.transforms must keep the size: {pixels.shape} became {output.shape}")
                 pixels[:] = output.reshape(pixels.shape)
 
     def apply(self, images: Tensor, params: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
@@ -258,11 +255,7 @@ def erased_boxes(u: npt.NDArray[np.float32], size: int, probability: float) -> n
 
 
 def resized_crop_box(
-    u: npt.NDArray[np.float32],
-    height: int,
-    width: int,
-    scale: tuple[float, float],
-    ratio: tuple[float, float],
+    u: npt.NDArray[np.float32], height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float]
 ) -> tuple[int, int, int, int]:
     """Return the crop (top, left, height, width) of torchvision's RandomResizedCrop, given 22 uniform numbers.
 

@@ -4,6 +4,8 @@ All are map-style datasets whose key is a whole batch, see `samplers`.
 """
 
 import math
+from collections import deque
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +20,6 @@ from reslab.data.augment import Augment
 from reslab.data.datasets import Arrays
 from reslab.data.decode import RandomCrop, as_data_error, decode, resize_and_crop
 from reslab.data.files import DataError, Files
-from reslab.data.order import Ints
 from reslab.data.samplers import BatchKey
 
 PREFETCH_FACTOR = 2  # batches that each worker loads in advance
@@ -61,44 +62,36 @@ class FolderBatch(NamedTuple):
     unreadable: list[tuple[str, str]]
 
 
-class AugmentTable:
-    """Augmentation parameters of all n images (and their repeats), computed once per epoch.
-
-    That is far cheaper than computing them for each batch.
-    """
-
-    def __init__(self, augment: Augment, seed: int, n: int, size: int) -> None:
-        self.augment, self.seed, self.n, self.size = augment, seed, n, size
-        self._epoch = -1
-        self._table = np.empty((0, 0), np.int32)
-
-    def __call__(self, epoch: int, step: int, indices: Ints) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
-        """Return the parameters of the images, (N, k), and of mixing the images of this step, (m,)."""
-        if epoch != self._epoch:
-            self._table = self.augment.params(self.seed, epoch, np.arange(self.n * self.augment.repeats), self.size)
-            self._epoch = epoch
-        return self._table[indices], self.augment.mix_params(self.seed, epoch, step, self.size)
-
-
 class ArrayBatches(Dataset[Batch]):
     """Batches of in-memory arrays. Index i + n × copy is image i of n.
 
     Args:
         arrays: Images and labels.
-        table: Augmentation for training; None for evaluation.
+        augment: For training; None for evaluation.
+        seed: Seed of the augmentation.
     """
 
-    def __init__(self, arrays: Arrays, table: AugmentTable | None = None) -> None:
-        self.arrays = arrays
-        self.table = table or AugmentTable(Augment(), 0, len(arrays), 0)
+    def __init__(self, arrays: Arrays, augment: Augment | None = None, seed: int = 0) -> None:
+        self.arrays, self.augment, self.seed = arrays, augment or Augment(), seed
+        self._epoch, self._table = -1, np.empty((0, 0), np.int32)
 
     def __getitem__(self, key: BatchKey) -> Batch:
         indices, epoch, step = key
         rows = indices % len(self.arrays)
         images = torch.from_numpy(self.arrays.images.take(rows, axis=0))  # padding (-1) takes the last image
-        self.table.augment.transform(images, self.table.seed, epoch, indices)
+        self.augment.transform(images, self.seed, epoch, indices)
         labels, positions = (np.where(indices < 0, -1, x) for x in (self.arrays.labels[rows], rows))
-        return Batch(images, *map(torch.from_numpy, (labels, positions, *self.table(epoch, step, indices))))
+        params = self._params(epoch)[indices]
+        mix_params = self.augment.mix_params(self.seed, epoch, step, images.shape[1])
+        return Batch(images, *map(torch.from_numpy, (labels, positions, params, mix_params)))
+
+    def _params(self, epoch: int) -> npt.NDArray[np.int32]:
+        """Return the augmentation parameters of all images: once per epoch is far cheaper than for each batch."""
+        if epoch != self._epoch:
+            indices = np.arange(len(self.arrays) * self.augment.repeats)
+            self._table = self.augment.params(self.seed, epoch, indices, self.arrays.images.shape[1])
+            self._epoch = epoch
+        return self._table
 
 
 class SharedBufferRing:
@@ -109,20 +102,21 @@ class SharedBufferRing:
     """
 
     def __init__(self) -> None:
-        self._buffers = [torch.empty(0, dtype=torch.uint8)] * (PREFETCH_FACTOR + 1)
-        self._next = 0
+        self._buffers = deque([torch.empty(0, dtype=torch.uint8)] * (PREFETCH_FACTOR + 1))
 
     def __call__(self, shape: tuple[int, ...]) -> Tensor:
         """Return an uninitialised uint8 tensor of this shape."""
         size = math.prod(shape)
         if get_worker_info() is None:
             return torch.empty(shape, dtype=torch.uint8)
-        self._next = (self._next + 1) % len(self._buffers)
-        if self._buffers[self._next].numel() < size:
-            self._buffers[self._next] = torch.empty(size, dtype=torch.uint8).share_memory_()
-        return self._buffers[self._next][:size].view(shape)
+        buffer = self._buffers.popleft()
+        if buffer.numel() < size:
+            buffer = torch.empty(size, dtype=torch.uint8).share_memory_()
+        self._buffers.append(buffer)
+        return buffer[:size].view(shape)
 
 
+@dataclass(eq=False, repr=False)
 class FileBatches(Dataset[Batch]):
     """Batches of image files, each decoded and cropped or resized to one size. Index i + n × copy is file i of n.
 
@@ -131,36 +125,34 @@ class FileBatches(Dataset[Batch]):
     Args:
         files: The file table.
         channels: 1 or 3.
+        apply_exif_orientation: Rotate images as their EXIF orientation says.
         sizes: Side of the images in each epoch; the last one applies to all later epochs.
         resize: Length of the shorter side before the central crop of evaluation.
-        apply_exif_orientation: Rotate images as their EXIF orientation says.
         augment: For training: random resized crops, and the parameters of the other augmentations. None for evaluation.
         seed: Seed of the augmentation.
         scaled_decode: For the random crops, see ResizeConfig.
     """
 
-    def __init__(
-        self,
-        files: Files,
-        channels: int,
-        sizes: tuple[int, ...],
-        resize: int,
-        apply_exif_orientation: bool,
-        augment: Augment | None = None,
-        seed: int = 0,
-        scaled_decode: float | None = None,
-    ) -> None:
-        self.files, self.channels, self.sizes, self.resize = files, channels, sizes, resize
-        self.apply_exif_orientation = apply_exif_orientation
-        self.augment, self.seed = augment or Augment(), seed
-        self.crop = RandomCrop(channels, apply_exif_orientation, augment, scaled_decode) if augment else None
+    files: Files
+    channels: int
+    apply_exif_orientation: bool
+    sizes: tuple[int, ...]
+    resize: int
+    augment: Augment | None = None
+    seed: int = 0
+    scaled_decode: float | None = None
+
+    def __post_init__(self) -> None:
+        view = self.channels, self.apply_exif_orientation
+        self._crop = RandomCrop(*view, self.augment, self.scaled_decode) if self.augment else None
         self._buffers = SharedBufferRing()
 
     def __getitem__(self, key: BatchKey) -> Batch:
         indices, epoch, step = key
         size = self.sizes[min(epoch, len(self.sizes) - 1)]
-        params = self.augment.params(self.seed, epoch, indices, size)
-        mix_params = self.augment.mix_params(self.seed, epoch, step, size)
+        augment = self.augment or Augment()
+        params = augment.params(self.seed, epoch, indices, size)
+        mix_params = augment.mix_params(self.seed, epoch, step, size)
         crops = order.uniforms(self.seed, epoch, indices, 22, order.RESIZED_CROP)
         images = self._buffers((len(indices), size, size, self.channels))
         rows = np.where(indices < 0, -1, indices % len(self.files))
@@ -169,15 +161,15 @@ class FileBatches(Dataset[Batch]):
                 out.zero_()
             else:
                 out.copy_(self._load(self.files.path(row), u, size).permute(1, 2, 0))
-        self.augment.transform(images, self.seed, epoch, indices)
+        augment.transform(images, self.seed, epoch, indices)
         labels = np.where(rows < 0, -1, self.files.labels[rows])
         return Batch(images, *map(torch.from_numpy, (labels, rows, params, mix_params)))
 
     def _load(self, path: Path, u: npt.NDArray[np.float32], size: int) -> Tensor:
-        if self.crop is None:
+        if self._crop is None:
             return resize_and_crop(decode(path, self.channels, self.apply_exif_orientation), self.resize, size)
         with as_data_error(path):
-            return self.crop(path.read_bytes(), u, size)
+            return self._crop(path.read_bytes(), u, size)
 
 
 class FolderBatches(Dataset[FolderBatch]):

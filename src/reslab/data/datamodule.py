@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from reslab.data.augment import Augment, mix, normalize
-from reslab.data.batches import ArrayBatches, AugmentTable, Batch, FileBatches, FolderBatch, FolderBatches
+from reslab.data.batches import ArrayBatches, Batch, FileBatches, FolderBatch, FolderBatches
 from reslab.data.datasets import Arrays, ImageSource
 from reslab.data.decode import simplejpeg
 from reslab.data.files import DataError, Files
@@ -147,18 +147,19 @@ class ImageData(LightningDataModule):
         return stratified_split(self.train_data.labels, self.val_split, self.split_seed)
 
     def _check_batch_size(self) -> None:
-        parts = self._world * self._accumulate
+        accumulate, world, _ = self._parts
+        parts = accumulate * world
+        split = f"{world} devices × {accumulate} accumulated batches"
         if self.batch_size % parts:
             low = self.batch_size // parts * parts
             raise UserError(
-                f"data.batch_size {self.batch_size} is not a multiple of {self._world} devices × "
-                f"{self._accumulate} accumulated batches: use {f'{low} or ' if low else ''}{low + parts}"
+                f"data.batch_size {self.batch_size} is not a multiple of {split}: "
+                f"use {f'{low} or ' if low else ''}{low + parts}"
             )
         if self.augment.mixes and self.batch_size // parts % 2:
             raise UserError(
-                f"data.batch_size {self.batch_size} leaves an odd number of images for each of {self._world} devices × "
-                f"{self._accumulate} accumulated batches, but mixup and cutmix mix pairs of images: "
-                f"use {self.batch_size + parts}"
+                f"data.batch_size {self.batch_size} leaves an odd number of images for each of {split}, "
+                f"but mixup and cutmix mix pairs of images: use {self.batch_size + parts}"
             )
         train = len(self.split[0])
         if self.batch_size > train:
@@ -178,16 +179,11 @@ class ImageData(LightningDataModule):
             )
 
     @property
-    def _world(self) -> int:
-        return self.trainer.world_size if self.trainer else 1
-
-    @property
-    def _rank(self) -> int:
-        return self.trainer.global_rank if self.trainer else 0
-
-    @property
-    def _accumulate(self) -> int:
-        return self.trainer.accumulate_grad_batches if self.trainer else 1
+    def _parts(self) -> tuple[int, int, int]:
+        """Micro-batches per optimizer step, number of ranks, this rank."""
+        if self.trainer is None:
+            return 1, 1, 0
+        return self.trainer.accumulate_grad_batches, self.trainer.world_size, self.trainer.global_rank
 
     def _position(self, length: int) -> tuple[int, int] | None:
         # Lightning counts the batches taken and restores the count from a checkpoint, so the loader needs no state to
@@ -203,24 +199,20 @@ class ImageData(LightningDataModule):
             )
         # Lightning warns that the loader is not stateful; it does not need to be.
         warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before the epoch")
-        parts = (self._accumulate, self._world, self._rank)
-        sampler = TrainOrder(
-            self.split[0],
-            self.seed,
-            self.batch_size,
-            *parts,
-            repeats=self.augment.repeats,
-            n=len(self.train_data),
-            position=self._position,
-        )
+        repeats, n = self.augment.repeats, len(self.train_data)
+        sampler = TrainOrder(self.split[0], self.seed, self.batch_size, *self._parts, repeats, n, self._position)
         return self._loader(self._train_batches(), sampler)
 
     def _train_batches(self) -> ArrayBatches | FileBatches:
-        data = self.train_data
+        return self._batches(self.train_data, self._train_sizes(), self.augment)
+
+    def _batches(
+        self, data: Arrays | Files, sizes: tuple[int, ...], augment: Augment | None = None
+    ) -> ArrayBatches | FileBatches:
         if isinstance(data, Arrays):
-            return ArrayBatches(data, AugmentTable(self.augment, self.seed, len(data), self.dataset.image_size))
-        view = self._train_sizes(), self.test_resize, self.dataset.apply_exif_orientation
-        return FileBatches(data, self.channels, *view, self.augment, self.seed, self.resize.scaled_decode)
+            return ArrayBatches(data, augment, self.seed)
+        view = self.channels, self.dataset.apply_exif_orientation, sizes, self.test_resize
+        return FileBatches(data, *view, augment, self.seed, self.resize.scaled_decode)
 
     def _train_sizes(self) -> tuple[int, ...]:
         """Return the side of the images in each epoch; only the final one if no trainer knows the number of epochs."""
@@ -230,8 +222,9 @@ class ImageData(LightningDataModule):
         return self.resize.progressive.sizes(end, self._epochs(self.trainer))
 
     def _epochs(self, trainer: Trainer) -> int:
-        batches = len(self.split[0]) // self.batch_size * self._accumulate
-        steps = max(_limited(trainer, batches) // self._accumulate, 1)
+        accumulate = trainer.accumulate_grad_batches
+        batches = len(self.split[0]) // self.batch_size * accumulate
+        steps = max(_limited(trainer, batches) // accumulate, 1)
         ends = [trainer.max_epochs or -1, -(-trainer.max_steps // steps)]
         if not (ends := [end for end in ends if end > 0]):
             raise UserError("data.resize.progressive requires trainer.max_epochs or trainer.max_steps")
@@ -262,14 +255,13 @@ class ImageData(LightningDataModule):
 
     @property
     def _eval_size(self) -> int:
-        return self.eval_batch_size or self.batch_size // (self._world * self._accumulate) or 1
+        accumulate, world, _ = self._parts
+        return self.eval_batch_size or self.batch_size // (accumulate * world) or 1
 
     def _eval_loader(self, data: Arrays | Files, indices: Ints) -> DataLoader[Batch]:
-        sampler = EvalOrder(indices, self._eval_size, self._world, self._rank)
-        if isinstance(data, Arrays):
-            return self._loader(ArrayBatches(data), sampler)
-        view = (self._test_size,), self.test_resize, self.dataset.apply_exif_orientation
-        return self._loader(FileBatches(data, self.channels, *view), sampler)
+        _, world, rank = self._parts
+        batches = self._batches(data, (self._test_size,))
+        return self._loader(batches, EvalOrder(indices, self._eval_size, world, rank))
 
     def _loader(self, batches: Any, sampler: Iterable[Any]) -> DataLoader[Any]:
         workers = self.num_workers
@@ -311,7 +303,7 @@ class ImageData(LightningDataModule):
         }
 
     def preview(self, n_images: int = 8, n_epochs: int = 8) -> tuple[np.ndarray, list[str]]:
-        """Return training images as seen in the first epochs, uint8 (images, epochs, H, W, C), and their class names."""
+        """Return training images as seen in the first epochs, uint8 (images, epochs, H, W, C), and their classes."""
         batches, train = self._train_batches(), self.split[0]
         rows = train[np.linspace(0, len(train) - 1, n_images + n_images % 2).astype(int)]  # even: may be mixed in pairs
         augmented = [self.on_after_batch_transfer(batches[BatchKey(rows, epoch)]).images for epoch in range(n_epochs)]

@@ -174,14 +174,13 @@ class CIFAR100(CIFAR10):
     mean, std = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
     _torchvision = tvd.CIFAR100
     _names = (
-        "apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus "
-        "butterfly camel can castle caterpillar cattle chair chimpanzee clock cloud cockroach couch "
-        "crab crocodile cup dinosaur dolphin elephant flatfish forest fox girl hamster house kangaroo "
-        "keyboard lamp lawn_mower leopard lion lizard lobster man maple_tree motorcycle mountain mouse "
-        "mushroom oak_tree orange orchid otter palm_tree pear pickup_truck pine_tree plain plate poppy "
-        "porcupine possum rabbit raccoon ray road rocket rose sea seal shark shrew skunk skyscraper "
-        "snail snake spider squirrel streetcar sunflower sweet_pepper table tank telephone television "
-        "tiger tractor train trout tulip turtle wardrobe whale willow_tree wolf woman worm"
+        "apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can "
+        "castle caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin "
+        "elephant flatfish forest fox girl hamster house kangaroo keyboard lamp lawn_mower leopard lion lizard "
+        "lobster man maple_tree motorcycle mountain mouse mushroom oak_tree orange orchid otter palm_tree pear "
+        "pickup_truck pine_tree plain plate poppy porcupine possum rabbit raccoon ray road rocket rose sea seal shark "
+        "shrew skunk skyscraper snail snake spider squirrel streetcar sunflower sweet_pepper table tank telephone "
+        "television tiger tractor train trout tulip turtle wardrobe whale willow_tree wolf woman worm"
     )
 
 
@@ -225,16 +224,18 @@ class ImageFolder(ImageSource):
         folders = self._class_folders(root, split)
         if split == "test":
             self._compare_classes(root, folders)
-        top = root / self.folder / (self.train if split == "train" else self.test)
-        return file_table(top, folders)
+        return file_table(self._directory(root, split), folders)
+
+    def _directory(self, root: Path, split: Split) -> Path:
+        return root / self.folder / (self.train if split == "train" else self.test)
 
     def _class_folders(self, root: Path, split: Split) -> list[str]:
-        top = root / self.folder / (self.train if split == "train" else self.test)
+        top = self._directory(root, split)
         if not top.is_dir():
-            raise DataError(f"{top} does not exist. {self._how_to_get(root)}")
+            raise DataError(f"{top} does not exist. {self._remedy(root, top)}")
         folders = sorted(entry.name for entry in os.scandir(top) if entry.is_dir() and entry.name[0] != ".")
         if not folders:
-            raise DataError(f"{top} has no class directories. {self._how_to_sort(root, top)}")
+            raise DataError(f"{top} has no class directories. {self._remedy(root, top)}")
         return folders
 
     def _compare_classes(self, root: Path, test_folders: list[str]) -> None:
@@ -246,14 +247,11 @@ class ImageFolder(ImageSource):
                 "Both must have one directory per class, with the same names"
             )
 
-    def _how_to_get(self, root: Path) -> str:
+    def _remedy(self, root: Path, top: Path) -> str:
         return (
             f"Put the images into {root / self.folder}/{{{self.train},{self.test}}}/<class>/, "
             "or set --data.root, $RESLAB_DATA or the data set's `folder`"
         )
-
-    def _how_to_sort(self, root: Path, top: Path) -> str:
-        return f"Put its images into one directory per class: {top / '<class>' / 'image.jpg'}"
 
 
 class Imagenette(ImageFolder):
@@ -329,20 +327,17 @@ class ImageNet(ImageFolder):
     ) -> None:
         super().__init__(folder, train, test, image_size, apply_exif_orientation=False)
 
-    def _how_to_get(self, root: Path) -> str:
-        top = root / self.folder
+    def _remedy(self, root: Path, top: Path) -> str:
+        folder = root / self.folder
+        if top.is_dir() and top.name == self.test:
+            return _HOW_TO_SORT_IMAGENET.format(top=top, root=folder)
         return (
             "Download ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz from "
-            f"https://image-net.org (login required) into {top} and unpack them with\n"
+            f"https://image-net.org (login required) into {folder} and unpack them with\n"
             '  python -c "from torchvision.datasets import ImageNet; '
-            f"[ImageNet('{top}', split) for split in ('train', 'val')]\"\n"
+            f"[ImageNet('{folder}', split) for split in ('train', 'val')]\"\n"
             f"or set --data.root or $RESLAB_DATA to the directory that contains {self.folder}"
         )
-
-    def _how_to_sort(self, root: Path, top: Path) -> str:
-        if top.name != self.test:
-            return self._how_to_get(root)
-        return _HOW_TO_SORT_IMAGENET.format(top=top, root=root / self.folder)
 
 
 def _shorten(names: set[str], limit: int = 10) -> str:

@@ -7,6 +7,7 @@ libjpeg-turbo and give the same pixels.
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -108,17 +109,18 @@ def _as_batch(image: Tensor) -> Tensor:
 
 
 def resize_and_crop(image: Tensor, resize: int, size: int) -> Tensor:
-    """Preprocess for evaluation: resize the shorter side to `resize`, antialiased, then cut the centre (C, S, S)."""
+    """Resize the shorter side of uint8 (C, H, W) to `resize`, antialiased, and crop the centre (C, size, size)."""
     return tvf.center_crop(tvf.resize(_as_batch(image), [resize], antialias=True), [size, size])[0]
 
 
 def resized_crop(image: Tensor, box: Box, size: int) -> Tensor:
-    """Crop the box (top, left, height, width) from uint8 (C, H, W) and resize it to (C, S, S), as torchvision does."""
+    """Crop a box from uint8 (C, H, W) and resize it to (C, size, size), as torchvision does."""
     top, left, height, width = box
     part = _as_batch(image)[..., top : top + height, left : left + width]
     return interpolate(part, (size, size), mode="bilinear", antialias=True)[0]
 
 
+@dataclass
 class RandomCrop:
     """A random crop of an image file, resized to a square, with the parameters of torchvision's RandomResizedCrop.
 
@@ -129,12 +131,12 @@ class RandomCrop:
         scaled_decode: See ResizeConfig; None decodes at full size.
     """
 
-    def __init__(
-        self, channels: int, apply_exif_orientation: bool, augment: Augment, scaled_decode: float | None = None
-    ) -> None:
-        self.channels, self.apply_exif_orientation = channels, apply_exif_orientation
-        self.scale, self.ratio = augment.scale, augment.ratio
-        self.scaled_decode = scaled_decode
+    channels: int
+    apply_exif_orientation: bool
+    augment: Augment
+    scaled_decode: float | None = None
+
+    def __post_init__(self) -> None:
         self._buffer = np.empty(0, np.uint8)  # reused: new memory for every image would cost a tenth of the time
 
     def __call__(self, data: bytes, u: npt.NDArray[np.float32], size: int) -> Tensor:
@@ -146,7 +148,7 @@ class RandomCrop:
         return resized_crop(image, self._box(u, *image.shape[-2:]), size)
 
     def _box(self, u: npt.NDArray[np.float32], height: int, width: int) -> Box:
-        return resized_crop_box(u, height, width, self.scale, self.ratio)
+        return resized_crop_box(u, height, width, self.augment.scale, self.augment.ratio)
 
     def _crop_jpeg(self, data: bytes, height: int, width: int, u: npt.NDArray[np.float32], size: int) -> Tensor:
         top, left, h, w = self._box(u, height, width)

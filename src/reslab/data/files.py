@@ -1,12 +1,11 @@
 """Image files on disk: one walk over a directory, and the file table of a data set.
 
-A file table is four arrays shared by all processes. Listing a directory of a million files takes minutes on some file
-systems, so the table of a large directory is cached: beside the directory or, if that is not writable, in the user's
-cache. It is memory-mapped, so that all processes of a run, including the loader workers, share one copy.
+Listing a directory of a million files takes minutes on some file systems, so the table of a large directory is cached:
+beside it or, if that is not writable, in the user's cache. All processes of a run share one copy, mapped into memory.
 
-A cached table is used only if its SHA-256 matches and the directory has not changed: no directory in it has another
-modification time (adding, removing or renaming a file changes it), and a thousand files, spread over the table, still
-have their sizes. A file that is overwritten in place can go unnoticed: delete the cached table in that case.
+A cached table is used only if its SHA-256 matches, no directory has another modification time (adding, removing or
+renaming a file changes it), and a thousand files, spread over the table, still have their sizes. A file that is
+overwritten in place can go unnoticed: delete the cached table in that case.
 """
 
 import hashlib
@@ -16,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -41,10 +41,11 @@ class DataError(UserError):
         super().__init__(message.rpartition("DataError: ")[2].strip())
 
 
+@dataclass(frozen=True, eq=False)
 class Files:
     """A table of image files, as arrays instead of a million strings.
 
-    Args:
+    Attributes:
         folder: The directory that the names are relative to.
         names: All relative names, concatenated, uint8.
         ends: Where each of the n names ends, int64 (n,).
@@ -53,17 +54,12 @@ class Files:
         cache: The file that the arrays are mapped from, if any.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        names: npt.NDArray[np.uint8],
-        ends: npt.NDArray[np.int64],
-        sizes: npt.NDArray[np.int64],
-        labels: npt.NDArray[np.int64],
-        cache: Path | None = None,
-    ) -> None:
-        self.folder, self.names, self.ends, self.sizes, self.labels = folder, names, ends, sizes, labels
-        self.cache = cache
+    folder: Path
+    names: npt.NDArray[np.uint8]
+    ends: npt.NDArray[np.int64]
+    sizes: npt.NDArray[np.int64]
+    labels: npt.NDArray[np.int64]
+    cache: Path | None = None
 
     def __len__(self) -> int:
         return len(self.ends)
@@ -189,14 +185,15 @@ def _write_cache(files: Files, times: ModificationTimes, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     # A temporary name, because several processes may write at once. A file that a crash left half written would fail
     # its SHA-256.
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f"{path.name}.")
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f"{path.name}.")
     os.close(descriptor)
+    temporary = Path(name)
     try:
         save_file(files.arrays(), temporary, {"sha256": files.sha256, "folders": json.dumps(times)})
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
+        temporary.chmod(0o644)
+        temporary.replace(path)
     finally:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def _map_cache(top: Path, path: Path) -> Files:

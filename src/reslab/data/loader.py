@@ -50,15 +50,13 @@ def prefetch_to_device(batches: Iterator[Batch], device: torch.device) -> Iterat
             with torch.cuda.stream(side_stream):
                 following = batch.to(device), side_stream.record_event()
         if current is not None:
-            yield _wait_for_copy(*current, torch.cuda.current_stream(device))
+            arriving, copied = current
+            user_stream = torch.cuda.current_stream(device)
+            user_stream.wait_event(copied)
+            for tensor in arriving:
+                tensor.record_stream(user_stream)  # keeps the allocator from reusing memory that is still in use
+            yield arriving
         current = following
-
-
-def _wait_for_copy(batch: Batch, copied: torch.cuda.Event, stream: torch.cuda.Stream) -> Batch:
-    stream.wait_event(copied)
-    for tensor in batch:
-        tensor.record_stream(stream)  # or the allocator could give its memory to the next copy while it is in use
-    return batch
 
 
 def ignore_job_signals(worker: int) -> None:

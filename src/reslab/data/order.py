@@ -153,9 +153,7 @@ def stratified_split(labels: npt.ArrayLike, amount: int | float, seed: int) -> t
         c = int(np.argmax(counts >= sizes))
         raise UserError(f"a split of {amount} would hold out all {sizes[c]} samples of class {classes[c]}: use less")
     shuffled = _argsort(_sort_keys(seed, 0, n, SPLIT))
-    small = (labels - classes[0]).astype(
-        np.min_scalar_type(classes[-1] - classes[0])
-    )  # for up to 16 bits, numpy uses a radix sort
+    small = (labels - classes[0]).astype(np.min_scalar_type(classes[-1] - classes[0]))  # radix sort, up to 16 bits
     by_class = shuffled[np.argsort(small[shuffled], kind="stable")]  # class after class, each in random order
     rank_in_class = np.arange(n) - np.repeat(np.cumsum(sizes) - sizes, sizes)
     held_out = rank_in_class < np.repeat(counts, sizes)

@@ -5,6 +5,7 @@ the number of loader workers cannot change a batch.
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -24,6 +25,7 @@ class BatchKey(NamedTuple):
     step: int = 0
 
 
+@dataclass(eq=False, repr=False)
 class TrainOrder(DistributedSampler[BatchKey]):
     """Yield the keys of this rank's micro-batches.
 
@@ -32,36 +34,25 @@ class TrainOrder(DistributedSampler[BatchKey]):
     Args:
         subset: Indices of the training samples.
         seed: Seed of the order.
-        batch_size: Samples per optimizer step, over all ranks: a multiple of accumulate × world.
-        accumulate: Micro-batches per optimizer step.
-        world: Number of ranks.
-        rank: This rank.
-        repeats: How often a sample occurs per epoch.
-        n: Samples in the whole data set; used with `repeats`, see `order.repeat`.
+        batch_size, accumulate, world, rank: See `order.micro_batch`.
+        repeats, n: See `order.repeat`; n is the number of samples in the whole data set.
         position: Maps the length of an epoch to (micro-batches taken since training began, micro-batches per epoch).
             None means that no trainer counts them: each iteration is then the next epoch.
     """
 
-    def __init__(
-        self,
-        subset: Ints,
-        seed: int,
-        batch_size: int,
-        accumulate: int = 1,
-        world: int = 1,
-        rank: int = 0,
-        repeats: int = 1,
-        n: int = 0,
-        position: Callable[[int], tuple[int, int] | None] = lambda length: None,
-    ) -> None:
-        self.subset, self.seed, self.batch_size = subset, seed, batch_size
-        self.parts = accumulate, world, rank
-        self.repeats, self.n = repeats, n
-        self.position = position
-        self.epoch = 0
+    subset: Ints
+    seed: int
+    batch_size: int
+    accumulate: int = 1
+    world: int = 1
+    rank: int = 0
+    repeats: int = 1
+    n: int = 0
+    position: Callable[[int], tuple[int, int] | None] = lambda length: None
+    epoch: int = field(default=0, init=False)
 
     def __len__(self) -> int:
-        return len(self.subset) // self.batch_size * self.parts[0]
+        return len(self.subset) // self.batch_size * self.accumulate
 
     def __iter__(self) -> Iterator[BatchKey]:
         # A generator, so that the position is read when the first key is requested: a DataLoader with workers creates
@@ -76,8 +67,8 @@ class TrainOrder(DistributedSampler[BatchKey]):
         if self.repeats > 1:
             samples = order.repeat(samples, self.repeats, self.batch_size, self.n)
         for i in range(first, epoch_length):
-            indices = order.micro_batch(samples, i, self.batch_size, *self.parts)
-            yield BatchKey(indices, epoch, step=i // self.parts[0])
+            indices = order.micro_batch(samples, i, self.batch_size, self.accumulate, self.world, self.rank)
+            yield BatchKey(indices, epoch, step=i // self.accumulate)
 
 
 class EvalOrder(DistributedSampler[BatchKey]):
