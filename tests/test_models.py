@@ -1,4 +1,4 @@
-"""The networks: torchvision's to the last digit, and what holds for every combination of kwargs."""
+"""ResNet: equal to torchvision's networks, and properties of every combination of kwargs."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,14 +39,14 @@ def meta(name: str, **kwargs: Any) -> ResNet:
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    # On a busy machine OpenMP's threads wait for each other: these small tensors take ten times as long.
+    # On a busy machine OpenMP threads wait for each other: these small tensors would take ten times as long.
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
 
 
-# ---- against torchvision and the papers
+# ---- comparison with torchvision and the papers
 
 
 @pytest.mark.parametrize("name", [*PUBLISHED, "wide_resnet50_2", "resnext50_32x4d"])
@@ -54,7 +54,7 @@ def test_same_weights_same_outputs_as_torchvision(name: str) -> None:
     torch.manual_seed(0)
     theirs = torchvision.models.get_model(name).eval()
     for module in theirs.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):  # statistics that are not zero and one
+        if isinstance(module, torch.nn.BatchNorm2d):  # statistics other than zero and one
             module.running_mean.uniform_(-0.2, 0.2)
             module.running_var.uniform_(0.8, 1.2)
     ours = meta(name).eval()
@@ -78,7 +78,7 @@ def test_same_gradients_as_torchvision_in_training(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [n for n in list_models() if n in torchvision.models.list_models()])
-def test_state_dict_is_torchvisions(name: str) -> None:
+def test_state_dict_has_torchvisions_keys_and_shapes(name: str) -> None:
     with torch.device("meta"):
         theirs = torchvision.models.get_model(name)
     assert list(shapes(meta(name)).items()) == list(shapes(theirs).items())
@@ -90,7 +90,7 @@ def test_published_parameter_counts(name: str, count: int) -> None:
 
 
 @pytest.mark.parametrize(("depth", "millions"), [(20, "0.27"), (32, "0.46"), (44, "0.66"), (56, "0.85"), (110, "1.7")])
-def test_cifar_nets_are_those_of_section_4_2(depth: int, millions: str) -> None:
+def test_cifar_networks_have_the_size_of_section_4_2(depth: int, millions: str) -> None:
     net = meta(f"resnet{depth}", num_classes=10)
     assert f"{parameters(net) / 1e6:.{len(millions) - 2}f}" == millions
     layers = [m for m in net.modules() if isinstance(m, torch.nn.Conv2d | torch.nn.Linear)]
@@ -98,7 +98,7 @@ def test_cifar_nets_are_those_of_section_4_2(depth: int, millions: str) -> None:
     assert [row.output for row in summarize(net, (3, 32, 32)).rows if "conv" in row.name][-1] == (64, 8, 8)
 
 
-# ---- the kwargs
+# ---- kwargs
 
 
 @st.composite
@@ -125,7 +125,7 @@ def architectures(draw: st.DrawFn) -> dict[str, Any]:
 
 @settings(max_examples=30, deadline=None)
 @given(architectures())
-def test_every_architecture_computes_learns_and_round_trips(kwargs: dict[str, Any]) -> None:
+def test_every_architecture_runs_forward_and_backward_and_reloads(kwargs: dict[str, Any]) -> None:
     torch.manual_seed(0)
     net = ResNet(**kwargs)
     images = torch.randn(3, kwargs["in_channels"], 33, 40)
@@ -145,13 +145,13 @@ def test_every_architecture_computes_learns_and_round_trips(kwargs: dict[str, An
 
 @settings(max_examples=20, deadline=None)
 @given(architectures())
-def test_drop_path_zero_init_and_blur_change_no_key(kwargs: dict[str, Any]) -> None:
+def test_drop_path_zero_init_and_blur_add_no_keys(kwargs: dict[str, Any]) -> None:
     with torch.device("meta"):
         plain = kwargs | {"drop_path": 0.0, "zero_init": False, "blur": False}
         assert shapes(ResNet(**kwargs)) == shapes(ResNet(**plain))
 
 
-def test_option_a_pads_channels_with_zeros_and_skips_positions() -> None:
+def test_option_a_pads_channels_with_zeros_and_subsamples() -> None:
     block = create_model("resnet8").layer2[0]
     x = torch.randn(2, 16, 8, 8)
     padded = block.downsample(x)
@@ -160,7 +160,7 @@ def test_option_a_pads_channels_with_zeros_and_skips_positions() -> None:
     assert not padded[:, 16:].any()
 
 
-def test_blur_stands_before_every_strided_convolution_but_the_stem() -> None:
+def test_blur_precedes_every_strided_convolution_except_the_stem() -> None:
     net = create_model("resnet50", blur=True)
     strided = {k for k, m in net.named_modules() if isinstance(m, torch.nn.Conv2d) and m.stride != (1, 1)}
     blurred = {k: m for k, m in net.named_modules() if isinstance(m, BlurredConv2d)}
@@ -173,7 +173,7 @@ def test_blur_stands_before_every_strided_convolution_but_the_stem() -> None:
     torch.testing.assert_close(conv(corner), torch.nn.Conv2d.forward(conv, spread))
 
 
-def test_shortcuts_differ_in_their_projections_only() -> None:
+def test_shortcuts_differ_only_in_their_projections() -> None:
     nets = {kind: create_model("resnet20", shortcut=kind) for kind in ("identity", "A", "C", "none")}
     projections = {kind: len([k for k in net.state_dict() if "downsample.0" in k]) for kind, net in nets.items()}
     assert projections == {"identity": 2, "A": 0, "C": 9, "none": 0}
@@ -192,7 +192,7 @@ def test_zero_init_starts_every_block_as_its_shortcut() -> None:
     assert len(zeroed) == 16
 
 
-def test_drop_path_drops_whole_images_more_often_the_deeper_the_block() -> None:
+def test_drop_path_drops_whole_images_with_a_rate_that_grows_with_depth() -> None:
     torch.manual_seed(0)
     net = create_model("resnet20", drop_path=0.9)
     rates = [m.drop_path.p for m in net.modules() if isinstance(m, ResidualBlock)]
@@ -206,29 +206,29 @@ def test_drop_path_drops_whole_images_more_often_the_deeper_the_block() -> None:
 
 
 @pytest.mark.parametrize(("name", "shortcut"), [("resnet8", "A"), ("resnet18_cifar", "identity")])
-def test_channels_last_stays_channels_last_in_bf16(name: str, shortcut: str) -> None:
+def test_channels_last_is_kept_in_bf16(name: str, shortcut: str) -> None:
     net = create_model(name, shortcut=shortcut, width=16).to(memory_format=torch.channels_last)
-    unplanned_runs: list[str] = []
+    not_channels_last: list[str] = []
 
     def note(module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> None:
         if output.ndim == 4 and not output.is_contiguous(memory_format=torch.channels_last):
-            unplanned_runs.append(type(module).__name__)
+            not_channels_last.append(type(module).__name__)
 
     for module in net.modules():
         module.register_forward_hook(note)
     images = torch.randn(2, 3, 32, 32).to(memory_format=torch.channels_last)
     with torch.autocast("cpu", torch.bfloat16):
         net(images)
-    assert not unplanned_runs
+    assert not not_channels_last
 
 
 @pytest.mark.parametrize(
-    ("kwargs", "remedy"),
+    ("kwargs", "message"),
     [
         ({"shortcut": "none", "zero_init": True}, "set it to false"),
-        ({"norm": "none", "zero_init": True}, "give a norm"),
-        ({"norm": "Identity", "zero_init": True}, "give a norm"),
-        ({"shortcut": "none", "drop_path": 0.1}, "give a shortcut"),
+        ({"norm": "none", "zero_init": True}, "another norm than none"),
+        ({"norm": "Identity", "zero_init": True}, "another norm than none"),
+        ({"shortcut": "none", "drop_path": 0.1}, "another shortcut than none"),
         ({"drop_path": 1.0}, r"\[0, 1\)"),
         ({"groups": 32}, "block='bottleneck'"),
         ({"block": "bottleneck", "groups": 0}, "groups"),
@@ -236,21 +236,21 @@ def test_channels_last_stays_channels_last_in_bf16(name: str, shortcut: str) -> 
         ({"layers": ()}, "at least one block"),
         ({"layers": (2, 0)}, "at least one block"),
         ({"width": 0}, "at least 1"),
-        ({"num_classes": -1}, "or 0"),
+        ({"num_classes": -1}, "or 0 for no head"),
         ({"stem": "cifer"}, "cifar_stride2"),
         ({"shortcut": "B"}, "identity, A, C, none"),
         ({"norm": "LayerNorm"}, "GroupNorm"),
     ],
 )
-def test_what_does_not_go_together_is_refused_with_the_remedy(kwargs: dict[str, Any], remedy: str) -> None:
-    with pytest.raises(ModelError, match=remedy):
+def test_invalid_kwargs_are_refused_with_the_fix(kwargs: dict[str, Any], message: str) -> None:
+    with pytest.raises(ModelError, match=message):
         ResNet(**kwargs)
 
 
-# ---- the layer table
+# ---- summary
 
 
-def test_summary_of_resnet50_gives_the_published_cost() -> None:
+def test_summary_of_resnet50_has_the_published_cost() -> None:
     summary = summarize(meta("resnet50"))
     assert summary.parameters == 25_557_032
     assert summary.macs == 4_089_184_256
@@ -266,7 +266,7 @@ def test_summary_of_resnet50_gives_the_published_cost() -> None:
 
 @settings(max_examples=15, deadline=None)
 @given(architectures())
-def test_summary_accounts_for_every_parameter_and_leaves_the_network_alone(kwargs: dict[str, Any]) -> None:
+def test_summary_counts_every_parameter_and_does_not_change_the_network(kwargs: dict[str, Any]) -> None:
     net = ResNet(**kwargs)
     before = {key: value.clone() for key, value in net.state_dict().items()}
     summary = summarize(net, (kwargs["in_channels"], 32, 32))
@@ -276,7 +276,7 @@ def test_summary_accounts_for_every_parameter_and_leaves_the_network_alone(kwarg
     assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
 
 
-def test_summary_refuses_images_the_network_does_not_take() -> None:
+def test_summary_refuses_images_the_network_does_not_accept() -> None:
     with pytest.raises(ModelError, match="C = 3"):
         summarize(meta("resnet18"), (1, 224, 224))
 
@@ -288,12 +288,12 @@ def config_names() -> list[str]:
     return sorted(p.stem for p in (Path(__file__).parents[1] / "configs" / "net").glob("*.yaml"))
 
 
-def test_every_named_model_has_its_config() -> None:
+def test_every_named_model_has_a_config() -> None:
     assert {*list_models(), "resnet8"} <= set(config_names())
 
 
 @pytest.mark.parametrize("name", [*list_models(), "resnet8"])
-def test_config_is_the_named_model(name: str, repo: Path) -> None:
+def test_config_builds_the_named_model(name: str, repo: Path) -> None:
     text = (repo / "configs" / "net" / f"{name}.yaml").read_text(encoding="utf-8")
     assert text.startswith("# ")
     leaf = yaml.safe_load(text)

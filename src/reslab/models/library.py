@@ -47,6 +47,11 @@ class LibraryNetwork(Network):
             hook.remove()
         return features[0].mean((2, 3)) if features[0].ndim == 4 else features[0]
 
+    @staticmethod
+    def names() -> list[str]:
+        """Return the names of all models in the library."""
+        raise NotImplementedError
+
     def convert_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return a published state dict by the keys (and for the image size) of this version of the library."""
         return state

@@ -1,7 +1,7 @@
 """Residual networks (He et al. 2015, arXiv:1512.03385), with torchvision's state-dict keys.
 
 A network is a stem, stages of blocks, a mean over the positions, and a linear head. A block computes
-relu(F(x) + S(x)): F is two or three convolutions, S the shortcut. Every stage but the first halves the
+relu(F(x) + S(x)): F is two or three convolutions, S the shortcut. Each stage after the first halves the
 resolution and doubles the channels.
 """
 
@@ -31,18 +31,18 @@ relu = partial(F.relu, inplace=True)
 class StemShape(NamedTuple):
     kernel: int
     stride: int
-    pool: bool  # a 3×3 max-pool of stride 2 behind it
+    pool: bool  # followed by a 3×3 max-pool of stride 2
 
 
 STEMS: dict[str, StemShape] = {
     "imagenet": StemShape(7, 2, pool=True),  # 224 -> 56
     "cifar": StemShape(3, 1, pool=False),  # 32 -> 32
-    "cifar_stride2": StemShape(3, 2, pool=False),  # 32 -> 16: a quarter of the work
+    "cifar_stride2": StemShape(3, 2, pool=False),  # 32 -> 16: a quarter of the operations
 }
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """32 groups (Wu & He 2018), fewer where a group would hold less than two channels."""
+    """Return a group norm of 32 groups (Wu & He 2018), or fewer if a group would have less than two channels."""
     return nn.GroupNorm(math.gcd(32, channels, channels // 2), channels)
 
 
@@ -59,7 +59,7 @@ NORMS: dict[str, Callable[[int], nn.Module]] = {
 
 
 class SubsampleAndPad(nn.Module):
-    """Option A: every stride-th position, and zeros for the channels that are new. No parameters."""
+    """Shortcut option A: take every stride-th position and fill new channels with zeros. No parameters."""
 
     def __init__(self, new_channels: int, stride: int) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class SubsampleAndPad(nn.Module):
 
 
 class BlurredConv2d(nn.Conv2d):
-    """A convolution of stride > 1 behind a 3×3 binomial filter, against aliasing (Zhang 2019); no new parameters."""
+    """A strided convolution after a 3×3 binomial filter, against aliasing (Zhang 2019). No new parameters."""
 
     binomial: Tensor
 
@@ -85,7 +85,7 @@ class BlurredConv2d(nn.Conv2d):
 
 
 class LayerFactory(NamedTuple):
-    """What all blocks of one network are made of."""
+    """Builds the layers of all blocks of one network."""
 
     norm: Callable[[int], nn.Module]
     shortcut_kind: str
@@ -93,13 +93,13 @@ class LayerFactory(NamedTuple):
     blur: bool
 
     def conv(self, c_in: int, c_out: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
-        # A norm shifts each channel itself: only without one does a convolution need a bias.
+        # A norm has its own bias per channel: only without a norm does a convolution need one.
         bias = self.norm is nn.Identity
         make = BlurredConv2d if self.blur and stride > 1 else nn.Conv2d
         return make(c_in, c_out, kernel, stride, padding=kernel // 2, groups=groups, bias=bias)
 
     def shortcut(self, c_in: int, c_out: int, stride: int) -> nn.Module | None:
-        """S: the identity, or what fits x to F(x) (options A, B, C of He et al. 4.1); None in a plain net."""
+        """Return S: the identity, or a projection to the shape of F(x) (He et al. 4.1); None in a plain network."""
         fits = stride == 1 and c_in == c_out
         if self.shortcut_kind == "none":
             return None
@@ -109,14 +109,14 @@ class LayerFactory(NamedTuple):
 
 
 class ResidualBlock(nn.Module, ABC):
-    """relu(F(x) + S(x)) (He et al. 2015, eq. 1 and 2), or relu(F(x)) in a plain net."""
+    """relu(F(x) + S(x)) (He et al. 2015, eq. 1 and 2), or relu(F(x)) in a plain network."""
 
-    downsample: nn.Module | None  # S, by torchvision's name
-    drop_path: nn.Module  # drops F(x) of some images in training
+    downsample: nn.Module | None  # S, under torchvision's name
+    drop_path: nn.Module  # drops F(x) for random images in training
 
     @abstractmethod
     def branch(self, x: Tensor) -> Tensor:
-        """F: (N, C, H, W) -> (N, C_out, H/s, W/s)."""
+        """Compute F: (N, C, H, W) -> (N, C_out, H/s, W/s)."""
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.branch(x)
@@ -126,7 +126,7 @@ class ResidualBlock(nn.Module, ABC):
 
 
 class BasicBlock(ResidualBlock):
-    """F: two 3×3 convolutions (He et al. 2015, figure 5, left)."""
+    """A block whose F is two 3×3 convolutions (He et al. 2015, figure 5, left)."""
 
     expansion = 1
     last_norm = "bn2"
@@ -146,7 +146,7 @@ class BasicBlock(ResidualBlock):
 
 
 class Bottleneck(ResidualBlock):
-    """F: 1×1 to few channels, 3×3 there, 1×1 to four times as many (He et al. 2015, figure 5, right)."""
+    """A block whose F is 1×1, 3×3 and 1×1 to four times the channels (He et al. 2015, figure 5, right)."""
 
     expansion = 4
     last_norm = "bn3"
@@ -155,7 +155,7 @@ class Bottleneck(ResidualBlock):
         super().__init__()
         self.conv1 = parts.conv(c_in, c_inner, 1)  # (N, C, H, W) -> (N, C_inner, H, W)
         self.bn1 = parts.norm(c_inner)
-        # Stride on the 3×3, as torchvision does, not on the 1×1 as in the paper: +0.5 % top-1 ("V1.5").
+        # Stride on the 3×3 as in torchvision, not on the 1×1 as in the paper: +0.5 % top-1 ("V1.5").
         self.conv2 = parts.conv(c_inner, c_inner, 3, stride, parts.groups)  # -> (N, C_inner, H/s, W/s)
         self.bn2 = parts.norm(c_inner)
         self.conv3 = parts.conv(c_inner, c_out, 1)  # -> (N, C_out, H/s, W/s)
@@ -175,32 +175,32 @@ BLOCKS: dict[str, type[BasicBlock] | type[Bottleneck]] = {"basic": BasicBlock, "
 class ResNet(Network):
     """A residual network for images of any size: (N, in_channels, H, W) -> (N, num_classes).
 
-    With torchvision's weights it computes what torchvision's network computes. Sources: He et al. 2015 (the
+    With torchvision's weights, it computes the same as torchvision's network. Sources: He et al. 2015 (the
     networks), Zagoruyko & Komodakis 2016 (wide), Xie et al. 2017 (groups), Goyal et al. 2017 (zero_init),
     Huang et al. 2016 (drop_path), Zhang 2019 (blur).
 
     Args:
         block: basic (two 3×3 convolutions) or bottleneck (1×1, 3×3, 1×1, four times the channels out).
-        layers: Blocks in each stage; each stage after the first halves the resolution. The first may have none:
-            then the stem leads straight to a block of stride 2, which spares the work at full resolution.
-        width: Channels of the first stage's convolutions; doubled from stage to stage.
-        stem: imagenet (7×7 of stride 2 and a max-pool: 1/4 of the resolution), cifar (3×3: all of it), or
-            cifar_stride2 (3×3 of stride 2: half of it).
+        layers: Blocks per stage; each stage after the first halves the resolution. The first stage may have none:
+            then a block of stride 2 follows the stem, and no block runs at full resolution.
+        width: Channels of the first stage's convolutions; each stage doubles them.
+        stem: imagenet (7×7 of stride 2 and a max-pool: 1/4 of the resolution), cifar (3×3: full resolution), or
+            cifar_stride2 (3×3 of stride 2: 1/2).
         shortcut: identity, with projections where the shape changes (the paper's option B); A, zeros for new
-            channels instead of projections; C, projections in every block; none, the plain net.
-        norm: batch, group, none, or the name of torch's class: BatchNorm2d, SyncBatchNorm, GroupNorm,
+            channels instead of projections; C, projections in every block; none, the plain network.
+        norm: batch, group, none, or the name of a class of torch.nn: BatchNorm2d, SyncBatchNorm, GroupNorm,
             InstanceNorm2d, Identity.
         groups: Groups of the bottleneck's 3×3 convolution (ResNeXt's cardinality).
-        width_per_group: Channels of each group, at a stage width of 64.
-        zero_init: Start the last norm of each residual branch at zero: each block starts as relu(S(x)).
-        drop_path: Stochastic depth: the chance to drop the last block's branch in training, for each image;
-            it grows linearly from the first block on. In [0, 1).
-        blur: Blur before each convolution of stride 2, but that of the stem, as ffcv-imagenet does.
+        width_per_group: Channels per group, at a stage width of 64.
+        zero_init: Initialize the last norm of each residual branch to zero: each block starts as relu(S(x)).
+        drop_path: Stochastic depth: probability, in [0, 1), to drop the last block's branch for an image in
+            training. It grows linearly from the first block to the last.
+        blur: Blur before each convolution of stride 2 except in the stem, as ffcv-imagenet does.
         in_channels: Channels of the images.
-        num_classes: Outputs of the head; 0 for none: forward gives the features, (N, num_features).
+        num_classes: Outputs of the head; 0 for no head: forward returns the features, (N, num_features).
 
     Raises:
-        ModelError: (a ValueError) The arguments do not go together; the message says what to change.
+        ModelError: (a ValueError) Arguments that are invalid or contradict each other.
     """
 
     def __init__(
@@ -239,7 +239,7 @@ class ResNet(Network):
         _initialize(self)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """(N, in_channels, H, W) -> (N, num_features): the last stage, averaged over its positions."""
+        """Return the mean over the positions of the last stage: (N, in_channels, H, W) -> (N, num_features)."""
         x = self.maxpool(relu(self.bn1(self.conv1(x))))
         for i in range(len(self.layers)):
             x = getattr(self, f"layer{i + 1}")(x)
@@ -260,27 +260,34 @@ class ResNet(Network):
 
 
 def _check(net: ResNet) -> None:
-    for name, known in (("block", Block), ("stem", Stem), ("shortcut", Shortcut), ("norm", Norm)):
-        if getattr(net, name) not in get_args(known):
-            raise ModelError(f"{name}={getattr(net, name)!r} is not one of {', '.join(get_args(known))}")
+    for name, choices in (("block", Block), ("stem", Stem), ("shortcut", Shortcut), ("norm", Norm)):
+        if getattr(net, name) not in get_args(choices):
+            raise ModelError(f"{name} must be one of {', '.join(get_args(choices))}, got {getattr(net, name)!r}")
     plain, unnormed = net.shortcut == "none", NORMS[net.norm] is nn.Identity
     grouped = (net.groups, net.width_per_group) != (1, 64)
-    for wrong, remedy in (
+    for wrong, message in (
         (
             not sum(net.layers) or min(net.layers[1:], default=1) < 1 or net.layers[0] < 0,
-            f"layers={net.layers}: give each stage at least one block (the first may have none)",
+            f"layers must have at least one block per stage (only the first may have none), got {net.layers}",
         ),
-        (net.width < 1 or net.in_channels < 1, "width and in_channels must be at least 1"),
-        (net.num_classes < 0, "num_classes must be at least 1, or 0 for a network without a head"),
-        (grouped and net.block == "basic", "groups and width_per_group need block='bottleneck'"),
+        (net.width < 1, f"width must be at least 1, got {net.width}"),
+        (net.in_channels < 1, f"in_channels must be at least 1, got {net.in_channels}"),
+        (net.num_classes < 0, f"num_classes must be at least 1, or 0 for no head, got {net.num_classes}"),
+        (grouped and net.block == "basic", "groups and width_per_group require block='bottleneck'"),
         (net.groups < 1 or net.width * net.width_per_group < 64, "groups or width_per_group is too small"),
-        (not 0 <= net.drop_path < 1, f"drop_path={net.drop_path}: give a probability in [0, 1)"),
-        (plain and net.drop_path > 0, "drop_path would cut a plain net: set it to 0, or give a shortcut"),
-        (plain and net.zero_init, "zero_init would make a plain net compute nothing: set it to false"),
-        (unnormed and net.zero_init, "zero_init has no norm to set to zero: give a norm, or set it to false"),
+        (not 0 <= net.drop_path < 1, f"drop_path must be a probability in [0, 1), got {net.drop_path}"),
+        (
+            plain and net.drop_path > 0,
+            "drop_path requires a shortcut: set it to 0, or choose another shortcut than none",
+        ),
+        (
+            plain and net.zero_init,
+            "zero_init requires a shortcut: set it to false, or choose another shortcut than none",
+        ),
+        (unnormed and net.zero_init, "zero_init requires a norm: set it to false, or choose another norm than none"),
     ):
         if wrong:
-            raise ModelError(remedy)
+            raise ModelError(message)
 
 
 def _stages(net: ResNet, parts: LayerFactory) -> Iterator[list[ResidualBlock]]:
@@ -301,7 +308,7 @@ def _stages(net: ResNet, parts: LayerFactory) -> Iterator[list[ResidualBlock]]:
 
 
 def _initialize(net: ResNet) -> None:
-    """Kaiming's normal initialisation over the fan-out (He et al. 2015b), as torchvision's."""
+    """Initialize as torchvision does: Kaiming normal over the fan-out (He et al. 2015b)."""
     for module in net.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

@@ -2,9 +2,8 @@
 
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +13,8 @@ from reslab.models import ModelError
 from reslab.models.library import LibraryNetwork
 from reslab.models.zoo import nearest
 
-FORCE_WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"  # read by torch.load, stronger than its argument
+# torch.load reads this and then refuses pickles with code, also where timm or torch.hub asks for weights_only=False.
+TENSORS_ONLY = {"TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1"}
 BUILD_ERRORS = (TypeError, ValueError, AssertionError, RuntimeError, AttributeError, KeyError)
 # Arguments of timm.create_model that name files or addresses to load weights from.
 REMOTE_KWARGS = {"checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay"}
@@ -54,7 +54,7 @@ class TimmNetwork(LibraryNetwork):
         _check_name(name, allow_remote, kwargs)
         options = {"num_classes": num_classes, "in_chans": in_channels, **kwargs}
         try:
-            with _tensors_only():
+            with patch.dict(os.environ, TENSORS_ONLY):
                 if image_size is not None and _depends_on_image_size(name):
                     options["img_size"] = image_size
                 model = timm.create_model(name, pretrained=pretrained, **options)
@@ -62,15 +62,14 @@ class TimmNetwork(LibraryNetwork):
             raise ModelError(_explain(name, pretrained, error)) from error
         super().__init__(model, _heads(model), in_channels, num_classes)
 
+    @staticmethod
+    def names() -> list[str]:
+        return _import_timm().list_models()
+
     def convert_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         module = sys.modules[type(self.model).__module__]
         convert = getattr(module, "checkpoint_filter_fn", None)
         return convert(state, self.model) if convert else state
-
-
-def list_timm_models() -> list[str]:
-    """Return the names of all models of timm, without the tags of their weights."""
-    return _import_timm().list_models()
 
 
 def _import_timm() -> Any:
@@ -89,8 +88,8 @@ def _check_name(name: str, allow_remote: bool, kwargs: dict[str, Any]) -> None:
             "set allow_remote to true if you trust its source"
         )
     base = name.partition(".")[0]
-    if ":" not in name and base not in list_timm_models():
-        raise ModelError(f"timm has no model {name!r}{nearest(base, list_timm_models())}")
+    if ":" not in name and base not in TimmNetwork.names():
+        raise ModelError(f"timm has no model {name!r}{nearest(base, TimmNetwork.names())}")
 
 
 def _depends_on_image_size(name: str) -> bool:
@@ -99,19 +98,6 @@ def _depends_on_image_size(name: str) -> bool:
         return timm.models.get_pretrained_cfg(name).fixed_input_size
     with torch.device("meta"):
         return timm.create_model(name).pretrained_cfg.get("fixed_input_size", False)
-
-
-@contextmanager
-def _tensors_only() -> Iterator[None]:
-    """Refuse pickles with code in every torch.load, also where timm or torch.hub asks for weights_only=False."""
-    before = os.environ.get(FORCE_WEIGHTS_ONLY)
-    os.environ[FORCE_WEIGHTS_ONLY] = "1"
-    try:
-        yield
-    finally:
-        os.environ.pop(FORCE_WEIGHTS_ONLY)
-        if before is not None:
-            os.environ[FORCE_WEIGHTS_ONLY] = before
 
 
 def _explain(name: str, pretrained: bool, error: Exception) -> str:

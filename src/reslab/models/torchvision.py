@@ -44,8 +44,8 @@ class TorchvisionNetwork(LibraryNetwork):
         image_size: int | tuple[int, int] | None = None,
         **kwargs: Any,
     ) -> None:
-        if name not in list_torchvision_models():
-            raise ModelError(f"torchvision has no image classifier {name!r}{nearest(name, list_torchvision_models())}")
+        if name not in self.names():
+            raise ModelError(f"torchvision has no image classifier {name!r}{nearest(name, self.names())}")
         if name in ("googlenet", "inception_v3"):
             kwargs = {**INCEPTION_KWARGS, "transform_input": in_channels == 3, **kwargs}
         if image_size is not None and name.startswith(("vit_", "maxvit_")):
@@ -64,15 +64,14 @@ class TorchvisionNetwork(LibraryNetwork):
         if weights is not None:
             print(*load_weights(self, weights), sep="\n")
 
+    @staticmethod
+    def names() -> list[str]:
+        return torchvision.models.list_models(module=torchvision.models)
+
     def convert_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         # DenseNet: keys of 2017. Inception, GoogLeNet: the auxiliary heads.
         renamed = {re.sub(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)", r"\1\2", key): v for key, v in state.items()}
         return {key: value for key, value in renamed.items() if not key.startswith(("aux1.", "aux2.", "AuxLogits."))}
-
-
-def list_torchvision_models() -> list[str]:
-    """Return the names of torchvision's image classifiers."""
-    return torchvision.models.list_models(module=torchvision.models)
 
 
 def _image_size(name: str, size: int | tuple[int, int]) -> dict[str, Any]:

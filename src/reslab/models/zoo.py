@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+import reslab.models
 from reslab.models import ModelError
 
 if TYPE_CHECKING:
@@ -31,30 +32,18 @@ _STAGES = {  # blocks per stage: He et al. 2015, table 1
 }
 
 
-def _variant(depth: str, *, stem: str = "imagenet", groups: int = 1, width_per_group: int = 64) -> dict[str, Any]:
+_IMAGENET = {"width": 64, "stem": "imagenet", "shortcut": "identity", "groups": 1, "width_per_group": 64}
+_CIFAR = {"block": "basic", "width": 16, "stem": "cifar", "shortcut": "A", "groups": 1, "width_per_group": 64}
+
+
+def _variant(depth: str, **changes: Any) -> dict[str, Any]:
     block, layers = _STAGES[depth]
-    return {
-        "block": block,
-        "layers": layers,
-        "width": 64,
-        "stem": stem,
-        "shortcut": "identity",
-        "groups": groups,
-        "width_per_group": width_per_group,
-    }
+    return {"block": block, "layers": layers, **_IMAGENET, **changes}
 
 
 def _cifar_variant(depth: int) -> dict[str, Any]:
-    """Return a network of 6n + 2 layers (He et al. 2015, section 4.2): three stages of n basic blocks, option A."""
-    return {
-        "block": "basic",
-        "layers": ((depth - 2) // 6,) * 3,
-        "width": 16,
-        "stem": "cifar",
-        "shortcut": "A",
-        "groups": 1,
-        "width_per_group": 64,
-    }
+    """Return a network of 6n + 2 layers (He et al. 2015, section 4.2): three stages of n blocks."""
+    return {**_CIFAR, "layers": ((depth - 2) // 6,) * 3}
 
 
 VARIANTS: dict[str, dict[str, Any]] = (
@@ -72,7 +61,7 @@ VARIANTS: dict[str, dict[str, Any]] = (
     }
 )
 
-LIBRARIES = ("timm", "torchvision")
+LIBRARIES = {"timm": "TimmNetwork", "torchvision": "TorchvisionNetwork"}  # in reslab.models
 WEIGHTS_FILE = "weights.safetensors"  # of a run directory
 WRAPPERS = re.compile(r"^(module|net|model|_orig_mod)\.")  # DDP, Classifier, LibraryNetwork and others, torch.compile
 SHOWN_KEYS = 3  # of each kind of mismatch
@@ -86,17 +75,10 @@ def list_models(pattern: str | None = None) -> list[str]:
             for those of a library; or a shell pattern: resnet5*, timm/convnext*.
     """
     library, slash, _ = (pattern or "").partition("/")
-    if library == "timm":
-        from reslab.models.timm import list_timm_models
-
-        names = [f"timm/{name}" for name in list_timm_models()]
-    elif library == "torchvision":
-        from reslab.models.torchvision import list_torchvision_models
-
-        names = [f"torchvision/{name}" for name in list_torchvision_models()]
-    else:
-        names = list(VARIANTS)
-    return fnmatch.filter(names, pattern) if pattern and (slash or library not in LIBRARIES) else names
+    if library not in LIBRARIES:
+        return fnmatch.filter(VARIANTS, pattern) if pattern else list(VARIANTS)
+    names = [f"{library}/{name}" for name in getattr(reslab.models, LIBRARIES[library]).names()]
+    return fnmatch.filter(names, pattern) if slash and pattern else names
 
 
 def create_model(name: str, *, weights: str | Path | None = None, **kwargs: Any) -> "Network":
@@ -114,25 +96,14 @@ def create_model(name: str, *, weights: str | Path | None = None, **kwargs: Any)
     """
     library, _, short = name.partition("/")
     cifar = re.fullmatch(r"resnet(\d+)", name)
-    net: Network
-    if library == "timm":
-        from reslab.models.timm import TimmNetwork
-
-        net = TimmNetwork(short, **kwargs)
-    elif library == "torchvision":
-        from reslab.models.torchvision import TorchvisionNetwork
-
-        net = TorchvisionNetwork(short, **kwargs)
+    if library in LIBRARIES:
+        net = getattr(reslab.models, LIBRARIES[library])(short, **kwargs)
+    elif name in VARIANTS:
+        net = reslab.models.ResNet(**{**VARIANTS[name], **kwargs})
+    elif cifar and int(cifar[1]) > 2 and int(cifar[1]) % 6 == 2:
+        net = reslab.models.ResNet(**{**_cifar_variant(int(cifar[1])), **kwargs})
     else:
-        from reslab.models.resnet import ResNet
-
-        if name in VARIANTS:
-            variant = VARIANTS[name]
-        elif cifar and int(cifar[1]) > 2 and int(cifar[1]) % 6 == 2:
-            variant = _cifar_variant(int(cifar[1]))
-        else:
-            raise ModelError(f"there is no model {name!r}{nearest(name, VARIANTS)}, timm/NAME, torchvision/NAME")
-        net = ResNet(**{**variant, **kwargs})
+        raise ModelError(f"there is no model {name!r}{nearest(name, VARIANTS)}, timm/NAME, torchvision/NAME")
     if weights is not None:
         print(*load_weights(net, weights), sep="\n")
     return net
@@ -200,13 +171,13 @@ def network_of_run(run_dir: str | Path, **overrides: Any) -> "Network":
         with torch.device("meta"):
             stem = _stem_keys(cls(**init_args))
         init_args |= {"in_channels": state[stem[0]].shape[1]} if stem and stem[0] in state else {}
-    net = cls(**init_args)
+    with torch.random.fork_rng(devices=[]):  # what is built next must not depend on this network's initialization
+        net = cls(**init_args)
     _load(net, state, run_dir)
     return net
 
 
 def _network_class(class_path: str) -> "type[Network]":
-    import reslab.models
     from reslab.models.network import Network
 
     module, _, name = class_path.rpartition(".")
