@@ -110,13 +110,11 @@ def _checkpoints(folder: Path) -> Iterator[Check]:
     if not (folder / SUMS).exists():
         yield Check(f"{folder.name}/{SUMS}", "missing")
     for name in sorted({*read_sums(folder), *(path.name for path in folder.glob("*.ckpt"))}):
-        item = f"{folder.name}/{name}"
-        if not (folder / name).exists():
-            yield Check(item, "missing")
-        elif checksum_matches(folder / name):
-            yield Check(item, "ok")
-        else:
+        item, path = f"{folder.name}/{name}", folder / name
+        if path.exists() and not checksum_matches(path):
             yield Check(item, "differs", f"its SHA-256 is not in {SUMS}")
+        else:
+            yield Check(item, "ok" if path.exists() else "missing")
 
 
 def _weights(path: Path, recorded: str) -> Check:
@@ -163,8 +161,7 @@ def reproduce(run: str, out: str | None = None, overrides: Sequence[str] = ()) -
     copy = RunFolder(out or f"{folder.path.resolve()}-reproduced")
     if copy.path.resolve() == folder.path.resolve():
         raise UserError(f"--out {out} is the run itself: choose another directory")
-    config = _file(folder.config, manifest["config_sha256"])
-    if config.state != "ok":
+    if (config := _file(folder.config, manifest["config_sha256"])).state != "ok":
         raise UserError(f"{folder.config} is no longer the config of this run: {config.detail or config.state}")
     logged = _logged(folder.metrics)
     _warn_if_code_differs(folder, manifest["git"])
