@@ -6,9 +6,8 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import yaml
 
@@ -27,8 +26,7 @@ NOT_COMPARED = ("step", "images_per_second")  # columns of metrics.csv that are 
 Steps = Mapping[int, str]  # a metric's values, as they were logged, by optimizer step
 
 
-@dataclass(frozen=True)
-class Check:
+class Check(NamedTuple):
     """One item of a run directory compared with its record; `unknown` if it could not be compared."""
 
     item: str
@@ -36,8 +34,7 @@ class Check:
     detail: str = ""
 
 
-@dataclass(frozen=True)
-class Divergence:
+class Divergence(NamedTuple):
     """The first step at which a metric of two runs differs; a value is None if the run logged none."""
 
     metric: str
