@@ -230,9 +230,7 @@ def explain_failure(error: Exception) -> str | None:
         return f"out of memory ({text.partition('.')[0] or 'of the host'}): {remedy}"
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     if full or "PytorchStreamWriter failed" in text or "unexpected pos" in text:
-        return (
-            f"the disk is full ({text}): the last checkpoint is intact; free some space and run the same command again"
-        )
+        return f"the disk is full ({text}): the last checkpoint is intact; free space and run the same command again"
     # A worker that dies while it hands over a batch shows up as a broken connection.
     if "DataLoader worker" in text or isinstance(error, ConnectionError | EOFError):
         remedy = "run the same command again to resume, with fewer --data.num_workers if memory was short"

@@ -25,15 +25,9 @@ class MetricsCSV(Logger):
     def __init__(self, path: Path, columns: Sequence[str]) -> None:
         super().__init__()
         self.path = path
-        self._columns = list(columns)
-        self._row: dict[str, Any] = {}
-        self._row_start = 0  # where in the file the last row begins
         columns_in_file, rows = read_rows(path)
-        if columns_in_file:
-            self._columns = columns_in_file
-        if rows:
-            self._row = dict(rows[-1])
-            self._row_start = path.stat().st_size - len(self._line(self._row))
+        self._columns = columns_in_file or list(columns)
+        self._row: dict[str, Any] = dict(rows[-1]) if rows else {}  # the last one in the file
 
     @property
     def name(self) -> str:
@@ -54,11 +48,11 @@ class MetricsCSV(Logger):
         self._add_columns([name for name in metrics if name not in self._columns])
         if not self.path.exists():
             self.path.write_bytes(self._line({name: name for name in self._columns}))
-        if str(step) != str(self._row.get("step")):
-            self._row, self._row_start = {"step": step}, self.path.stat().st_size
-        self._row.update(metrics)
+        same_row = str(step) == str(self._row.get("step"))
+        start = self.path.stat().st_size - (len(self._line(self._row)) if same_row else 0)
+        self._row = {**(self._row if same_row else {"step": step}), **metrics}
         with self.path.open("r+b") as file:
-            file.seek(self._row_start)
+            file.seek(start)
             file.write(self._line(self._row))
             file.truncate()
 
@@ -66,7 +60,6 @@ class MetricsCSV(Logger):
         self._columns += names
         if names and self.path.exists():
             write_rows(self.path, self._columns, read_rows(self.path)[1])
-            self._row_start = self.path.stat().st_size - len(self._line(self._row)) if self._row else 0
 
     def _line(self, row: dict[str, Any]) -> bytes:
         text = io.StringIO()

@@ -40,12 +40,8 @@ class RunRecord:
     def open(self, config: str, argv: Sequence[str]) -> bool:
         """Start an attempt at a new or unfinished run; return False if the run is finished.
 
-        Args:
-            config: The resolved configuration as YAML.
-            argv: The arguments of `reslab fit`.
-
-        Raises:
-            UserError: The directory holds a run with a different configuration.
+        `config` is the resolved configuration as YAML, `argv` the arguments of `reslab fit`. Raises UserError if the
+        directory holds a run with a different configuration.
         """
         if self.folder.manifest.exists():
             self.manifest = manifests.read(self.folder.manifest)

@@ -45,22 +45,19 @@ def write_report(run_dir: Path) -> Path:
     metrics, predictions = read_metrics(folder.metrics), figures.read_predictions(run_dir)
     config = folder.config.read_text(encoding="utf-8") if folder.config.exists() else ""
     main = headline(manifest, metrics, predictions)
-    page = (
-        templates()
-        .get_template("report.html.j2")
-        .render(
-            name="/".join(run_dir.resolve().parts[-2:]),
-            status=manifest.get("status", "unknown"),
-            notices=notices(run_dir, manifest, predictions),
-            summary=summarise(yaml.safe_load(config) or {}, manifest),
-            headline=main,
-            tiles=tiles(manifest, metrics, predictions, skip=main["metric"]),
-            figures=embed(folder.figures),
-            classes=class_table(predictions, class_names(manifest, predictions)) if predictions else [],
-            commands=commands(run_dir, manifest),
-            manifest=manifest,
-            config=config,
-        )
+    template = templates().get_template("report.html.j2")
+    page = template.render(
+        name="/".join(run_dir.resolve().parts[-2:]),
+        status=manifest.get("status", "unknown"),
+        notices=notices(run_dir, manifest, predictions),
+        summary=summarise(yaml.safe_load(config) or {}, manifest),
+        headline=main,
+        tiles=tiles(manifest, metrics, predictions, skip=main["metric"]),
+        figures=embed(folder.figures),
+        classes=class_table(predictions, class_names(manifest, predictions)) if predictions else [],
+        commands=commands(run_dir, manifest),
+        manifest=manifest,
+        config=config,
     )
     write_text(folder.report, page)
     return folder.report
@@ -97,24 +94,20 @@ def summarise(config: Mapping[str, Any], manifest: Mapping[str, Any]) -> dict[st
     """Summarise the resolved config in one line per part; parts that it lacks are left out."""
     model, data, trainer = (config.get(key) or {} for key in ("model", "data", "trainer"))
     parts = {
-        "network": _class(model.get("net")),
-        "data": _class(data.get("dataset")),
-        "optimizer": _class(model.get("optimizer")),
-        "schedule": _class(model.get("schedule")),
-        "epochs": trainer.get("max_epochs"),
-        "batch size": data.get("batch_size"),
-        "precision": trainer.get("precision"),
-        "seed": manifest.get("seed"),
-    }
-    return {key: str(value) for key, value in parts.items() if value is not None}
+        "network": model.get("net"), "data": data.get("dataset"),
+        "optimizer": model.get("optimizer"), "schedule": model.get("schedule"),
+        "epochs": trainer.get("max_epochs"), "batch size": data.get("batch_size"),
+        "precision": trainer.get("precision"), "seed": manifest.get("seed"),
+    }  # fmt: skip
+    return {key: _summary(value) for key, value in parts.items() if value is not None}
 
 
-def _class(node: Any) -> str | None:
-    """Format a class of the config, with its init_args, as Class(key=value, ...)."""
-    if not isinstance(node, Mapping) or "class_path" not in node:
-        return None if node is None else str(node)
-    arguments = ", ".join(f"{key}={value}" for key, value in (node.get("init_args") or {}).items())
-    return f"{node['class_path'].rpartition('.')[2]}({arguments})"
+def _summary(value: Any) -> str:
+    """Format a config value; a class with init_args as Class(key=value, ...)."""
+    if not isinstance(value, Mapping) or "class_path" not in value:
+        return str(value)
+    arguments = ", ".join(f"{key}={argument}" for key, argument in (value.get("init_args") or {}).items())
+    return f"{value['class_path'].rpartition('.')[2]}({arguments})"
 
 
 def label(name: str) -> str:

@@ -6,9 +6,8 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import yaml
 
@@ -27,8 +26,7 @@ NOT_COMPARED = ("step", "images_per_second")  # columns of metrics.csv that are 
 Steps = Mapping[int, str]  # a metric's values, as they were logged, by optimizer step
 
 
-@dataclass(frozen=True)
-class Check:
+class Check(NamedTuple):
     """One item of a run directory compared with its record; `unknown` if it could not be compared."""
 
     item: str
@@ -36,8 +34,7 @@ class Check:
     detail: str = ""
 
 
-@dataclass(frozen=True)
-class Divergence:
+class Divergence(NamedTuple):
     """The first step at which a metric of two runs differs; a value is None if the run logged none."""
 
     metric: str
@@ -110,13 +107,11 @@ def _checkpoints(folder: Path) -> Iterator[Check]:
     if not (folder / SUMS).exists():
         yield Check(f"{folder.name}/{SUMS}", "missing")
     for name in sorted({*read_sums(folder), *(path.name for path in folder.glob("*.ckpt"))}):
-        item = f"{folder.name}/{name}"
-        if not (folder / name).exists():
-            yield Check(item, "missing")
-        elif checksum_matches(folder / name):
-            yield Check(item, "ok")
-        else:
+        item, path = f"{folder.name}/{name}", folder / name
+        if path.exists() and not checksum_matches(path):
             yield Check(item, "differs", f"its SHA-256 is not in {SUMS}")
+        else:
+            yield Check(item, "ok" if path.exists() else "missing")
 
 
 def _weights(path: Path, recorded: str) -> Check:
@@ -163,8 +158,7 @@ def reproduce(run: str, out: str | None = None, overrides: Sequence[str] = ()) -
     copy = RunFolder(out or f"{folder.path.resolve()}-reproduced")
     if copy.path.resolve() == folder.path.resolve():
         raise UserError(f"--out {out} is the run itself: choose another directory")
-    config = _file(folder.config, manifest["config_sha256"])
-    if config.state != "ok":
+    if (config := _file(folder.config, manifest["config_sha256"])).state != "ok":
         raise UserError(f"{folder.config} is no longer the config of this run: {config.detail or config.state}")
     logged = _logged(folder.metrics)
     _warn_if_code_differs(folder, manifest["git"])
