@@ -1,6 +1,6 @@
-"""Stands in for `reslab fit` where the scheduling of cells is tested: a run folder in milliseconds, and no torch.
+"""Replacement of `reslab fit` for tests of scheduling: writes a run directory in milliseconds, without torch.
 
-What a cell does is in $FAKE, a JSON object by cell name: a list of acts, one a try; the last is repeated.
+$FAKE is a JSON object with a list of outcomes per cell name, one per try; the last one is repeated.
 """
 
 import json
