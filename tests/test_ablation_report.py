@@ -370,9 +370,9 @@ def test_digits_follow_the_spread() -> None:
     def unit(metric: str, sd: float | None) -> Unit:
         return Unit.of({"metric": metric, "arms": {"a": {"sd": sd}, "b": {"sd": None}}})
 
-    assert unit("test/acc", 0.0018).value(0.91254) == "91.25 %"
+    assert unit("test/acc", 0.0018).number(0.91254) == "91.25"
     assert unit("test/acc", 0.018).difference(-0.041) == "−4.1 points"
-    assert unit("test/loss", 0.0123).value(0.5) == "0.500"
+    assert unit("test/loss", 0.0123).number(0.5) == "0.500"
     assert unit("test/acc", None).signed(-0.0) == "0.00"
     assert [probability(p) for p in (None, 1e-9, 0.00042, 0.0123, 0.5)] == ["–", "< 0.0001", "0.0004", "0.012", "0.50"]
 

@@ -44,15 +44,8 @@ def analyse(study: Study, out: Path, states: Sequence[State]) -> Report:
     arms, unit = _arms(study, states, values, faults)
     report: Report = {
         "study": study.name,
-        "question": study.question,
         "plan": _plan(study, out, states),
-        "metric": study.metric,
-        "mode": study.mode,
-        "margin": study.margin,
-        "test_weights": study.test_weights,
-        "baseline": study.baseline,
-        "seeds": study.seeds,
-        "factors": study.factors,
+        **study.about(),
         "confidence": 0.95,
         "cells": {"planned": len(states), **Counter(state.status for state in states)},
         "missing": [_missing(state) for state in states if state.status != "complete"],

@@ -67,11 +67,6 @@ class State:
     detail: str
     manifest: Config
 
-    @property
-    def results(self) -> dict[str, float]:
-        """Return the final metrics by name; empty unless complete."""
-        return self.manifest["results"] if self.status == "complete" else {}
-
 
 def cells(study: Study, out: Path) -> list[Cell]:
     """Return all cells, ordered by seed first: if the study stops early, all arms have about the same seeds."""
@@ -155,8 +150,7 @@ def seconds_per_cell(study: Study, current: Sequence[State]) -> dict[str, float 
 
 def write_plan(study: Study, out: Path) -> None:
     """Write plan.json: the cells to run, and the hash that identifies the study."""
-    keys = ("name", "hash", "question", "metric", "mode", "margin", "test_weights", "baseline", "seeds", "factors")
-    plan: dict[str, Any] = {key: getattr(study, key) for key in keys}
+    plan: dict[str, Any] = {"name": study.name, "hash": study.hash, **study.about()}
     plan["arms"] = {arm.name: {"levels": arm.levels, "changes": arm.changes} for arm in study.arms.values()}
     plan["cells"] = [{"arm": c.arm, "seed": c.seed, "folder": f"{c.name}"} for c in cells(study, out)]
     write_text(out / PLAN, json.dumps(plan, indent=2, default=str) + "\n")

@@ -163,13 +163,7 @@ def run_local(study: Study, out: Path, resources: LocalResources, retries: int =
 
 
 class Pool:
-    """Waiting and running cells.
-
-    Args:
-        progress: Keeps and prints the states of the cells.
-        slots: Environment variables of each concurrent run.
-        retries: How often a failed cell is retried.
-    """
+    """Waiting and running cells; `slots` holds the environment variables of each concurrent run."""
 
     def __init__(self, progress: StudyProgress, slots: list[dict[str, str]], retries: int) -> None:
         self.progress, self.free, self.retries = progress, list(slots), retries

@@ -84,7 +84,7 @@ class StudyProgress:
     def _outcome(self, state: State) -> str:
         if state.status != "complete":
             return f"{state.status}: {state.detail}" if state.detail else state.status
-        value = state.results.get(self.study.metric)
+        value = state.manifest["results"].get(self.study.metric)
         result = f"{self.study.metric} {value:.4f}, " if value is not None else ""
         return f"complete, {result}{duration(state.manifest['wall_seconds'])}"
 

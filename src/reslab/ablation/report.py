@@ -42,6 +42,7 @@ def write_report(study: Study, out: Path) -> Path:
     environment = templates(Path(__file__).parent)
     environment.filters |= {"tex": wording.tex, "md": wording.markdown, "duration": duration}
     environment.filters |= {"named": wording.named, "counted": wording.count}
+    environment.filters |= {"interval": wording.interval, "probability": wording.probability}
     for name in ("report.md", "table.tex", "report.html"):
         write_text(out / name, environment.get_template(f"{name}.j2").render(texts))
     return out / "report.html"
@@ -127,12 +128,9 @@ def _texts(report: Report, table: pd.DataFrame) -> dict[str, Any]:
         "arms": [wording.row(name, arm, report, unit) for name, arm in report["arms"].items()],
         "answers": [(arm["verdict"], wording.sentence(name, arm, report, unit)) for name, arm in others],
         "judged": wording.judged(report, unit),
-        "tiles": wording.tiles(report),
-        "effects": [wording.effect(e, unit) for e in report.get("effects", [])],
-        "interactions": [wording.effect(e, unit) for e in report.get("interactions", [])],
-        "per_image": [wording.per_image(name, numbers) for name, numbers in report["per_image"].items()],
+        "points": Unit(percent=True, decimals=2),
         "hardware": [(wording.hardware(group["is"]), group["cells"]) for group in report["hardware"]],
         "code": [(wording.code(group["is"]), group["cells"]) for group in report["code"]],
-        "caption": wording.caption(report),
+        "best": wording.best(report),
         "cells": list(cells.itertuples(index=False, name=None)),
     }

@@ -158,14 +158,7 @@ def with_defaults(config: Config) -> Config:
     return filled(config, CONFIG)
 
 
-def prune(config: Config, keys: Sequence[str]) -> Config:
+def prune(config: Config, keys: Sequence[str], prefix: str = "") -> Config:
     """Return the config without some dotted keys."""
-    pruned = copy.deepcopy(config)
-    for key in keys:
-        *groups, last = key.split(".")
-        node: Any = pruned
-        for group in groups:
-            node = node.get(group) if isinstance(node, dict) else None
-        if isinstance(node, dict):
-            node.pop(last, None)
-    return pruned
+    kept = {key: value for key, value in config.items() if f"{prefix}{key}" not in keys}
+    return {k: prune(v, keys, f"{prefix}{k}.") if isinstance(v, dict) else v for k, v in kept.items()}

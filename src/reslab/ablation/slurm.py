@@ -117,8 +117,7 @@ def submit(study: Study, out: Path, todo: Iterable[Cell], cluster: Cluster, limi
         study: The study.
         out: Study directory.
         todo: The cells.
-        cluster: Resources of each job.
-        limit: How many jobs of an array may run at once.
+        cluster, limit: See `run_slurm`.
 
     Raises:
         SlurmError: Slurm or submitit is not installed, or a job is rejected.
@@ -208,15 +207,7 @@ def run_slurm(
 
 
 class Queue:
-    """Unfinished cells and their jobs.
-
-    Args:
-        progress: Keeps and prints the states of the cells.
-        out: Study directory.
-        cluster: Resources of each job.
-        limit: How many cells of an array may run at once.
-        retries: How often a failed cell is submitted again.
-    """
+    """Unfinished cells and their jobs; arguments as for `run_slurm`."""
 
     def __init__(self, progress: StudyProgress, out: Path, cluster: Cluster, limit: int | None, retries: int) -> None:
         self.progress, self.out, self.cluster, self.limit, self.retries = progress, out, cluster, limit, retries

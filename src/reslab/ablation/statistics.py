@@ -127,20 +127,13 @@ class Effects:
     reasons: tuple[Reason, ...] = ()
 
 
-@dataclass(frozen=True)
-class _Rule:
+class _Rule(NamedTuple):
     """How verdicts are reached over a family of arms."""
 
     margin: float | None
-    mode: str
+    mode: Mode
     alpha: float
     family: int
-
-    def __post_init__(self) -> None:
-        if self.margin is not None and not self.margin > 0:
-            raise ValueError(f"margin must be positive, or None for no test of equivalence; got {self.margin}")
-        if self.mode not in ("max", "min"):
-            raise ValueError(f'mode must be "max" or "min", got {self.mode!r}')
 
 
 def summarise(values: npt.ArrayLike, confidence: float = 0.95) -> Summary:
@@ -182,7 +175,10 @@ def compare(
     Raises:
         ValueError: shapes differ, values are not finite, or margin or mode is invalid.
     """
-    rule = _Rule(margin, mode, alpha, family or len(arms))
+    if margin is not None and not margin > 0:
+        raise ValueError(f"margin must be positive, or None for no test of equivalence; got {margin}")
+    if mode not in ("max", "min"):
+        raise ValueError(f'mode must be "max" or "min", got {mode!r}')
     base = np.asarray(baseline, float)
     values = [np.asarray(of, float) for of in arms.values()]
     if any(x.ndim != 1 or x.shape != base.shape or not np.isfinite(x).all() for x in (base, *values)):
@@ -194,7 +190,7 @@ def compare(
         return {}
     x = np.array(values)
     tests = _t_tests(x - base, np.maximum(abs(x).max(axis=1), abs(base).max()), alpha, margin)
-    return dict(zip(arms, _judged(tests, rule), strict=True))
+    return dict(zip(arms, _judged(tests, _Rule(margin, mode, alpha, family or len(arms))), strict=True))
 
 
 def compare_by_seed(

@@ -12,25 +12,13 @@ from typing import Any, Literal
 
 import yaml
 
-from reslab.ablation.resolve import (
-    Config,
-    Loader,
-    check_key,
-    flat,
-    leaves,
-    loaded,
-    merge,
-    nested,
-    options,
-    prune,
-    read_config,
-    read_mapping,
-    with_defaults,
-)
+from reslab.ablation import resolve
+from reslab.ablation.resolve import Config, merge
 from reslab.diff import differences
 from reslab.errors import UserError
 from reslab.host import CONFIGS
 
+Factors = dict[str, dict[str, Any]]  # values by label, by factor key
 KEYS: dict[str, Any] = {  # of a study file, and their types
     **dict.fromkeys(("name", "question", "metric", "mode", "test_weights"), str),
     **dict.fromkeys(("base", "exclude", "seeds"), list),
@@ -93,10 +81,15 @@ class Study:
     @property
     def hash(self) -> str:
         """Return the SHA-256 of everything that affects the results and how they are judged."""
-        keys = ("name", "baseline", "metric", "mode", "margin", "test_weights", "seeds")
-        judged = {key: getattr(self, key) for key in keys}
-        arms = {arm.name: prune(arm.config, RUN_ONLY) for arm in self.arms.values()}
-        return hashlib.sha256(json.dumps({**judged, "arms": arms}, sort_keys=True, default=str).encode()).hexdigest()
+        judged = {key: value for key, value in self.about().items() if key not in ("question", "factors")}
+        arms = {arm.name: resolve.prune(arm.config, RUN_ONLY) for arm in self.arms.values()}
+        content = {"name": self.name, **judged, "arms": arms}
+        return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+
+    def about(self) -> dict[str, Any]:
+        """Return the keys of the study file that a plan and a report repeat."""
+        keys = ("question", "metric", "mode", "margin", "test_weights", "baseline", "seeds", "factors")
+        return {key: getattr(self, key) for key in keys}
 
 
 def find_study(name: str) -> Path:
@@ -122,9 +115,10 @@ def read_study(name: str | Path, overrides: Sequence[str] = ()) -> Study:
         UserError: the file is invalid; the message names the key.
     """
     path = find_study(str(name))
-    text = read_mapping(path)
+    text = resolve.read_mapping(path)
     _check_keys(path, text)
-    variants = dict(_arms(path, text))
+    factors = {key: _levels(path, key, values) for key, values in (text.get("factors") or {}).items()}
+    variants = dict(_arms(path, text, factors))
     base = _base(path, text, overrides, {key for _, changes in variants.values() for key in changes})
     title, test_weights = text.get("name", path.stem), text.get("test_weights", "last")
     arms = {}
@@ -132,10 +126,10 @@ def read_study(name: str | Path, overrides: Sequence[str] = ()) -> Study:
         run = {"name": f"{title}.{arm}", "test_weights": test_weights, "group": title, "job_type": arm}
         config = merge(base, {"run": run})
         for key, value in changes.items():
-            config = merge(config, nested(key, loaded(value, path.parent)))
+            config = merge(config, resolve.nested(key, resolve.loaded(value, path.parent)))
         _check_arm(path, arm, changes, config)
         arms[arm] = Arm(arm, levels, config)
-    baseline = _baseline(path, text, arms)
+    baseline = _baseline(path, text["baseline"], factors, arms)
     study = Study(
         path=path,
         name=title,
@@ -147,7 +141,7 @@ def read_study(name: str | Path, overrides: Sequence[str] = ()) -> Study:
         test_weights=test_weights,
         seeds=text["seeds"],
         arms=_compared(path, arms, baseline),
-        factors=_factors(text),
+        factors={key: list(levels) for key, levels in factors.items()},
         minutes=text.get("minutes"),
         overrides=tuple(overrides),
     )
@@ -173,41 +167,40 @@ def _check_keys(path: Path, text: Config) -> None:
 
 def _base(path: Path, text: Config, overrides: Sequence[str], varied: set[str]) -> Config:
     """Return the config that all arms start from: base.yaml, the study's base files, then the command line."""
-    config = read_config(CONFIGS / "base.yaml")
+    config = resolve.read_config(CONFIGS / "base.yaml")
     for part in text["base"]:
         config = merge(config, _part(part, path.parent))
-    for key, value in options(overrides):
+    for key, value in resolve.options(overrides):
         if key == "config":
-            config = merge(config, read_config(Path(value)))
+            config = merge(config, resolve.read_config(Path(value)))
         elif clash := [v for v in varied if v == key or key.startswith(f"{v}.")]:
             raise UserError(f"{path}: --{key} would apply to all arms, but they differ in {clash[0]}")
         else:
-            config = merge(config, nested(key, loaded(yaml.load(value, Loader), Path())))
+            config = merge(config, resolve.nested(key, resolve.loaded(yaml.load(value, resolve.Loader), Path())))
     return config
 
 
 def _part(part: Any, folder: Path) -> Config:
     """Return one entry of a study's base: a config file (path relative to `folder`), or dotted keys and values."""
     if not isinstance(part, dict):
-        return read_config(folder / str(part))
+        return resolve.read_config(folder / str(part))
     config: Config = {}
-    for key, value in flat(part):
-        config = merge(config, nested(key, loaded(value, folder)))
+    for key, value in resolve.flat(part):
+        config = merge(config, resolve.nested(key, resolve.loaded(value, folder)))
     return config
 
 
 # Arms
 
 
-def _arms(path: Path, text: Config) -> Iterator[tuple[str, tuple[dict[str, str], Config]]]:
+def _arms(path: Path, text: Config, factors: Factors) -> Iterator[tuple[str, tuple[dict[str, str], Config]]]:
     """Yield (name, (levels, changes)) of every arm; changes by dotted key."""
     if text.get("arms"):
         for name, changes in text["arms"].items():
             if not isinstance(changes, dict | None):
                 raise UserError(f"{path}: arm {name} must hold keys and values, got {changes!r}")
-            yield _folder_name(path, str(name)), ({}, dict(flat(changes or {})))
+            yield _folder_name(path, str(name)), ({}, dict(resolve.flat(changes or {})))
         return
-    factors = {key: _levels(path, key, values) for key, values in text["factors"].items()}
     excluded = [_level_labels(path, factors, part) for part in text.get("exclude") or []]
     names = set()
     for labels in itertools.product(*factors.values()):
@@ -253,7 +246,7 @@ def _short(key: str, factors: Mapping[str, Any]) -> str:
     return key
 
 
-def _level_labels(path: Path, factors: Mapping[str, Mapping[str, Any]], part: Any) -> dict[str, str]:
+def _level_labels(path: Path, factors: Factors, part: Any) -> dict[str, str]:
     """Return factors and values (or labels) as factors and labels."""
     labels = {}
     for key, value in part.items() if isinstance(part, dict) else [(part, None)]:
@@ -266,14 +259,9 @@ def _level_labels(path: Path, factors: Mapping[str, Mapping[str, Any]], part: An
     return labels
 
 
-def _factors(text: Config) -> dict[str, list[str]]:
-    return {key: list(_levels(Path(), key, values)) for key, values in (text.get("factors") or {}).items()}
-
-
-def _baseline(path: Path, text: Config, arms: Mapping[str, Arm]) -> str:
-    baseline = text["baseline"]
-    if isinstance(baseline, dict) and text.get("factors"):
-        levels = _level_labels(path, {k: _levels(path, k, v) for k, v in text["factors"].items()}, baseline)
+def _baseline(path: Path, baseline: Any, factors: Factors, arms: Mapping[str, Arm]) -> str:
+    if isinstance(baseline, dict) and factors:
+        levels = _level_labels(path, factors, baseline)
         baseline = next((arm.name for arm in arms.values() if arm.levels == levels), str(baseline))
     if not isinstance(baseline, str) or baseline not in arms:
         near = difflib.get_close_matches(str(baseline), arms, 3, 0.5) or list(arms)[:8]
@@ -290,8 +278,8 @@ def _check_arm(path: Path, arm: str, changes: Config, config: Config) -> None:
         if key.startswith(RUN_ONLY) or key in ("seed_everything", "run.test_weights"):
             raise UserError(f"{path}: arm {arm}: an arm cannot change {key}")
     try:
-        for key in (*changes, *leaves(config)):
-            check_key(key, config)
+        for key in (*changes, *resolve.leaves(config)):
+            resolve.check_key(key, config)
     except UserError as error:
         raise UserError(f"{path}: arm {arm}: {error}") from error
 
@@ -329,6 +317,6 @@ def _compared(path: Path, arms: Mapping[str, Arm], baseline: str) -> dict[str, A
 
 
 def _changes(there: Config, here: Config) -> Iterator[tuple[str, Any, Any]]:
-    for key, a, b in differences(with_defaults(there), with_defaults(here)):
+    for key, a, b in differences(resolve.with_defaults(there), resolve.with_defaults(here)):
         if not key.startswith("run."):
             yield key, a, b

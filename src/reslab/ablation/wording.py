@@ -72,9 +72,6 @@ class Unit:
         text = self.number(value, "+")
         return text if text.strip("+0.") else text[1:]  # no sign for 0.00
 
-    def value(self, value: float | None) -> str:
-        return self.number(value) + (" %" if self.percent and value is not None else "")
-
     def difference(self, value: float | None) -> str:
         return self.signed(value) + (" points" if self.percent and value is not None else "")
 
@@ -185,19 +182,20 @@ def row(name: str, arm: Mapping[str, Any], report: Mapping[str, Any], unit: Unit
         "n": str(arm["n"]) if arm["n"] == planned else f"{arm['n']} of {planned}",
         "mean": unit.number(arm["mean"]),
         "sd": unit.number(arm["sd"]),
-        "interval": _interval(arm, "ci", unit),
+        "interval": interval(arm, "ci", unit),
         "changes": [f"{key}: {_short(there)} → {_short(here)}" for key, there, here in arm["changes"]],
         "seconds": arm["wall_seconds"],
     }
     if not texts["baseline"]:
-        texts |= {"delta": unit.signed(arm["delta"]), "delta_interval": _interval(arm, "delta_ci", unit, signed=True)}
+        texts |= {"delta": unit.signed(arm["delta"]), "delta_interval": interval(arm, "delta_ci", unit, signed=True)}
         texts |= {"p": probability(arm["p_holm"]), "detectable": unit.number(arm["min_detectable_delta"])}
         texts["g"] = "–" if arm["hedges_g"] is None else f"{arm['hedges_g']:.2f}".replace("-", "−")
         texts["verdict"] = arm["verdict"] or "no verdict"
     return texts
 
 
-def _interval(group: Mapping[str, Any], ends: str, unit: Unit, signed: bool = False) -> str:
+def interval(group: Mapping[str, Any], ends: str, unit: Unit, signed: bool = False) -> str:
+    """Return the interval of a group of numbers as text."""
     low, high = group[f"{ends}_low"], group[f"{ends}_high"]
     write = unit.signed if signed else unit.number
     return "–" if low is None else f"{write(low)} to {write(high)}"
@@ -216,40 +214,6 @@ def best(report: Mapping[str, Any]) -> set[str]:
     return {report["baseline"]} if verdicts and set(verdicts.values()) == {"worse"} else set()
 
 
-def tiles(report: Mapping[str, Any]) -> dict[str, str]:
-    """Return the study's key figures by name."""
-    plan, cells = report["plan"], report["cells"]
-    hours = {"GPU-hours": report["gpu_hours"], "CPU core-hours": report["cpu_hours"]}
-    return {
-        "cells": f"{cells.get('complete', 0)} of {cells['planned']}",
-        "arms": str(len(report["arms"])),
-        "seeds": ", ".join(map(str, report["seeds"])),
-        **{name: f"{value:,.3g}" for name, value in hours.items() if value},
-        "plan": plan["hash"][:8],
-        "runs match the plan": "yes" if plan["matches"] else "no",
-    }
-
-
-def effect(numbers: Mapping[str, Any], unit: Unit) -> dict[str, str]:
-    """Return the cells of a main effect's or an interaction's row."""
-    return {
-        "what": " × ".join(f"{factor}: {there} → {here}" for factor, there, here in numbers["levels"]),
-        "delta": unit.signed(numbers["delta"]),
-        "interval": _interval(numbers, "ci", unit, signed=True),
-        "p": probability(numbers["p_holm"]),
-    }
-
-
-def per_image(name: str, numbers: Mapping[str, Any]) -> dict[str, str]:
-    """Return the cells of an arm's row in the table over test images, in points of accuracy."""
-    if "reason" in numbers:
-        return {"name": name, "reason": numbers["reason"]}
-    unit = Unit(percent=True, decimals=2)
-    over = f"{count(numbers['seeds'], 'seed')} × {numbers['images']:,} images"
-    interval = _interval(numbers, "ci", unit, signed=True)
-    return {"name": name, "delta": unit.signed(numbers["delta"]), "interval": interval, "over": over}
-
-
 def hardware(machine: Mapping[str, Any]) -> str:
     """Return one line on the hardware of a cell."""
     gpus = machine["gpus"] or []
@@ -263,21 +227,6 @@ def code(git: Mapping[str, Any]) -> str:
     if not git["sha"]:
         return "not recorded: not run from a git repository"
     return f"commit {git['sha'][:12]}" + (", with uncommitted changes" if git["dirty"] else "")
-
-
-def caption(report: Mapping[str, Any]) -> str:
-    """Return the caption of the LaTeX table: n, weights, intervals, adjustment and bold type."""
-    counts = sorted({arm["n"] for arm in report["arms"].values()})
-    n = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]}–{counts[-1]}"
-    seeds = ", ".join(map(str, report["seeds"]))
-    weights = {"last": "last-epoch weights", "best": "best-validation weights"}[report["test_weights"]]
-    bold = ""
-    if chosen := best(report):
-        bold = " Bold: all others are worse." if report["baseline"] in chosen else " Bold: better than the baseline."
-    return (
-        f"{report['question']} {report['metric']}, mean ± sd over n = {n} seeds ({seeds}), {weights}. Differences from "
-        f"{report['baseline']}, paired by seed, with 95 % t intervals; p adjusted by Holm's method.{bold}"
-    )
 
 
 def alternatives(report: Mapping[str, Any], unit: Unit) -> dict[str, str]:
