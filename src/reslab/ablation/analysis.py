@@ -48,7 +48,11 @@ def analyse(study: Study, out: Path, states: Sequence[State]) -> Report:
         **study.about(),
         "confidence": 0.95,
         "cells": {"planned": len(states), **Counter(state.status for state in states)},
-        "missing": [_missing(state) for state in states if state.status != "complete"],
+        "missing": [
+            {"cell": s.cell.name, "arm": s.cell.arm, "seed": s.cell.seed, "status": s.status, "detail": s.detail}
+            for s in states
+            if s.status != "complete"
+        ],
         "command": command(study, out),
         "tested_weights": _groups(done, lambda manifest: {"weights": manifest.get("tested_weights")}),
         "hardware": _groups(done, lambda manifest: _subset(manifest.get("environment"), HARDWARE)),
@@ -112,11 +116,6 @@ def _plan(study: Study, out: Path, states: Sequence[State]) -> Report:
         recorded = None
     mismatched = any(state.status == "mismatched" for state in states)
     return {"hash": study.hash, "recorded": recorded, "matches": recorded == study.hash and not mismatched}
-
-
-def _missing(state: State) -> Report:
-    cell = state.cell
-    return {"cell": cell.name, "arm": cell.arm, "seed": cell.seed, "status": state.status, "detail": state.detail}
 
 
 # Arms

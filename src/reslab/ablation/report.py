@@ -43,6 +43,7 @@ def write_report(study: Study, out: Path) -> Path:
     environment.filters |= {"tex": wording.tex, "md": wording.markdown, "duration": duration}
     environment.filters |= {"named": wording.named, "counted": wording.count}
     environment.filters |= {"interval": wording.interval, "probability": wording.probability}
+    texts["judged"] = environment.get_template("judged.j2").render(texts).splitlines()
     for name in ("report.md", "table.tex", "report.html"):
         write_text(out / name, environment.get_template(f"{name}.j2").render(texts))
     return out / "report.html"
@@ -127,7 +128,6 @@ def _texts(report: Report, table: pd.DataFrame) -> dict[str, Any]:
         "unit": unit,
         "arms": [wording.row(name, arm, report, unit) for name, arm in report["arms"].items()],
         "answers": [(arm["verdict"], wording.sentence(name, arm, report, unit)) for name, arm in others],
-        "judged": wording.judged(report, unit),
         "points": Unit(percent=True, decimals=2),
         "hardware": [(wording.hardware(group["is"]), group["cells"]) for group in report["hardware"]],
         "code": [(wording.code(group["is"]), group["cells"]) for group in report["code"]],

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from reslab.ablation.signatures import CONFIG, Parameter, Parameters, parameters
+from reslab.ablation.signatures import CONFIG, Parameter, parameters
 from reslab.errors import UserError
 
 Config = dict[str, Any]
@@ -80,7 +80,7 @@ def merge(old: Any, new: Any) -> Any:
     if _names_a_class(new) and _class(old) != _class(new):
         merged.pop("dict_kwargs", None)
         if "init_args" in old:
-            accepted = _parameters(str(new["class_path"]))
+            accepted = parameters(str(new["class_path"]))
             merged["init_args"] = {key: value for key, value in old["init_args"].items() if key in accepted}
     for key, value in new.items():
         if str(key).endswith("+"):
@@ -94,22 +94,13 @@ def _class(node: Config) -> str:
     return str(node.get("class_path", "")).rpartition(".")[2]
 
 
-def flat(changes: Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield dotted keys and values; mappings are flattened, unless they are empty or name a class."""
-    for key, value in changes.items():
-        if isinstance(value, dict) and value and "class_path" not in value:
-            yield from flat(value, f"{prefix}{key}.")
+def flat(config: Config, classes: bool = False, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield dotted keys and values; mappings that are empty are values, as are those that name a class by default."""
+    for key, value in config.items():
+        if isinstance(value, dict) and value and (classes or "class_path" not in value):
+            yield from flat(value, classes, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
-
-
-def leaves(node: Any, prefix: str = "") -> Iterator[str]:
-    """Yield the dotted keys of all values."""
-    if isinstance(node, dict) and node:
-        for key, value in node.items():
-            yield from leaves(value, f"{prefix}.{key}" if prefix else str(key))
-    else:
-        yield prefix
 
 
 def check_key(key: str, config: Config) -> None:
@@ -118,7 +109,7 @@ def check_key(key: str, config: Config) -> None:
     owner: str | None = CONFIG  # the class whose parameters are the keys here; None if unknown
     at = ""
     for part in key.split("."):
-        accepted = CLASS_KEYS if _names_a_class(node) else list(_parameters(owner))
+        accepted = CLASS_KEYS if _names_a_class(node) else list(parameters(owner))
         if accepted and part not in accepted:
             near = difflib.get_close_matches(part, accepted, 3, 0.5)
             hint = f"; nearest: {', '.join(f'{at}.{n}' if at else n for n in near)}" if near else ""
@@ -132,15 +123,11 @@ def _names_a_class(node: Any) -> bool:
     return isinstance(node, dict) and "class_path" in node
 
 
-def _parameters(owner: str | None) -> Parameters:
-    return (parameters(owner) or {}) if owner is not None else {}
-
-
 def _owner(owner: str | None, node: Any, part: str) -> str | None:
     """Return the class whose parameters are the keys below `part` of a node; None if unknown."""
     if _names_a_class(node):
         return str(node["class_path"]) if part == "init_args" else None
-    return _parameters(owner).get(part, Parameter(None)).group
+    return parameters(owner).get(part, Parameter(None)).group
 
 
 def with_defaults(config: Config) -> Config:
@@ -152,7 +139,7 @@ def with_defaults(config: Config) -> Config:
         if _names_a_class(node):
             node = {"init_args": {}, **node, "class_path": _class(node)}
         else:
-            node = merge({name: p.default for name, p in _parameters(owner).items()}, node)
+            node = merge({name: p.default for name, p in parameters(owner).items()}, node)
         return {key: filled(value, _owner(owner, node, key)) for key, value in node.items()}
 
     return filled(config, CONFIG)

@@ -33,20 +33,21 @@ Parameters = dict[str, Parameter]
 
 
 @functools.cache
-def parameters(class_path: str) -> Parameters | None:
-    """Return the parameters that a config may set; None if the source is not found or does not list them.
+def parameters(class_path: str | None) -> Parameters:
+    """Return the parameters that a config may set; empty if the class is unknown or its source does not list them.
 
     Args:
         class_path: A dotted path, the short name of a class in the namespaces of configs, or CONFIG.
     """
     if class_path == CONFIG:
         return {"seed_everything": Parameter(None)} | {name: Parameter({}, path) for name, path in ROOTS.items()}
+    if class_path is None:
+        return {}
     for path in [class_path] if "." in class_path else [f"{space}.{class_path}" for space in NAMESPACES]:
         module, _, name = path.rpartition(".")
         if (source := _find(module, name)) is not None:
-            accepted = _accepted(*source)
-            return accepted and {name: p for name, p in accepted.items() if name not in NOT_IN_CONFIGS}
-    return None
+            return {name: p for name, p in _accepted(*source).items() if name not in NOT_IN_CONFIGS}
+    return {}
 
 
 @functools.cache
@@ -88,15 +89,15 @@ def _find(module: str, name: str, depth: int = 8) -> tuple[str, ast.ClassDef] | 
     return _find(f"{base}.{node.module}" if node.level else str(node.module), name, depth - 1)
 
 
-def _accepted(module: str, node: ast.ClassDef) -> Parameters | None:
+def _accepted(module: str, node: ast.ClassDef) -> Parameters:
     init = next((n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"), None)
     if init is not None:
         own = _arguments(module, init.args)
-        return {**(_inherited(module, node) or {}), **own} if init.args.kwarg else own
+        return {**_inherited(module, node), **own} if init.args.kwarg else own
     if _is_dataclass(node):
         fields = [n for n in node.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)]
         own = {n.target.id: _parameter(module, n.annotation, n.value) for n in fields}  # type: ignore[union-attr]
-        return {**(_inherited(module, node) or {}), **own}
+        return {**_inherited(module, node), **own}
     return _inherited(module, node)
 
 
@@ -104,11 +105,11 @@ def _is_dataclass(node: ast.ClassDef) -> bool:
     return any("dataclass" in ast.unparse(decorator) for decorator in node.decorator_list)
 
 
-def _inherited(module: str, node: ast.ClassDef) -> Parameters | None:
+def _inherited(module: str, node: ast.ClassDef) -> Parameters:
     for base in node.bases:
         if isinstance(base, ast.Name) and (source := _find(module, base.id)) is not None:
             return _accepted(*source)
-    return None if node.bases else {}
+    return {}
 
 
 def _arguments(module: str, args: ast.arguments) -> Parameters:

@@ -335,17 +335,13 @@ def paired_bootstrap(
     for 3 / 5 / 10 seeds; if seeds differ no more than by chance, 97 % or more. The t interval takes precedence.
 
     Args:
-        correct_a: Whether each seed of arm a classifies each test image correctly (S, M).
-        correct_b: The same for arm b (S, M), with seeds and images in the same order.
+        correct_a, correct_b: Whether each seed of an arm classifies each test image correctly (S, M), aligned.
         resamples: 10,000 give two digits of the interval's ends.
         rng: Source of the resampling: the same seed gives the same interval.
         confidence: Nominal coverage.
 
     Returns:
         The difference and the ends of its interval.
-
-    Raises:
-        ValueError: the arms differ in shape.
     """
     a, b = np.asarray(correct_a, np.int8), np.asarray(correct_b, np.int8)
     if a.ndim != 2 or a.shape != b.shape:

@@ -278,7 +278,7 @@ def _check_arm(path: Path, arm: str, changes: Config, config: Config) -> None:
         if key.startswith(RUN_ONLY) or key in ("seed_everything", "run.test_weights"):
             raise UserError(f"{path}: arm {arm}: an arm cannot change {key}")
     try:
-        for key in (*changes, *resolve.leaves(config)):
+        for key in (*changes, *dict(resolve.flat(config, classes=True))):
             resolve.check_key(key, config)
     except UserError as error:
         raise UserError(f"{path}: arm {arm}: {error}") from error
@@ -304,19 +304,13 @@ def _check_values(study: Study) -> None:
 
 def _compared(path: Path, arms: Mapping[str, Arm], baseline: str) -> dict[str, Arm]:
     """Return the arms with their changes from the baseline; raise UserError if two arms are the same."""
-    there, compared = arms[baseline].config, {}
-    by_changes: dict[Any, str] = {(): baseline}
-    for arm in arms.values():
-        changes = tuple(_changes(there, arm.config))
-        signature = tuple((key, json.dumps(here, sort_keys=True)) for key, _, here in changes)
-        if arm.name != baseline and signature in by_changes:
-            raise UserError(f"{path}: arm {arm.name} is the same as {by_changes[signature]}: it changes nothing")
-        by_changes[signature] = arm.name
-        compared[arm.name] = replace(arm, changes=changes)
+    complete = {name: resolve.with_defaults(arm.config) for name, arm in arms.items()}
+    compared, by_changes = {}, {"[]": baseline}
+    for name, arm in arms.items():
+        rows = [row for row in differences(complete[baseline], complete[name]) if not row[0].startswith("run.")]
+        signature = json.dumps([(key, here) for key, _, here in rows], sort_keys=True)
+        if name != baseline and signature in by_changes:
+            raise UserError(f"{path}: arm {name} is the same as {by_changes[signature]}: it changes nothing")
+        by_changes[signature] = name
+        compared[name] = replace(arm, changes=tuple(rows))
     return compared
-
-
-def _changes(there: Config, here: Config) -> Iterator[tuple[str, Any, Any]]:
-    for key, a, b in differences(resolve.with_defaults(there), resolve.with_defaults(here)):
-        if not key.startswith("run."):
-            yield key, a, b

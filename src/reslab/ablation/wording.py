@@ -8,10 +8,6 @@ from typing import Any
 
 from reslab.ablation.statistics import MAX_SEEDS, MIN_SEEDS, Reason, Why
 
-WEIGHTS = {
-    "last": "the last epoch's weights; no checkpoint is selected",
-    "best": "the weights of the epoch with the best validation metric",
-}
 REASONS = {
     Why.MISSING: "no result for {cells}; `reslab ablate run` runs the missing cells",
     Why.DIVERGED: "no finite result for {cells}; leaving out a diverged seed would favor the arm: change the arm and "
@@ -49,7 +45,7 @@ class Unit:
         """Return the unit of the report's metric, with two significant digits of the smallest sd over the seeds."""
         percent = report["metric"].rpartition("/")[2].startswith("acc")
         factor = 100 if percent else 1
-        spreads = [arm["sd"] * factor for arm in report["arms"].values() if arm["sd"]]
+        spreads = [arm["sd"] * factor for arm in report["arms"].values() if (arm["sd"] or 0) > 1e-9]  # else rounding
         if not spreads:
             return cls(percent, 2 if percent else 4)
         return cls(percent, min(max(1 - math.floor(math.log10(min(spreads))), 1), 3 if percent else 5))
@@ -139,34 +135,6 @@ def _evidence(arm: Mapping[str, Any], unit: Unit) -> str:
 def _equals(p: float) -> str:
     text = probability(p)
     return text if text.startswith("<") else f"= {text}"
-
-
-def judged(report: Mapping[str, Any], unit: Unit) -> list[str]:
-    """Return sentences on the metric, the weights tested, the margin and the tests."""
-    metric, comparisons = report["metric"], count(len(report["arms"]) - 1, "comparison")
-    tested = "; ".join(f"{g['is']['weights']} ({count(len(g['cells']), 'cell')})" for g in report["tested_weights"])
-    margin = "The study states no margin, so no arm can be called equivalent."
-    if report["margin"] is not None:
-        margin = f"Differences within ±{unit.exact(report['margin'])} do not matter (the study's margin)."
-    return [
-        f"Metric: {metric}; {'higher' if report['mode'] == 'max' else 'lower'} is better.",
-        _split(metric.partition("/")[0], report["test_weights"]),
-        f"Weights: {WEIGHTS[report['test_weights']]} (test_weights: {report['test_weights']})."
-        + (f" Tested: {tested}." if tested else ""),
-        margin,
-        f"Paired t tests over {count(len(report['seeds']), 'seed')}, Holm-adjusted for {comparisons}; 95 % t "
-        "intervals, not adjusted.",
-    ]
-
-
-def _split(split: str, test_weights: str) -> str:
-    if split == "test":
-        return "The test set was used once per run, at its end."
-    name = {"val": "validation", "train": "training"}.get(split, split)
-    best = " The best epoch was selected on validation data, so the values are optimistic."
-    return f"This is a {name} metric: it does not show how the arms perform on the test set." + (
-        best if test_weights == "best" else ""
-    )
 
 
 # Tables
