@@ -1,9 +1,9 @@
-"""What it costs to run cells through `reslab ablate run` instead of a shell loop of `reslab fit`.
+"""Measure the overhead of `reslab ablate run` over a shell loop of `reslab fit`.
 
     python benchmarks/ablation_overhead.py [--repeats 5] [--seeds 2] [--epochs 30]
 
-Two arms × seeds on the digits; a repeat runs them one after the other by a loop, by `--jobs 1` and by `--jobs 2`, in
-turn. What `ablate` adds is split into what it costs once (the check of every arm, the report) and what it costs a cell.
+Two arms × seeds on the digits. Each repeat runs them in a loop, with `--jobs 1` and with `--jobs 2`, in turn. The
+overhead is split into a fixed cost (checking every arm, the report) and a cost per cell.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parents[1]
 STUDY = """\
 name: overhead
-question: What does running cells through ablate cost?
+question: How much overhead does ablate add?
 base: [{base}, {{trainer.max_epochs: {epochs}, trainer.accelerator: cpu}}]
 baseline: A
 margin: 0.01
@@ -27,7 +27,7 @@ seeds: {seeds}
 
 
 def reslab(*words: str | Path) -> float:
-    """Seconds of the whole process."""
+    """Run a command and return its wall time in seconds."""
     began = time.perf_counter()
     command = [sys.executable, "-m", "reslab", *map(str, words)]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
@@ -37,7 +37,7 @@ def reslab(*words: str | Path) -> float:
 
 
 def loop(study: Path, out: Path, seeds: int) -> float:
-    """The cells one after the other, from the configs that `ablate` has written to another folder."""
+    """Run the cells one after the other, with the configs that `ablate` wrote to another directory."""
     seconds = 0.0
     for seed in range(seeds):
         for arm in ("A", "none"):
@@ -60,7 +60,7 @@ def main() -> None:
         study.write_text(STUDY.format(base=base, epochs=options.epochs, seeds=seeds))
         reslab("ablate", "run", study, "--out", Path(scratch, "checked"))
         for repeat in range(options.repeats):
-            # All is done there already: what is left is the check of the arms and the report.
+            # All cells are complete there: this only checks the arms and writes the report.
             times["once"].append(reslab("ablate", "run", study, "--out", Path(scratch, "checked")))
             times["loop"].append(loop(study, Path(scratch, f"loop{repeat}"), options.seeds))
             for jobs in (1, 2):
@@ -74,7 +74,7 @@ def main() -> None:
     )
     print(
         f"{cells} cells of {median['loop'] / cells:.1f} s, medians of {options.repeats}: ablate costs "
-        f"{median['once']:.1f} s once and {each:+.2f} s a cell, "
+        f"{median['once']:.1f} s once and {each:+.2f} s per cell, "
         f"{1 + each / (median['loop'] / cells):.3f} times a shell loop; "
         f"--jobs 2 takes {median['jobs 2'] / median['jobs 1']:.2f} times as long as --jobs 1"
     )

@@ -1,4 +1,4 @@
-"""A Slurm of the tests' own: one controller and one node on this machine, without munge, cgroups or accounting."""
+"""Slurm for the tests: one controller and one node on this machine, without munge, cgroups or accounting."""
 
 import contextlib
 import getpass
@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-PATIENCE = 240  # seconds: what takes longer hangs
-# CPUs are as many as the jobs of a test want, whatever the machine has. A requeued job waits for cred_expire.
+PATIENCE = 240  # seconds; anything slower hangs
+# CPUs: what the tests' jobs require, whatever the machine has. A requeued job waits for cred_expire.
 CONFIG = """
 ClusterName=reslab
 SlurmctldHost=localhost(127.0.0.1)
@@ -48,27 +48,27 @@ PartitionName=test Nodes=ALL Default=YES MaxTime=INFINITE
 
 
 def command(*words: str | Path) -> str:
-    """What one of Slurm's programs prints."""
+    """Run a command and return its output."""
     return subprocess.run([*map(str, words)], check=True, capture_output=True, text=True, timeout=PATIENCE).stdout
 
 
 def queue() -> dict[str, str]:
-    """The state of each job that waits or runs, by its number; each task of an array counts as one."""
+    """Return the state of each pending or running job by its number; each array task counts as one."""
     lines = command("squeue", "--array", "--noheader", "--format=%i %T").splitlines()
     return dict(line.split() for line in lines)  # type: ignore[misc]
 
 
 def until(condition: Callable[[], object], why: str = "") -> None:
-    """Waits for the condition to be true; fails with `why` after a while."""
+    """Wait until the condition is true; fail with `why` after PATIENCE."""
     deadline = time.monotonic() + PATIENCE
     while not condition():
-        assert time.monotonic() < deadline, f"waited {PATIENCE} s in vain: {why}"
+        assert time.monotonic() < deadline, f"timed out after {PATIENCE} s: {why}"
         time.sleep(0.1)
 
 
 @contextlib.contextmanager
 def running(folder: Path) -> Iterator[None]:
-    """A Slurm that keeps its files in `folder`; SLURM_CONF leads to it. It is gone at the end, with all its jobs."""
+    """Run Slurm with its files in `folder` and SLURM_CONF set; stop it and its jobs at the end."""
     with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as stack:
         patch.setenv("PATH", "/usr/sbin", prepend=os.pathsep)
         patch.setenv("SLURM_CONF", str(folder / "slurm.conf"))
@@ -76,7 +76,7 @@ def running(folder: Path) -> Iterator[None]:
         (folder / "slurm.conf").write_text(config)
         for daemon in (["slurmctld", "-D"], ["slurmd", "-D", "-N", "localhost"]):
             stack.enter_context(_daemon(daemon))
-        until(lambda: "idle" in _said("sinfo", "--noheader", "--format=%T"), f"the node is not up, see {folder}")
+        until(lambda: "idle" in _output("sinfo", "--noheader", "--format=%T"), f"the node is not up, see {folder}")
         try:
             yield
         finally:
@@ -94,7 +94,7 @@ def _daemon(words: list[str]) -> Iterator[None]:
         process.wait(PATIENCE)
 
 
-def _said(*words: str) -> str:
+def _output(*words: str) -> str:
     return subprocess.run(words, capture_output=True, text=True, timeout=PATIENCE).stdout
 
 
@@ -106,8 +106,8 @@ def _free_ports(number: int) -> list[int]:
 
 @pytest.fixture(scope="session")
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A running Slurm; each process of pytest-xdist that needs one starts its own."""
+    """Start Slurm, one per pytest-xdist process that uses it."""
     if shutil.which("slurmctld", path=f"/usr/sbin{os.pathsep}{os.environ['PATH']}") is None:
-        pytest.skip("Slurm is not installed here: apt-get install slurm-wlm")
+        pytest.skip("Slurm is not installed: apt-get install slurm-wlm")
     with running(tmp_path_factory.mktemp("slurm")):
         yield

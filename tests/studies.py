@@ -1,6 +1,6 @@
-"""Studies that nobody ran: a study file, and run folders as finished (or broken) runs leave them.
+"""Synthetic studies: a study file, and run directories as finished or broken runs leave them.
 
-As a script it writes one, to look at: `python tests/studies.py DIR [ARMS [SEEDS]]`.
+As a script, writes one to look at: `python tests/studies.py DIR [ARMS [SEEDS]]`.
 """
 
 import copy
@@ -27,11 +27,9 @@ EPOCHS, IMAGES = 5, 500
 
 
 def make_study(folder: Path, arms: Iterable[str] = ("identity", "plain"), seeds: int = 5, **keys: Any) -> Study:
-    """Writes and reads a study file; its first arm is the baseline, the others smooth labels ever more."""
+    """Write and read a study file; the first arm is the baseline, each other arm has a higher learning rate."""
     baseline, *_ = arms
-    changes = {
-        name: {"model.objective.init_args.label_smoothing": 0.2 + i / 100} if i else {} for i, name in enumerate(arms)
-    }
+    changes = {name: {"model.optimizer.init_args.lr": 0.2 + i / 100} if i else {} for i, name in enumerate(arms)}
     text = {"name": "demo", "question": "Does it matter?", "base": [str(REPO / "configs/experiment/digits.yaml")]}
     text |= {"baseline": baseline, "seeds": list(range(seeds)), "margin": 0.002}
     text |= {} if "factors" in keys else {"arms": changes}
@@ -42,7 +40,7 @@ def make_study(folder: Path, arms: Iterable[str] = ("identity", "plain"), seeds:
 
 
 def run_study(study: Study, out: Path, accuracy: Mapping[str, float], spread: float = 0.002) -> None:
-    """Writes the plan and every cell, finished, with about the accuracy of its arm."""
+    """Write the plan and all cells, finished, with about the accuracy of their arm."""
     out.mkdir(parents=True, exist_ok=True)
     write_plan(study, out)
     for i, cell in enumerate(cells(study, out)):
@@ -52,7 +50,7 @@ def run_study(study: Study, out: Path, accuracy: Mapping[str, float], spread: fl
 
 
 def run_cell(study: Study, cell: Cell, accuracy: float, **entries: Any) -> None:
-    """Writes the run folder of one cell; `entries` go over those of its manifest."""
+    """Write the run directory of one cell; `entries` override those of its manifest."""
     cell.folder.mkdir(parents=True, exist_ok=True)
     config = study.arms[cell.arm].config
     write_text(cell.folder.parent / ARM, yaml.safe_dump(config))
@@ -81,7 +79,7 @@ def _log(cell: Cell, accuracy: float, rows: int = 10) -> None:
 
 
 def predict(cell: Cell, right: int, images: int = IMAGES) -> None:
-    """Writes predictions of which the first `right` are so, but for a few that the seed chooses."""
+    """Write predictions of which `right` are correct; the seed chooses which ones are wrong."""
     label = np.arange(images) % 10
     wrong = np.random.default_rng(cell.seed).permutation(images)[right:]
     prediction = label.copy()

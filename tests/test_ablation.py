@@ -1,4 +1,4 @@
-"""Studies: read, compared, refused where they cannot mean what they say; their cells run, killed and gone on with."""
+"""Studies: reading and checking the file; running, killing and resuming their cells."""
 
 import json
 import os
@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,13 @@ import yaml
 
 from reslab.ablation import launch
 from reslab.ablation.cells import cells, states
-from reslab.ablation.study import CONFIGS, read_study
+from reslab.ablation.resolve import check_key, merge, with_defaults
+from reslab.ablation.signatures import ROOTS, parameters
+from reslab.ablation.study import read_study
 from reslab.config import Experiment
 from reslab.errors import UserError
+from reslab.host import CONFIGS
+from reslab.training import Classifier
 from runner import manifest
 from test_tracking import records
 
@@ -36,7 +41,7 @@ CROPS: dict = {"data.augment.crop_padding": [0, 1], SHORTCUT: {"with": "A", "wit
 
 
 def write(folder: Path, **changes: object) -> Path:
-    """A study file: PLAIN with some keys changed, or left out where they are None."""
+    """Write a study file: PLAIN with some keys changed, or removed if they are None."""
     file = folder / "study.yaml"
     file.write_text(yaml.safe_dump({k: v for k, v in {**PLAIN, **changes}.items() if v is not None}, sort_keys=False))
     return file
@@ -46,10 +51,10 @@ def write(folder: Path, **changes: object) -> Path:
 
 
 @pytest.mark.parametrize("path", [pytest.param(path, id=path.stem) for path in STUDIES])
-def test_every_study_that_ships_is_valid_to_the_last_value(path: Path) -> None:
+def test_shipped_study_is_valid(path: Path) -> None:
     study = read_study(path)
     assert study.name == path.stem
-    assert len(study.seeds) >= 3, "fewer seeds carry no verdict"
+    assert len(study.seeds) >= 3, "fewer seeds give no verdict"
     assert study.margin
     assert f"configs/ablation/{path.name}" in path.read_text(), "the header has no command"
     assert set(launch.typed_configs(study)) == set(study.arms)
@@ -64,7 +69,7 @@ def test_every_study_that_ships_is_valid_to_the_last_value(path: Path) -> None:
         (["experiment/digits.yaml", "recipe/ema.yaml"], ["--model.net=NET", "--model.optimizer.init_args.lr=1e-2"]),
     ],
 )
-def test_an_arm_is_what_fit_makes_of_the_same_files(tmp_path: Path, files: list[str], options: list[str]) -> None:
+def test_arm_equals_the_config_that_fit_resolves(tmp_path: Path, files: list[str], options: list[str]) -> None:
     options = [option.replace("NET", str(CONFIGS / "net/resnet20.yaml")) for option in options]
     stacked = [word for file in files for word in ("--config", str(CONFIGS / file))]
     ours = read_study(write(tmp_path, base=[str(CONFIGS / file) for file in files], baseline="B", arms={
@@ -77,7 +82,7 @@ def test_an_arm_is_what_fit_makes_of_the_same_files(tmp_path: Path, files: list[
     assert run[0]["group"] == ours.name and run[0]["job_type"] == "B"
 
 
-def test_changes_show_defaults_and_the_classes_of_leaves(tmp_path: Path) -> None:
+def test_changes_include_defaults_and_classes_from_files(tmp_path: Path) -> None:
     deeper = str(CONFIGS / "net/resnet20.yaml")
     adamw = {"class_path": "AdamW", "init_args": {"lr": 0.001}}
     arms = {"A": {}, "deep": {"model.net": deeper}, "adamw": {"model.optimizer": adamw}, "zero": {
@@ -88,10 +93,12 @@ def test_changes_show_defaults_and_the_classes_of_leaves(tmp_path: Path) -> None
     assert study.arms["zero"].changes == (("model.net.init_args.zero_init", False, True),)
     changed = {key: (there, here) for key, there, here in study.arms["adamw"].changes}
     assert changed["model.optimizer.class_path"] == ("SGD", "AdamW")
-    assert study.arms["adamw"].config["model"]["optimizer"]["init_args"]["weight_decay"] == 5e-4  # both take it
+    assert (
+        study.arms["adamw"].config["model"]["optimizer"]["init_args"]["weight_decay"] == 5e-4
+    )  # both classes accept it
 
 
-def test_factors_make_the_whole_grid_but_what_is_excluded(tmp_path: Path) -> None:
+def test_factors_make_the_full_grid_except_exclusions(tmp_path: Path) -> None:
     first = {"data.augment.crop_padding": 0, SHORTCUT: "with"}
     study = read_study(write(tmp_path, arms=None, factors=CROPS, baseline=first))
     assert list(study.arms) == [
@@ -108,7 +115,7 @@ def test_factors_make_the_whole_grid_but_what_is_excluded(tmp_path: Path) -> Non
     assert len(read_study(holed).arms) == 3
 
 
-def test_the_hash_is_of_what_decides_about_the_numbers(tmp_path: Path) -> None:
+def test_hash_covers_what_affects_the_results(tmp_path: Path) -> None:
     plain = read_study(write(tmp_path)).hash
     assert read_study(write(tmp_path, question="Do they?", minutes=3)).hash == plain
     assert read_study(write(tmp_path), ["--data.root", "elsewhere"]).hash == plain
@@ -125,16 +132,17 @@ MISTAKES = [
     ({"arms": {"A": {}, "B": {"model.optimizer.init_args.momentun": 0}}}, "arm B", "optimizer.init_args.momentum"),
     ({"arms": {"A": {}, "B": {"trainer.max_epoch": 3}}}, "arm B", "trainer.max_epochs"),
     ({"arms": {"A": {}, "B": {"data.augment.crop": 3}}}, "arm B", "data.augment.crop_padding"),
-    ({"arms": {"A": {}, "B": {"seed_everything": 3}}}, "arm B", "seed_everything is not an arm's"),
+    ({"arms": {"A": {}, "B": {"seed_everything": 3}}}, "arm B", "cannot change seed_everything"),
     ({"arms": {"A": {}, "B": {SHORTCUT: "A"}}}, "arm B is the same as A", "changes nothing"),
     ({"arms": {"A": {}, "B": {SHORTCUT: "C"}, "D": {SHORTCUT: "C"}}}, "arm D is the same as B", "study.yaml"),
-    ({"arms": {"A": {}, "B": {"model.label_smoothing": 0.1}}}, "arm B is the same as A", ""),
-    ({"arms": {"A": {}, "a/b": {SHORTCUT: "C"}}}, "'a/b'", "folder's name"),
-    ({"baseline": "Aa"}, "baseline 'Aa' is no arm", "A"),
+    ({"arms": {"A": {}, "B": {"data.split_seed": 0}}}, "arm B is the same as A", ""),
+    ({"arms": {"A": {}, "a/b": {SHORTCUT: "C"}}}, "'a/b'", "not a valid directory name"),
+    ({"baseline": "Aa"}, "baseline 'Aa' is not an arm", "A"),
     ({"seeds": []}, "seeds", "empty"),
     ({"seeds": [0, 0]}, "seeds", "twice"),
     ({"seeds": [0, "x"]}, "seeds", "'x'"),
-    ({"metric": "test/accuracy"}, "'test/accuracy'", "nearest: test/acc"),
+    ({"metric": "accuracy"}, "metric must be train/NAME, val/NAME or test/NAME", "'accuracy'"),
+    ({"metric": "test/"}, "metric must be train/NAME, val/NAME or test/NAME", "'test/'"),
     ({"margin": 0}, "margin", "more than 0"),
     ({"test_weights": "final"}, "test_weights", "last or best"),
     ({"sedes": [1]}, "'sedes'", "nearest: seeds"),
@@ -143,17 +151,15 @@ MISTAKES = [
     ({"base": ["none.yaml"]}, "none.yaml", "cannot read"),
     ({"factors": {SHORTCUT: ["A", "C"]}}, "either arms or factors", ""),
     ({"arms": None, "factors": {SHORTCUT: ["A"]}}, "at least two values", SHORTCUT),
-    ({"arms": None, "factors": {SHORTCUT: ["A", "C"]}, "exclude": [{"x": 1}]}, "'x' is none of the factors", SHORTCUT),
+    ({"arms": None, "factors": {SHORTCUT: ["A", "C"]}, "exclude": [{"x": 1}]}, "'x' is not a factor", SHORTCUT),
 ]
 
 
-@pytest.mark.parametrize(("changes", "named", "more"), MISTAKES, ids=[str(named) for _, named, _ in MISTAKES])
-def test_a_mistake_in_a_study_is_named_before_anything_runs(
-    tmp_path: Path, changes: dict, named: str, more: str
-) -> None:
+@pytest.mark.parametrize(("changes", "message", "more"), MISTAKES, ids=[str(message) for _, message, _ in MISTAKES])
+def test_mistake_in_a_study_file_is_named(tmp_path: Path, changes: dict, message: str, more: str) -> None:
     with pytest.raises(UserError) as caught:
         read_study(write(tmp_path, **changes))
-    assert named in str(caught.value)
+    assert message in str(caught.value)
     assert more in str(caught.value)
     assert "study.yaml" in str(caught.value) or "base" in changes
 
@@ -161,30 +167,139 @@ def test_a_mistake_in_a_study_is_named_before_anything_runs(
 @pytest.mark.parametrize(
     ("value", "named"), [("nothing", "shortcut"), (7, "shortcut")], ids=["no such kind", "a number"]
 )
-def test_a_wrong_value_is_refused_before_the_first_cell(tmp_path: Path, value: object, named: str) -> None:
+def test_invalid_value_is_reported_before_the_first_cell(tmp_path: Path, value: object, named: str) -> None:
     study = read_study(write(tmp_path, arms={"A": {}, "B": {SHORTCUT: value}}))
     with pytest.raises(UserError, match=rf"arm B: .*{named}"):
         launch.run_local(study, tmp_path / "out", launch.LocalResources())
     assert not list((tmp_path / "out").glob("*/seed-*"))
 
 
-def test_an_override_may_not_touch_what_the_arms_differ_in(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="for all arms, but they differ"):
+def test_unlogged_metric_is_reported_before_the_first_cell(tmp_path: Path) -> None:
+    study = read_study(write(tmp_path, metric="test/accuracy"))
+    with pytest.raises(UserError, match=r"arm A: metric 'test/accuracy' is not logged; nearest: test/acc"):
+        launch.run_local(study, tmp_path / "out", launch.LocalResources())
+    assert not list((tmp_path / "out").glob("*/seed-*"))
+
+
+class Marked(Classifier):
+    """A classifier with a metric of the user's."""
+
+    @property
+    def metric_names(self) -> list[str]:
+        return [*super().metric_names, "test/f1"]
+
+
+def test_study_accepts_any_metric_that_the_model_logs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = read_study(write(tmp_path, metric="test/f1"))
+    with pytest.raises(UserError, match="'test/f1' is not logged"):
+        launch.typed_configs(study)
+    monkeypatch.setattr("reslab.config.Classifier", Marked)
+    assert set(launch.typed_configs(study)) == {"A", "none"}
+
+
+def test_override_of_a_key_that_arms_change_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="would apply to all arms, but they differ"):
         read_study(write(tmp_path), [f"--{SHORTCUT}", "C"])
 
 
-def test_a_study_is_found_by_name_and_an_unknown_one_answered_with_the_nearest() -> None:
+def test_study_is_found_by_name_and_unknown_names_get_suggestions() -> None:
     assert read_study("digits_shortcuts").path == CONFIGS / "ablation/digits_shortcuts.yaml"
     with pytest.raises(UserError, match="digits_shortcuts"):
         read_study("digit_shortcut")
 
 
-# Running, with a stand-in for `fit`
+# Resolving groups and classes
+
+
+@pytest.fixture
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A package `mine` with classes as a user writes them; nothing imports it."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/__init__.py").write_text("")
+    (tmp_path / "mine/options.py").write_text(
+        "from dataclasses import dataclass, field\n\n"
+        "@dataclass(frozen=True)\nclass Inner:\n    depth: int = 2\n\n"
+        "@dataclass\nclass Options:\n    rate: float = 0.1\n    inner: Inner = field(default_factory=Inner)\n"
+    )
+    (tmp_path / "mine/model.py").write_text(
+        "import torch_that_does_not_exist\nfrom .options import Options\n\n"
+        "class Loss:\n    def __init__(self, smoothing: float = 0.0): ...\n\n"
+        "class Other:\n    def __init__(self, smoothing: float = 0.0, threshold: float = 0.5): ...\n\n"
+        "class Model:\n    def __init__(self, loss: Loss = Loss(), options: Options = Options(),"
+        " maybe: Options | None = None, **kwargs): ...\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setitem(ROOTS, "model", "mine.model.Model")
+    parameters.cache_clear()
+    yield
+    parameters.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "model.options.rate",
+        "model.options.inner.depth",
+        "model.maybe.rate",
+        "model.loss.init_args.smoothing",
+        "model.loss.dict_kwargs.anything.at_all",
+        "data.augment.flip",
+    ],
+)
+def test_key_of_a_nested_group_is_accepted(module: None, key: str) -> None:
+    check_key(key, {"model": {"loss": {"class_path": "mine.model.Loss"}}})
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"),
+    [
+        ("model.option.rate", "model.options"),
+        ("model.options.rat", "model.options.rate"),
+        ("model.options.inner.dept", "model.options.inner.depth"),
+        ("model.loss.init_args.smooth", "model.loss.init_args.smoothing"),
+        ("model.loss.init_arg", "model.loss.init_args"),
+        ("data.augment.flipp", "data.augment.flip"),
+    ],
+)
+def test_wrong_key_of_a_nested_group_gets_the_nearest(module: None, key: str, nearest: str) -> None:
+    with pytest.raises(UserError, match=f"^{key}: no such key; nearest: .*{nearest}"):
+        check_key(key, {"model": {"loss": {"class_path": "mine.model.Loss"}}})
+
+
+@pytest.mark.parametrize("class_path", ["nowhere.Loss", "mine.model.Nothing", "Nothing", 3, None])
+def test_unknown_class_accepts_any_key(module: None, class_path: object) -> None:
+    config = {"model": {"loss": {"class_path": class_path, "init_args": {"x": 1}}}}
+    check_key("model.loss.init_args.x", config)
+    assert with_defaults(config)["model"]["loss"]["init_args"] == {"x": 1}
+    assert merge(config, {"model": {"loss": {"class_path": "mine.model.Other"}}})["model"]["loss"]["init_args"] == {}
+
+
+def test_missing_root_class_accepts_any_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ROOTS, "model", "reslab.training.missing.Model")
+    parameters.cache_clear()
+    check_key("model.objective.init_args.label_smoothing", {"model": {"objective": {}}})
+    parameters.cache_clear()
+
+
+def test_defaults_fill_groups_and_classes_that_the_config_omits(module: None) -> None:
+    model = with_defaults({"model": {"options": {"rate": 0.5}}})["model"]
+    assert model["options"] == {"rate": 0.5, "inner": {"depth": 2}}
+    assert model["loss"]["class_path"] == "Loss" and model["maybe"] is None
+
+
+def test_class_change_keeps_common_arguments_only() -> None:
+    old = {"class_path": "SGD", "init_args": {"lr": 0.1, "momentum": 0.9}, "dict_kwargs": {"x": 1}}
+    new = merge(old, {"class_path": "AdamW", "init_args": {"weight_decay": 0.01}})
+    assert new == {"class_path": "AdamW", "init_args": {"lr": 0.1, "weight_decay": 0.01}}
+    assert merge(old, {"dict_kwargs": {"y": 2}})["dict_kwargs"] == {"x": 1, "y": 2}
+
+
+# Running, with a fake `fit`
 
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
-    """Cells do as told instead of training: fake({cell name: [act, …]})."""
+    """Set the outcomes of cells instead of training them: fake({cell name: [outcome, …]})."""
     real = launch.command
     monkeypatch.setattr(launch, "command", lambda cell: [sys.executable, str(FAKE), *real(cell)[3:]])
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
@@ -195,27 +310,27 @@ def tries(out: Path) -> dict[str, int]:
     return {"/".join(p.parts[-3:-1]): len(p.read_text().split()) for p in out.glob("*/seed-*/tries")}
 
 
-def test_a_failed_cell_is_tried_again_and_then_reported(tmp_path: Path, fake, capfd) -> None:  # type: ignore[no-untyped-def]
+def test_failed_cell_is_retried_and_then_reported(tmp_path: Path, fake, capfd) -> None:  # type: ignore[no-untyped-def]
     fake({"A/seed-0": ["failed", "complete"], "none/seed-0": ["failed"], "none/seed-1": ["usage"], "A/seed-1": ["die"]})
     study, out = read_study(write(tmp_path)), tmp_path / "out"
     assert launch.run_local(study, out, launch.LocalResources(jobs=2), retries=2) == 1
     assert tries(out) == {"A/seed-0": 2, "none/seed-0": 3, "none/seed-1": 1, "A/seed-1": 3}
-    found = {s.cell.name: (s.status, s.detail) for s in states(study, out)}
-    assert found["A/seed-0"] == ("complete", "")
-    assert found["none/seed-0"] == ("failed", "as told")
-    assert found["none/seed-1"] == ("missing", "reslab: data: no such folder")
-    assert found["A/seed-1"][0] == "preempted" and "killed" in found["A/seed-1"][1]
+    ended = {s.cell.name: (s.status, s.detail) for s in states(study, out)}
+    assert ended["A/seed-0"] == ("complete", "")
+    assert ended["none/seed-0"] == ("failed", "as requested")
+    assert ended["none/seed-1"] == ("missing", "reslab: data: no such folder")
+    assert ended["A/seed-1"][0] == "preempted" and "killed" in ended["A/seed-1"][1]
     printed = capfd.readouterr().out
-    assert "A/seed-0: failed: as told; will be tried again" in printed
+    assert "A/seed-0: failed: as requested; will be retried" in printed
     assert "[1/4]" in printed
-    assert "this cell is told to" not in printed and "told to" in (out / "A/seed-0/log.txt").read_text()
+    assert "outcome of this cell" not in printed and "outcome of this cell" in (out / "A/seed-0/log.txt").read_text()
 
 
-def test_what_is_complete_is_not_run_again(tmp_path: Path, fake) -> None:  # type: ignore[no-untyped-def]
+def test_complete_cells_are_not_run_again(tmp_path: Path, fake) -> None:  # type: ignore[no-untyped-def]
     fake({"none/seed-1": ["diverged", "complete"]})
     study, out = read_study(write(tmp_path)), tmp_path / "out"
     assert launch.run_local(study, out, launch.LocalResources(jobs=4), retries=5) == 1
-    assert tries(out)["none/seed-1"] == 1, "to diverge again is of no use"
+    assert tries(out)["none/seed-1"] == 1, "a diverged cell would diverge again"
     assert launch.run_local(study, out, launch.LocalResources()) == 0
     assert tries(out) == {"A/seed-0": 1, "A/seed-1": 1, "none/seed-0": 1, "none/seed-1": 2}
     more = read_study(write(tmp_path, seeds=[0, 1, 2]))
@@ -223,13 +338,13 @@ def test_what_is_complete_is_not_run_again(tmp_path: Path, fake) -> None:  # typ
     assert sum(tries(out).values()) == 7
 
 
-def test_a_cell_whose_config_changed_is_never_reused(tmp_path: Path, fake) -> None:  # type: ignore[no-untyped-def]
+def test_cell_with_a_changed_config_is_never_reused(tmp_path: Path, fake) -> None:  # type: ignore[no-untyped-def]
     fake({})
     study, out = read_study(write(tmp_path)), tmp_path / "out"
     launch.run_local(study, out, launch.LocalResources())
     before = {file: file.read_bytes() for file in out.rglob("*.yaml")}
     other = read_study(write(tmp_path, arms={"A": {}, "none": {SHORTCUT: "C"}}))
-    with pytest.raises(UserError, match=r"none/seed-0: .*shortcut is none there, C in the plan"):
+    with pytest.raises(UserError, match=r"none/seed-0: .*shortcut is none in the run, C in the plan"):
         launch.run_local(other, out, launch.LocalResources())
     assert {file: file.read_bytes() for file in out.rglob("*.yaml")} == before
     shutil.move(out / "A/seed-0", tmp_path / "kept")
@@ -239,7 +354,7 @@ def test_a_cell_whose_config_changed_is_never_reused(tmp_path: Path, fake) -> No
     assert [s.status for s in states(study, out)] == ["mismatched", "complete", "complete", "complete"]
 
 
-def test_a_corrupt_manifest_names_its_cell_and_harms_no_other(tmp_path: Path, fake, capfd) -> None:  # type: ignore[no-untyped-def]
+def test_corrupt_manifest_affects_its_cell_only(tmp_path: Path, fake, capfd) -> None:  # type: ignore[no-untyped-def]
     fake({})
     study, out = read_study(write(tmp_path)), tmp_path / "out"
     (out / "A/seed-1").mkdir(parents=True)
@@ -250,12 +365,12 @@ def test_a_corrupt_manifest_names_its_cell_and_harms_no_other(tmp_path: Path, fa
     assert damaged.cell.name == "A/seed-1" and "manifest.json is damaged" in damaged.detail
 
 
-def test_threads_are_shared_out_and_a_cell_keeps_those_it_began_with(
+def test_threads_are_divided_and_a_resumed_cell_keeps_its_count(
     tmp_path: Path, fake, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # type: ignore[no-untyped-def]
     fake({"A/seed-0": ["failed", "complete"]})
     monkeypatch.delenv("OMP_NUM_THREADS")
-    monkeypatch.setattr(launch, "_cores", lambda: 8)
+    monkeypatch.setattr(launch, "available_cores", lambda: 8)
     study, out = read_study(write(tmp_path)), tmp_path / "out"
     launch.run_local(study, out, launch.LocalResources(jobs=2), retries=0)
     launch.run_local(study, out, launch.LocalResources(jobs=4), retries=0)
@@ -263,24 +378,24 @@ def test_threads_are_shared_out_and_a_cell_keeps_those_it_began_with(
 
 
 @pytest.mark.parametrize(
-    ("room", "devices", "expected"),
+    ("resources", "devices", "expected"),
     [
         (launch.LocalResources(), 1, ["0", "1", "2", "3"]),
         (launch.LocalResources(jobs=2), 1, ["0", "1"]),
         (launch.LocalResources(jobs_per_gpu=2), 2, ["0,1", "2,3", "0,1", "2,3"]),
     ],
 )
-def test_gpus_are_shared_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: launch.LocalResources, devices: int, expected: list[str]
+def test_gpus_are_divided(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resources: launch.LocalResources, devices: int, expected: list[str]
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
     study = read_study(write(tmp_path), [f"--trainer.devices={devices}"])
-    assert [slot["CUDA_VISIBLE_DEVICES"] for slot in room.slots(study)] == expected
+    assert [slot["CUDA_VISIBLE_DEVICES"] for slot in resources.slots(study)] == expected
     with pytest.raises(UserError, match="--jobs-per-gpu"):
         launch.LocalResources(jobs=9).slots(study)
 
 
-def test_two_at_once_in_one_folder_are_refused(tmp_path: Path, fake) -> None:  # type: ignore[no-untyped-def]
+def test_second_run_in_the_same_directory_is_refused(tmp_path: Path, fake) -> None:  # type: ignore[no-untyped-def]
     study, out = read_study(write(tmp_path)), tmp_path / "out"
     out.mkdir()
     holder = subprocess.Popen(
@@ -294,18 +409,18 @@ def test_two_at_once_in_one_folder_are_refused(tmp_path: Path, fake) -> None:  #
     finally:
         holder.kill()
         holder.wait()
-    fake({})  # the lock died with its process: nothing to clear away
+    fake({})  # the lock died with its process: nothing to clean up
     assert launch.run_local(study, out, launch.LocalResources(jobs=4)) == 0
 
 
-# Running, as a user does
+# Running, from the command line
 
 
 def ablate(*words: str | Path, **environ: str) -> list[str]:
     return [sys.executable, "-m", "reslab", "ablate", *map(str, words)]
 
 
-def test_plan_prints_cells_changes_and_hash_and_imports_no_torch(tmp_path: Path) -> None:
+def test_plan_prints_cells_changes_and_hash_without_torch(tmp_path: Path) -> None:
     code = "import sys; from reslab.cli import main; main(sys.argv[1:]); assert 'torch' not in sys.modules"
     words = ["ablate", "plan", str(write(tmp_path, minutes=3)), "--out", str(tmp_path / "out")]
     done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True)
@@ -316,7 +431,7 @@ def test_plan_prints_cells_changes_and_hash_and_imports_no_torch(tmp_path: Path)
     assert not (tmp_path / "out").exists()
 
 
-def test_a_signal_reaches_the_cells_and_the_next_call_goes_on(tmp_path: Path, fake, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+def test_signal_reaches_the_cells_and_the_next_call_resumes(tmp_path: Path, fake, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     fake({"A/seed-0": ["wait", "complete"], "none/seed-0": ["wait", "complete"]})
     study, out = read_study(write(tmp_path)), tmp_path / "out"
 
@@ -324,14 +439,14 @@ def test_a_signal_reaches_the_cells_and_the_next_call_goes_on(tmp_path: Path, fa
         if len(list(out.glob("*/seed-0/manifest.json"))) == 2:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr("reslab.ablation.board.StudyProgress.refresh", interrupt)
+    monkeypatch.setattr("reslab.ablation.progress.StudyProgress.refresh", interrupt)
     assert launch.run_local(study, out, launch.LocalResources(jobs=2)) == 75
     assert {s.status for s in states(study, out)} == {"preempted", "missing"}
     assert launch.run_local(study, out, launch.LocalResources(jobs=2)) in (0, 75)
 
 
 def run_once(words: list[str], log: Path, seconds: float | None = None) -> int | None:
-    """Runs it in a group of its own; after `seconds` the whole group is killed."""
+    """Run a command in its own process group; kill the group after `seconds`."""
     with log.open("ab") as file:
         process = subprocess.Popen(words, stdout=file, stderr=file, start_new_session=True)
     try:
@@ -343,10 +458,10 @@ def run_once(words: list[str], log: Path, seconds: float | None = None) -> int |
 
 
 @pytest.mark.slow
-def test_killed_five_times_the_results_are_those_of_an_undisturbed_study(tmp_path: Path) -> None:
+def test_study_killed_five_times_gives_the_same_results(tmp_path: Path) -> None:
     study = write(tmp_path, seeds=[0, 1, 2])
     short = ["--trainer.max_epochs=12", "--trainer.accelerator=cpu", "--run.checkpoint_every_steps=20", "--jobs", "2"]
-    assert run_once(ablate("run", study, "--out", tmp_path / "calm", *short), tmp_path / "log") == 0
+    assert run_once(ablate("run", study, "--out", tmp_path / "undisturbed", *short), tmp_path / "log") == 0
     disturbed, rng = tmp_path / "disturbed", random.Random(0)
     finished: dict[str, str] = {}
     kills = 0
@@ -359,13 +474,13 @@ def test_killed_five_times_the_results_are_those_of_an_undisturbed_study(tmp_pat
                 started = manifest(s.cell.folder)["attempts"][-1]["started"]
                 assert finished.setdefault(s.cell.name, started) == started, "a finished cell was run again"
     assert run_once(ablate("run", study, "--out", disturbed, *short), tmp_path / "log") == 0
-    assert (disturbed / "results.csv").read_bytes() == (tmp_path / "calm/results.csv").read_bytes()
+    assert (disturbed / "results.csv").read_bytes() == (tmp_path / "undisturbed/results.csv").read_bytes()
     attempts = [len(manifest(c.folder)["attempts"]) for c in cells(read_study(study), disturbed)]
     assert max(attempts) > 1, "no cell was ever hit"
 
 
 @pytest.mark.timeout(600)
-def test_a_real_study_runs_reports_and_is_grouped_in_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_real_study_runs_reports_and_is_grouped_in_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     short = ["--trainer.max_epochs=1", "--trainer.accelerator=cpu", "--config", CONFIGS / "logger/wandb.yaml"]
     words = [write(tmp_path, name="tiny", seeds=[0]), "--out", tmp_path / "out", "--jobs", "2", *short]
@@ -375,7 +490,7 @@ def test_a_real_study_runs_reports_and_is_grouped_in_wandb(tmp_path: Path, monke
     study = read_study(words[0], list(map(str, short)))
     assert [s.status for s in states(study, tmp_path / "out")] == ["complete", "complete"]
     arms = json.loads((tmp_path / "out/report.json").read_text())["arms"]
-    assert arms["none"]["verdict"] is None and "seed" in arms["none"]["reason"], "one seed carries no verdict"
+    assert arms["none"]["verdict"] is None and "seed" in arms["none"]["reason"], "one seed gives no verdict"
     [run] = (tmp_path / "out/none/seed-0/wandb").glob("offline-run-*/*.wandb")
     [about] = records(run.parent, "run")
     assert (about["run_group"], about["job_type"], about["tags"]) == ("tiny", "none", ["seed 0"])
@@ -387,7 +502,7 @@ def test_a_real_study_runs_reports_and_is_grouped_in_wandb(tmp_path: Path, monke
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_what_cannot_matter_does_not(tmp_path: Path) -> None:
+def test_irrelevant_settings_do_not_change_results(tmp_path: Path) -> None:
     short = ["--trainer.max_epochs=8", "--trainer.accelerator=cpu"]
     words = ["digits_null", "--out", tmp_path, "--jobs", "2", *short]
     assert subprocess.run(ablate("run", *words), capture_output=True, check=False).returncode == 0

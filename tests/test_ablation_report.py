@@ -1,4 +1,4 @@
-"""The report of a study, from run folders as finished, broken and foreign runs leave them."""
+"""Report of a study whose cells are finished, broken or mismatched."""
 
 import json
 import re
@@ -21,8 +21,9 @@ from scipy import stats
 from reslab.ablation import report as reports
 from reslab.ablation.cells import Cell, cells
 from reslab.ablation.report import log_summary, write_report
+from reslab.ablation.statistics import Reason, Why
 from reslab.ablation.study import Study
-from reslab.ablation.wording import Unit, markdown, probability, tex
+from reslab.ablation.wording import REASONS, Unit, explain, markdown, probability, tex
 from reslab.errors import UserError
 from studies import DATA, ENVIRONMENT, make_study, predict, run_cell, run_study
 
@@ -36,7 +37,7 @@ def study(tmp_path: Path) -> Study:
 
 @pytest.fixture
 def out(study: Study, tmp_path: Path) -> Path:
-    """Finished: plain is worse than identity, and twin is identity in every seed."""
+    """Return a finished study: plain is worse than identity, twin equals identity in every seed."""
     out = tmp_path / "out"
     run_study(study, out, ACCURACY)
     for seed in study.seeds:
@@ -55,7 +56,7 @@ def written(study: Study, out: Path) -> dict[str, Any]:
 
 
 def text(out: Path) -> str:
-    """The page as it reads."""
+    """Return the visible text of the page."""
     page = (out / "report.html").read_text()
     return " ".join(unescape(re.sub("<[^>]*>", " ", page.partition("</style>")[2])).split())
 
@@ -63,7 +64,7 @@ def text(out: Path) -> str:
 # Numbers
 
 
-def test_numbers_are_those_of_the_finished_cells(study: Study, out: Path) -> None:
+def test_numbers_match_the_finished_cells(study: Study, out: Path) -> None:
     report = written(study, out)
     table = pd.read_csv(out / "results.csv").pivot(index="seed", columns="arm", values="test/acc")
     plain, difference = report["arms"]["plain"], table["plain"] - table["identity"]
@@ -81,7 +82,7 @@ def test_numbers_are_those_of_the_finished_cells(study: Study, out: Path) -> Non
     assert report["cells"] == {"planned": 9, "complete": 9} and report["missing"] == [] and report["warnings"] == []
 
 
-def test_results_hold_a_row_a_planned_cell_and_no_word_of_the_clock(study: Study, out: Path) -> None:
+def test_results_csv_has_one_row_per_cell_and_no_timings(study: Study, out: Path) -> None:
     write_report(study, out)
     first = (out / "results.csv").read_bytes()
     assert first.decode().splitlines()[0] == "arm,seed,status,test/acc,test/loss,val/acc,val/loss"
@@ -97,7 +98,7 @@ def test_results_hold_a_row_a_planned_cell_and_no_word_of_the_clock(study: Study
     assert (out / "results.csv").read_bytes() == first
 
 
-def test_hours_are_of_the_devices_that_were_used(study: Study, out: Path) -> None:
+def test_hours_are_counted_by_device(study: Study, out: Path) -> None:
     for one in cells(study, out):
         gpus = ENVIRONMENT | {"gpus": ["H100"] * 2, "world_size": 2}
         run_cell(study, one, 0.9, wall_seconds=1800.0, environment=gpus if one.arm == "plain" else ENVIRONMENT)
@@ -106,7 +107,7 @@ def test_hours_are_of_the_devices_that_were_used(study: Study, out: Path) -> Non
     assert report["arms"]["plain"]["wall_seconds"] == 1800
 
 
-def test_images_are_compared_where_all_were_tested_on_the_same(study: Study, out: Path) -> None:
+def test_images_are_compared_if_all_cells_were_tested_on_the_same(study: Study, out: Path) -> None:
     report = written(study, out)
     plain = report["per_image"]["plain"]
     assert plain["delta"] == pytest.approx(report["arms"]["plain"]["delta"])
@@ -114,11 +115,11 @@ def test_images_are_compared_where_all_were_tested_on_the_same(study: Study, out
     assert (plain["seeds"], plain["images"]) == (3, 500)
     predict(cell(study, out, "plain/seed-1"), 400, images=450)
     cell(study, out, "twin/seed-0").folder.joinpath("predictions.npz").write_bytes(b"no archive")
-    found = written(study, out)["per_image"]
-    assert "plain/seed-1" in found["plain"]["reason"] and "twin/seed-0" in found["twin"]["reason"]
+    arms = written(study, out)["per_image"]
+    assert "plain/seed-1" in arms["plain"]["reason"] and "twin/seed-0" in arms["twin"]["reason"]
 
 
-def test_a_factor_study_has_effects_and_columns_of_levels(tmp_path: Path) -> None:
+def test_factor_study_has_effects_and_level_columns(tmp_path: Path) -> None:
     factors = {"data.augment.crop_padding": [0, 1], "data.augment.flip": ["none", "horizontal"]}
     study = make_study(tmp_path, ["crop_padding=0+flip=none"], seeds=3, factors=factors)
     accuracy = {n: 0.9 + 0.02 * ("crop_padding=1" in n) + 0.01 * ("horizontal" in n) for n in study.arms}
@@ -134,10 +135,10 @@ def test_a_factor_study_has_effects_and_columns_of_levels(tmp_path: Path) -> Non
     assert header.startswith("arm,seed,status,data.augment.crop_padding,data.augment.flip,test/acc")
 
 
-# What is missing or wrong
+# Missing and wrong results
 
 
-def test_before_anything_ran_all_is_missing(study: Study, tmp_path: Path) -> None:
+def test_report_before_any_cell_ran(study: Study, tmp_path: Path) -> None:
     report = written(study, tmp_path / "new")
     assert report["cells"] == {"planned": 9, "missing": 9} and len(report["missing"]) == 9
     assert report["arms"]["plain"]["mean"] is None and report["arms"]["plain"]["verdict"] is None
@@ -147,7 +148,7 @@ def test_before_anything_ran_all_is_missing(study: Study, tmp_path: Path) -> Non
     assert list((tmp_path / "new/figures").iterdir()) == []
 
 
-def test_every_cell_without_a_result_is_named_with_its_reason(study: Study, out: Path) -> None:
+def test_cells_without_a_result_are_listed_with_their_reason(study: Study, out: Path) -> None:
     how = {
         "failed": "failed: out of memory",
         "diverged": "diverged: the loss is nan",
@@ -173,81 +174,82 @@ def test_every_cell_without_a_result_is_named_with_its_reason(study: Study, out:
     assert pd.read_csv(out / "results.csv")["test/acc"].notna().sum() == 3
 
 
-def test_one_missing_cell_takes_the_verdict_of_its_arm_alone(study: Study, out: Path) -> None:
+def test_missing_cell_affects_the_verdict_of_its_arm_only(study: Study, out: Path) -> None:
     before = written(study, out)["arms"]
     shutil.rmtree(cell(study, out, "plain/seed-1").folder)
     after = written(study, out)["arms"]
-    assert after["plain"]["verdict"] is None and "plain/seed-1" in after["plain"]["reason"]
+    assert after["plain"]["verdict"] is None
+    assert after["plain"]["reason"] == "no result for plain/seed-1; `reslab ablate run` runs the missing cells"
     assert after["plain"]["n_pairs"] == 2 and after["plain"]["delta"] < 0
     assert after["twin"]["verdict"] == before["twin"]["verdict"] == "equivalent"
 
 
-def test_other_data_than_the_baselines_take_the_verdict(study: Study, out: Path) -> None:
+def test_arm_with_other_data_gets_no_verdict(study: Study, out: Path) -> None:
     run_cell(study, cell(study, out, "plain/seed-0"), 0.9, data=DATA | {"split": "zz"})
     arms = written(study, out)["arms"]
     assert arms["plain"]["verdict"] is None and "split" in arms["plain"]["reason"]
     assert arms["twin"]["verdict"] == "equivalent"
-    assert "did not see the same data" in text(out)
+    assert "used different data than the baseline" in text(out)
 
 
-def test_other_hardware_and_code_are_pointed_out(study: Study, out: Path) -> None:
+def test_different_hardware_and_code_are_reported(study: Study, out: Path) -> None:
     run_cell(study, cell(study, out, "plain/seed-0"), 0.9, environment=ENVIRONMENT | {"threads": 8})
     run_cell(study, cell(study, out, "plain/seed-1"), 0.9, git={"sha": "beef", "dirty": True, "diff_sha256": "1"})
     report = written(study, out)
     assert [len(group["cells"]) for group in report["hardware"]] == [8, 1]
-    assert re.search(r"hardware: threads differ \(plain/seed-0", text(out))
-    assert re.search(r"code: diff_sha256, dirty, sha differ \(plain/seed-1", text(out))
+    assert re.search(r"hardware: threads differ in plain/seed-0", text(out))
+    assert re.search(r"code: diff_sha256, dirty, sha differ in plain/seed-1", text(out))
 
 
-def test_a_changed_study_file_and_cells_of_no_plan_are_pointed_out(study: Study, out: Path, tmp_path: Path) -> None:
+def test_changed_study_file_and_unplanned_runs_are_reported(study: Study, out: Path, tmp_path: Path) -> None:
     shutil.copytree(out / "plain", out / "old_arm")
     changed = make_study(tmp_path, ACCURACY, seeds=3, margin=0.01)
     report = written(changed, out)
     assert report["plan"] == {"hash": changed.hash, "recorded": study.hash, "matches": False}
-    assert "not the one that was planned" in text(out) and "old_arm/seed-0" in text(out)
+    assert "has changed since the runs were planned" in text(out) and "old_arm/seed-0" in text(out)
 
 
-def test_a_metric_that_no_run_logs_is_answered_with_those_they_log(tmp_path: Path) -> None:
+def test_unlogged_metric_is_reported_with_the_logged_ones(tmp_path: Path) -> None:
     study = make_study(tmp_path, ACCURACY, seeds=3, metric="test/acc5")
     run_study(study, tmp_path / "out", ACCURACY)
     with pytest.raises(UserError, match=r"'test/acc5'.*they log: test/acc, "):
         write_report(study, tmp_path / "out")
 
 
-def test_what_is_no_result_counts_as_none(study: Study, out: Path) -> None:
+def test_invalid_results_count_as_missing(study: Study, out: Path) -> None:
     for name, results in (("plain/seed-0", {"test/acc": None}), ("plain/seed-1", "?"), ("plain/seed-2", {"lr": True})):
         run_cell(study, cell(study, out, name), 0.9, results=results)
     (cell(study, out, "twin/seed-0").folder / "metrics.csv").write_bytes(b"\xff\xfe,\n")
     report = written(study, out)
     assert report["arms"]["plain"]["n"] == 0 and report["arms"]["twin"]["n"] == 3
-    assert "Finished without a value of test/acc: plain/seed-0" in text(out)
+    assert "finished without a value of test/acc: plain/seed-0" in text(out)
 
 
-def test_a_validation_metric_is_called_one_and_the_test_images_are_left_alone(tmp_path: Path) -> None:
+def test_validation_metric_is_named_as_such_and_test_images_are_not_compared(tmp_path: Path) -> None:
     study = make_study(tmp_path, ACCURACY, seeds=3, metric="val/loss", test_weights="best")
     run_study(study, tmp_path / "out", ACCURACY)
     report = written(study, tmp_path / "out")
-    assert report["arms"]["plain"]["verdict"] == "worse" and report["arms"]["plain"]["delta"] > 0  # less is better
+    assert report["arms"]["plain"]["verdict"] == "worse" and report["arms"]["plain"]["delta"] > 0  # lower is better
     assert set(report["per_image"]["plain"]) == {"reason"}
     page = text(tmp_path / "out")
-    assert "validation metric" in page and "less is better" in page and "points" not in page.partition("Over test")[0]
+    assert "validation metric" in page and "lower is better" in page and "points" not in page.partition("Over test")[0]
 
 
-# What a reader sees
+# Texts, tables and figures
 
 
-def test_the_verdict_is_a_sentence(study: Study, out: Path) -> None:
+def test_verdicts_are_sentences(study: Study, out: Path) -> None:
     plain = written(study, out)["arms"]["plain"]
     number = r"[−+]\d+\.\d+"
-    said = (
-        rf"plain is worse than identity: {number} points, 95 % interval {number} to {number}, p_Holm = [\d.]+, n = 3\."
+    sentence = re.search(
+        rf"plain is worse than identity: {number} points, 95 % interval {number} to {number}, p_Holm = [\d.]+, n = 3\.",
+        text(out),
     )
-    found = re.search(said, text(out))
-    assert found and f"{100 * plain['delta']:.2f}".replace("-", "−") in found[0]
+    assert sentence and f"{100 * plain['delta']:.2f}".replace("-", "−") in sentence[0]
     assert "twin is equivalent to identity within ±0.2 points: 0.00 points" in text(out)
 
 
-def test_the_page_loads_nothing_and_describes_every_figure(tmp_path: Path) -> None:
+def test_page_is_self_contained_and_every_figure_has_an_alt_text(tmp_path: Path) -> None:
     question = "Is <script>alert(1)</script> 50 % of cost_$ & {x} | y?"
     study = make_study(tmp_path, ACCURACY, seeds=3, question=question)
     run_study(study, tmp_path / "out", ACCURACY)
@@ -261,7 +263,7 @@ def test_the_page_loads_nothing_and_describes_every_figure(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(("arms", "seeds"), [(2, 1), (3, 2), (9, 3)])
-def test_figures_are_pictures_whatever_the_numbers(tmp_path: Path, arms: int, seeds: int) -> None:
+def test_figures_are_drawn_for_any_numbers(tmp_path: Path, arms: int, seeds: int) -> None:
     names = ["baseline", *(f"a_very_long_name_of_an_arm+lr=0.{i}+weight_decay=5e-{i}" for i in range(1, arms))]
     study = make_study(tmp_path, names, seeds)
     run_study(study, tmp_path / "out", dict.fromkeys(names, 0.9), spread=0 if arms == 2 else 0.01)
@@ -275,27 +277,27 @@ def test_figures_are_pictures_whatever_the_numbers(tmp_path: Path, arms: int, se
             assert image.width <= 1000 and len(image.convert("L").getcolors(256) or []) > 1
 
 
-def test_the_curves_are_the_mean_and_the_range_over_the_seeds(study: Study, out: Path) -> None:
+def test_curves_hold_every_seed(study: Study, out: Path) -> None:
     name, curves = reports._curves(study, reports.states(study, out))
     assert name == "val/acc" and curves["plain"].shape == (5, 3)
     finals = [json.loads((out / f"plain/seed-{s}/manifest.json").read_text())["results"]["val/acc"] for s in (0, 1, 2)]
     assert curves["plain"].iloc[-1].to_numpy() == pytest.approx(np.array(finals) * (1 - np.exp(-6)))
 
 
-def test_the_table_for_papers_is_whole_and_bold_only_by_verdict(study: Study, out: Path) -> None:
+def test_latex_table_is_complete_and_bold_by_verdict_only(study: Study, out: Path) -> None:
     write_report(study, out)
     table = (out / "table.tex").read_text()
     rows = [line for line in table.splitlines() if line.endswith(r"\\")]
     assert len(rows) == 4 and {row.count("&") - row.count(r"\&") for row in rows} == {5}
     assert table.count(r"\begin{") == table.count(r"\end{") == 2 and table.count("{") == table.count("}")
-    assert "textbf" not in table  # twin is as good as identity: none is the best
+    assert "textbf" not in table  # twin equals identity, so no arm is best
     for seed in study.seeds:
         run_cell(study, cell(study, out, f"twin/seed-{seed}"), 0.85 + 0.01 * seed)
     write_report(study, out)
     assert r"\textbf{identity}" in (out / "table.tex").read_text()
 
 
-def test_latex_sets_the_table(study: Study, out: Path, tmp_path: Path) -> None:
+def test_latex_compiles_the_table(study: Study, out: Path, tmp_path: Path) -> None:
     if shutil.which("pdflatex") is None:
         pytest.skip("pdflatex is not installed")
     write_report(study, out)
@@ -306,13 +308,53 @@ def test_latex_sets_the_table(study: Study, out: Path, tmp_path: Path) -> None:
     assert ended.returncode == 0, ended.stdout
 
 
-def test_markdown_has_its_figures_and_no_broken_rows(study: Study, out: Path) -> None:
+def test_markdown_links_its_figures_and_has_no_broken_rows(study: Study, out: Path) -> None:
     write_report(study, out)
     lines = (out / "report.md").read_text().splitlines()
     figures = [re.search(r"\((figures/.*)\)$", line)[1] for line in lines if line.startswith("![")]
     assert len(figures) == 4 and all((out / figure).exists() for figure in figures)
     assert {line.count("|") for line in lines if line.startswith("|")} == {11}
     assert str(out) not in "\n".join(lines)
+
+
+UNIT = Unit(percent=True, decimals=2)
+
+
+@pytest.mark.parametrize(
+    ("reasons", "text"),
+    [
+        ([Reason(Why.FEW_SEEDS, 1)], "a verdict requires at least 3 seeds, got 1; add seeds to the study and rerun"),
+        ([Reason(Why.MISSING, cells=tuple("abcdef"))], "no result for a, b, c, d and 2 more; `reslab ablate run` runs"),
+        (
+            [Reason(Why.DIVERGED, cells=("a",))],
+            "no finite result for a; leaving out a diverged seed would favor the arm",
+        ),
+        (
+            [Reason(Why.IDENTICAL), Reason(Why.NO_MARGIN)],
+            "in every seed; with a margin in the study file, the arms would",
+        ),
+        ([Reason(Why.CONSTANT)], "every seed differs by the same 0.1 points, so no test applies"),
+        ([Reason(Why.NEGLIGIBLE)], "significant (p_Holm = 0.012) but smaller than the margin of 0.2 points"),
+        ([Reason(Why.MAYBE_NEGLIGIBLE)], "the difference may be smaller than the margin of 0.2 points"),
+        (
+            [Reason(Why.ADJUSTED, 10), Reason(Why.SEPARATE, 12)],
+            "significant on its own, but not after adjusting for 10 comparisons; "
+            "about 12 more seeds would be needed to detect a difference of 0.1 points at 80 % power",
+        ),
+        (
+            [Reason(Why.EQUIVALENCE, 1)],
+            "about 1 more seed would be needed to show equivalence within ±0.2 points at 80 %",
+        ),
+        ([Reason(Why.SEPARATE)], "more than 1,000 seeds would be needed to detect a difference of 0.1 points"),
+    ],
+    ids=lambda value: value[0].why if isinstance(value, list) else "",
+)
+def test_reasons_are_sentences(reasons: list[Reason], text: str) -> None:
+    assert text in explain(reasons, UNIT, margin=0.002, delta=-0.001, p_holm=0.0123)
+
+
+def test_every_reason_has_a_sentence() -> None:
+    assert set(REASONS) == set(Why)
 
 
 @pytest.mark.parametrize(("plain", "printed"), [("a_b 5 % & #1", r"a\_b 5 \% \& \#1"), ("±−<", r"$\pm$$-$$<$")])
@@ -328,14 +370,14 @@ def test_digits_follow_the_spread() -> None:
     def unit(metric: str, sd: float | None) -> Unit:
         return Unit.of({"metric": metric, "arms": {"a": {"sd": sd}, "b": {"sd": None}}})
 
-    assert unit("test/acc", 0.0018).value(0.91254) == "91.25 %"
+    assert unit("test/acc", 0.0018).number(0.91254) == "91.25"
     assert unit("test/acc", 0.018).difference(-0.041) == "−4.1 points"
-    assert unit("test/loss", 0.0123).value(0.5) == "0.500"
+    assert unit("test/loss", 0.0123).number(0.5) == "0.500"
     assert unit("test/acc", None).signed(-0.0) == "0.00"
     assert [probability(p) for p in (None, 1e-9, 0.00042, 0.0123, 0.5)] == ["–", "< 0.0001", "0.0004", "0.012", "0.50"]
 
 
-def test_a_report_needs_no_torch() -> None:
+def test_report_does_not_import_torch() -> None:
     code = "import sys, reslab.ablation.report; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
@@ -351,7 +393,7 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     wandb.teardown()
 
 
-def test_the_summary_is_one_run_of_the_studys_group(tmp_path: Path, offline: None) -> None:
+def test_summary_is_one_wandb_run_of_the_studys_group(tmp_path: Path, offline: None) -> None:
     logger = tmp_path / "logger.yaml"
     logger.write_text("trainer: {logger: {class_path: reslab.runs.tracking.WandB, init_args: {project: p}}}\n")
     digits = str(Path(__file__).parents[1] / "configs/experiment/digits.yaml")
@@ -371,22 +413,22 @@ def test_the_summary_is_one_run_of_the_studys_group(tmp_path: Path, offline: Non
     assert len(list((media / "table/tables").glob("*.json"))) == 2
 
 
-def test_without_wandb_in_the_config_nothing_is_logged(study: Study, out: Path) -> None:
+def test_nothing_is_logged_without_a_wandb_logger(study: Study, out: Path) -> None:
     write_report(study, out)
     log_summary(study, out)
     assert not (out / "wandb").exists()
 
 
-def test_two_hundred_cells_take_less_than_ten_seconds_of_one_core(tmp_path: Path) -> None:
+def test_report_of_200_cells_takes_less_than_10_seconds_of_cpu(tmp_path: Path) -> None:
     names = [f"arm{i}" for i in range(40)]
     study = make_study(tmp_path, names, seeds=5)
     run_study(study, tmp_path / "out", dict.fromkeys(names, 0.9))
-    began = time.process_time()  # not by the clock: other tests share the cores
+    began = time.process_time()  # CPU time: other tests share the cores
     write_report(study, tmp_path / "out")
     assert time.process_time() - began < 10
 
 
-def test_cells_of_a_second_are_reported_too(tmp_path: Path) -> None:
+def test_report_of_very_short_cells(tmp_path: Path) -> None:
     study, out = make_study(tmp_path, ["A", "none"]), tmp_path / "out"
     for cell in cells(study, out):
         run_cell(study, cell, 0.9, wall_seconds=0.4)

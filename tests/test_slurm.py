@@ -1,4 +1,4 @@
-"""Under a real Slurm: a run that is told to stop is requeued, and ends the same; studies are arrays of jobs."""
+"""Real Slurm: a signalled run is requeued and ends with the same weights; studies run as job arrays."""
 
 import os
 import re
@@ -29,8 +29,8 @@ SLOW_TO_REQUEUE = Fault("reslab.experiment:requeue", "linger")
 
 
 def submit(folder: Path, *options: str, fault: Fault | None = None) -> str:
-    """Submits scripts/slurm.sbatch with a short run in `folder`, and sbatch's options; returns the job's number."""
-    program = folder.with_suffix(".bin") / "reslab"  # what the script finds in PATH
+    """Submit scripts/slurm.sbatch with a short run in `folder` and options of sbatch; return the job number."""
+    program = folder.with_suffix(".bin") / "reslab"  # found by the script in PATH
     program.parent.mkdir()
     words = " ".join(map(str, astuple(fault))) if fault else "-"
     program.write_text(f'#!/bin/sh\nexec {sys.executable} {REPO}/tests/runner.py "{words}" "$@"\n')
@@ -55,9 +55,9 @@ def undisturbed_two(slurm: None, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_job_of_two_tasks_is_requeued_and_ends_with_the_same_weights(undisturbed_two: Path, tmp_path: Path) -> None:
+def test_requeued_job_of_two_tasks_ends_with_the_same_weights(undisturbed_two: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    job = submit(run, "--ntasks-per-node=2", fault=SLOW_TO_REQUEUE)  # the other task must not end before that
+    job = submit(run, "--ntasks-per-node=2", fault=SLOW_TO_REQUEUE)  # the other task must not end first
     until(lambda: has_begun(run), "the first steps")
     command("scancel", "--signal=USR1", job)
     until(lambda: not queue(), "the job's end")
@@ -68,7 +68,7 @@ def test_a_job_of_two_tasks_is_requeued_and_ends_with_the_same_weights(undisturb
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_before_its_time_is_up_a_job_is_requeued(undisturbed_two: Path, tmp_path: Path) -> None:
+def test_job_is_requeued_before_its_time_limit(undisturbed_two: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     submit(run, "--ntasks-per-node=2", "--time=2", "--signal=USR1@30", fault=Fault(TRAINING, "wait_for_slurm", 11))
     until(lambda: not queue(), "the job's end")
@@ -76,7 +76,7 @@ def test_before_its_time_is_up_a_job_is_requeued(undisturbed_two: Path, tmp_path
     assert traces(run) == traces(undisturbed_two)
 
 
-def test_a_cancelled_job_keeps_a_checkpoint_and_stays_cancelled(slurm: None, tmp_path: Path) -> None:
+def test_cancelled_job_keeps_a_checkpoint_and_stays_cancelled(slurm: None, tmp_path: Path) -> None:
     run = tmp_path / "run"
     job = submit(run, "--ntasks-per-node=1")
     until(lambda: has_begun(run), "the first steps")
@@ -86,7 +86,7 @@ def test_a_cancelled_job_keeps_a_checkpoint_and_stays_cancelled(slurm: None, tmp
     assert attempt["how"].startswith("preempted: SIGTERM") and (run / "checkpoints/last.ckpt").exists()
 
 
-# Studies, with a stand-in for `fit`
+# Studies, with a fake `fit`
 
 HELD = Cluster(sbatch={"hold": True})
 
@@ -96,18 +96,18 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("reslab.ablation.slurm.POLL", 0.2)
 
 
-def test_a_study_is_an_array_of_jobs_and_failed_cells_are_tried_again(
+def test_study_is_a_job_array_and_failed_cells_are_retried(
     slurm: None, quick: None, fake: Callable, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     fake({"A/seed-0": ["failed", "complete"], "none/seed-0": ["failed"], "A/seed-1": ["diverged"]})
     study, out = read_study(write(tmp_path)), tmp_path / "out"
-    assert run_slurm(study, out, Cluster(), at_a_time=2, retries=2) == 1
+    assert run_slurm(study, out, Cluster(), limit=2, retries=2) == 1
     assert tries(out) == {"A/seed-0": 2, "none/seed-0": 3, "none/seed-1": 1, "A/seed-1": 1}
     assert [s.status for s in states(study, out)] == ["complete", "failed", "diverged", "complete"]
     printed = capfd.readouterr().out
     assert "submitted to Slurm: 4 cells" in printed
-    assert "will be tried again" in printed and "this cell is told to" not in printed
-    assert "told to" in (out / "A/seed-0/log.txt").read_text()
+    assert "will be retried" in printed and "outcome of this cell" not in printed
+    assert "outcome of this cell" in (out / "A/seed-0/log.txt").read_text()
     assert (
         len({job.number.partition("_")[0] for name, job in jobs(out).items() if name.endswith("1")}) == 1
     )  # one array
@@ -117,7 +117,7 @@ def interrupt(*args: object) -> None:
     raise KeyboardInterrupt
 
 
-def test_a_cell_that_has_a_job_is_not_submitted_again(
+def test_cell_with_a_job_is_not_submitted_again(
     slurm: None, quick: None, fake: Callable, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     fake({})
@@ -129,7 +129,7 @@ def test_a_cell_that_has_a_job_is_not_submitted_again(
     assert f"scancel {array}" in capfd.readouterr().out
     command("scancel", f"{array}_0")
     assert run_slurm(study, out, HELD, detach=True) == 0
-    assert "submitted to Slurm: 1 cells; 3 have a job already" in capfd.readouterr().out
+    assert "submitted to Slurm: 1 cells; 3 already have a job" in capfd.readouterr().out
     assert len(queue()) == 4
     command("scontrol", "release", *queue())
     assert run_slurm(study, out, Cluster()) == 0
@@ -138,7 +138,7 @@ def test_a_cell_that_has_a_job_is_not_submitted_again(
 
 
 @pytest.mark.parametrize("one_by_one", [True, False])
-def test_cells_that_are_cancelled_are_not_tried_again(
+def test_cancelled_cells_are_not_retried(
     slurm: None, quick: None, fake: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_by_one: bool
 ) -> None:
     fake({})
@@ -150,12 +150,12 @@ def test_cells_that_are_cancelled_are_not_tried_again(
         command("scancel", *(numbers if one_by_one else [numbers[0].partition("_")[0]]))
         monkeypatch.undo()
 
-    monkeypatch.setattr("reslab.ablation.board.StudyProgress.refresh", cancel)
+    monkeypatch.setattr("reslab.ablation.progress.StudyProgress.refresh", cancel)
     assert run_slurm(study, out, HELD) == 1
     assert len(numbers) == 4 and not queue() and not tries(out)
 
 
-def test_jobs_that_slurm_refuses_are_a_plain_message(
+def test_rejected_job_gives_a_plain_message(
     slurm: None, fake: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     study = read_study(write(tmp_path))
@@ -168,34 +168,39 @@ def test_jobs_that_slurm_refuses_are_a_plain_message(
         run_slurm(study, tmp_path / "out", Cluster())
 
 
-def test_a_cell_of_several_processes_asks_for_as_many_tasks_and_gpus() -> None:
+def test_cell_with_several_processes_requests_as_many_tasks_and_gpus() -> None:
     cluster = Cluster(partition="gpu", cpus=4, sbatch={"account": "vision"})
-    asked = cluster.parameters({"accelerator": "gpu", "num_nodes": 2, "devices": 8})
-    assert (asked["nodes"], asked["ntasks_per_node"], asked["gpus_per_node"], asked["cpus_per_task"]) == (2, 8, 8, 4)
-    assert asked["additional_parameters"] == {"requeue": True, "account": "vision"}
-    asked = Cluster().parameters({"accelerator": "cpu"})
-    assert (asked["nodes"], asked["ntasks_per_node"], asked["gpus_per_node"]) == (1, 1, None)
+    parameters = cluster.parameters({"accelerator": "gpu", "num_nodes": 2, "devices": 8})
+    assert (
+        parameters["nodes"],
+        parameters["ntasks_per_node"],
+        parameters["gpus_per_node"],
+        parameters["cpus_per_task"],
+    ) == (2, 8, 8, 4)
+    assert parameters["additional_parameters"] == {"requeue": True, "account": "vision"}
+    parameters = Cluster().parameters({"accelerator": "cpu"})
+    assert (parameters["nodes"], parameters["ntasks_per_node"], parameters["gpus_per_node"]) == (1, 1, None)
     assert Cluster(gpus=4).parameters({"accelerator": "auto", "devices": "auto"})["ntasks_per_node"] == 4
 
 
-def test_what_a_job_asks_for_is_read_from_a_file_and_flags_win(tmp_path: Path) -> None:
+def test_resources_are_read_from_a_file_and_overridden_by_flags(tmp_path: Path) -> None:
     file = tmp_path / "cluster.yaml"
     file.write_text("partition: gpu\nminutes: 60\nsbatch: {account: vision}\n")
     cluster = Cluster.read(str(file), minutes=90, gpus=None, sbatch={"qos": "low"})
     assert cluster == Cluster("gpu", 90, sbatch={"account": "vision", "qos": "low"})
     file.write_text("partitoin: gpu\n")
-    with pytest.raises(UserError, match=r"cluster\.yaml: no such key 'partitoin'; there are: cpus"):
+    with pytest.raises(UserError, match=r"cluster\.yaml: no such key 'partitoin'; keys: cpus"):
         Cluster.read(str(file))
-    with pytest.raises(UserError, match="90 s before the end"):
+    with pytest.raises(UserError, match="at least 5, got 1: a job saves 90 s before its end"):
         Cluster.read(None, minutes=1)
 
 
-# Studies, as a user does
+# Studies, from the command line
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_study_outlives_the_command_that_submitted_it_and_a_signalled_cell_ends_the_same(
+def test_study_outlives_the_submitting_process_and_a_signalled_cell_ends_the_same(
     slurm: None, undisturbed: Callable[..., Path], tmp_path: Path
 ) -> None:
     options = [*SHORT, "--trainer.accelerator=cpu", "--trainer.max_epochs=12", "--data.num_workers=1"]
@@ -213,7 +218,10 @@ def test_a_study_outlives_the_command_that_submitted_it_and_a_signalled_cell_end
     os.killpg(process.pid, signal.SIGKILL)
     command("scancel", "--signal=USR2", jobs(out)["A/seed-0"].number)
     assert ablate().wait(PATIENCE) == 0, log.read_text()
-    assert "submitted to Slurm: 2 cells; 0 have" in log.read_text() and "submitted to Slurm: 0 cells" in log.read_text()
+    assert (
+        "submitted to Slurm: 2 cells; 0 already have" in log.read_text()
+        and "submitted to Slurm: 0 cells" in log.read_text()
+    )
     first, second = manifest(out / "A/seed-0")["attempts"]
     assert first["how"].startswith("preempted: SIGUSR2 at step") and second["from_step"] > 0
     assert len(manifest(out / "none/seed-0")["attempts"]) == 1

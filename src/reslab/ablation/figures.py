@@ -1,7 +1,7 @@
-"""The pictures of a study: its arms, their differences, their learning curves, their cost. No torch here."""
+"""Figures of a study: arms, differences, learning curves, cost. Imports no torch."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,30 +15,29 @@ from matplotlib.ticker import MaxNLocator, NullLocator
 from reslab.ablation.wording import Unit
 from reslab.runs.figures import INK, MUTED, STYLE, TEST, VAL, WIDTH, _save, _spread, shorten
 
-GREEN = "#009E73"
-COLORS = {"better": GREEN, "worse": TEST, "equivalent": VAL, "inconclusive": MUTED, None: MUTED}
-LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")  # more arms than these get a panel each
+COLORS = {"better": "#009E73", "worse": TEST, "equivalent": VAL, "inconclusive": MUTED, None: MUTED}
+LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")  # with more arms, each gets its own panel
 ROW = 0.4  # inches
 CAPTIONS = {
-    "arms": "Every arm: its mean (diamond), the 95 % t interval of the mean (bar), and every seed (dot).",
-    "differences": "Every arm minus the baseline, seed by seed (dots): the mean difference with its 95 % t interval; "
-    "the grey band is the margin within which differences do not matter.",
-    "learning_curves": "Training as validation sees it: the mean over the seeds, the band from the lowest to the "
-    "highest seed. Finished cells only.",
-    "cost": "The metric with its 95 % t interval against what a cell took, on average, by the clock.",
+    "arms": "Every arm: mean (diamond) with its 95 % t interval (bar), and every seed (dots).",
+    "differences": "Every arm minus the baseline, seed by seed (dots): mean difference with its 95 % t interval. The "
+    "grey band is the margin within which differences do not matter.",
+    "learning_curves": "Metric during training: mean over the seeds, with a band from the lowest to the highest seed. "
+    "Finished cells only.",
+    "cost": "Metric with its 95 % t interval against the mean wall time of a cell.",
     "effects": "Main effects (blue) and interactions (grey) of the factors, with their 95 % t intervals.",
 }
 Report = Mapping[str, Any]
 
 
 def draw_figures(report: Report, values: pd.DataFrame, curves: Mapping[str, pd.DataFrame], folder: Path) -> list[Path]:
-    """Draws what there is into `folder` and returns the PNGs; a figure with nothing to show any more is removed.
+    """Draw all figures that have data into `folder`, remove the others, and return the paths of the PNGs.
 
     Args:
-        report: As in report.json.
-        values: The metric, a row an arm and a column a seed; NaN where there is none.
-        curves: By arm, what was logged: a row a step and a column a seed.
-        folder: It is made if need be.
+        report: Content of report.json.
+        values: The metric with one row per arm and one column per seed; NaN where there is none.
+        curves: The logged metric by arm, with one row per step and one column per seed.
+        folder: Output directory, created if missing.
     """
     unit = Unit.of(report)
     folder.mkdir(parents=True, exist_ok=True)
@@ -54,7 +53,7 @@ def draw_figures(report: Report, values: pd.DataFrame, curves: Mapping[str, pd.D
 
 
 def label(name: str, width: int = 22) -> str:
-    """A name on at most two lines, parted where its parts meet."""
+    """Wrap a name onto at most two lines, at a separator if possible."""
     if len(name) <= width:
         return name
     cuts = [match.end() for match in re.finditer(r"[+_.,= -]", name[:width])]
@@ -63,15 +62,15 @@ def label(name: str, width: int = 22) -> str:
 
 
 def arms(report: Report, values: pd.DataFrame, unit: Unit) -> Figure | None:
-    """A row an arm; None where no cell has finished."""
+    """Draw one row per arm; None if no cell has finished."""
     if values.isna().all(axis=None):
         return None
-    figure, ax = _rows(list(report["arms"]), report["baseline"])
-    rows = [(arm["mean"], arm["ci_low"], arm["ci_high"]) for arm in report["arms"].values()]
-    _window(ax, values.to_numpy() * unit.factor, np.array(rows, float) * unit.factor)
+    names, points = list(report["arms"]), values.to_numpy() * unit.factor
+    intervals = _intervals(report["arms"].values(), "mean", "ci", unit)
+    figure, ax = _rows(names, report["baseline"], points, intervals)
     for row, (name, arm) in enumerate(report["arms"].items()):
         color = INK if name == report["baseline"] else VAL
-        _row(ax, row, values.loc[name].to_numpy() * unit.factor, _interval(arm, "mean", "ci", unit), color)
+        _row(ax, row, points[row], intervals[row], color)
         _beside(ax, row, _mean_and_sd(arm, unit, len(report["seeds"])), color if arm["n"] else TEST)
     ax.set_xlabel(unit.axis(report["metric"]))
     return figure
@@ -85,35 +84,53 @@ def _mean_and_sd(arm: Mapping[str, Any], unit: Unit, planned: int) -> str:
 
 
 def differences(report: Report, values: pd.DataFrame, unit: Unit) -> Figure | None:
-    """A row an arm but for the baseline; None where no seed can be compared."""
+    """Draw one row per arm except the baseline; None if no seed can be compared."""
     others = {name: arm for name, arm in report["arms"].items() if name != report["baseline"]}
     paired = (values - values.loc[report["baseline"]]).loc[list(others)]
-    paired.loc[[name for name, arm in others.items() if arm["delta"] is None]] = np.nan  # seen on other data
+    paired.loc[[name for name, arm in others.items() if arm["delta"] is None]] = np.nan  # trained on other data
     if paired.isna().all(axis=None):
         return None
-    figure, ax = _rows(list(others), None)
-    rows = [(arm["delta"], arm["delta_ci_low"], arm["delta_ci_high"]) for arm in others.values()]
+    points, intervals = paired.to_numpy() * unit.factor, _intervals(others.values(), "delta", "delta_ci", unit)
     margin = (report["margin"] or 0) * unit.factor
-    _window(ax, np.append(paired.to_numpy() * unit.factor, [-margin, 0, margin]), np.array(rows, float) * unit.factor)
+    figure, ax = _rows(list(others), None, np.append(points, [-margin, 0, margin]), intervals)
     if margin:
         ax.axvspan(-margin, margin, color="#DDDDDD", alpha=0.6, lw=0, zorder=0)
     ax.axvline(0, color=INK, lw=1, zorder=1)
-    for row, (name, arm) in enumerate(others.items()):
-        color = COLORS[arm["verdict"]]
-        _row(ax, row, paired.loc[name].to_numpy() * unit.factor, _interval(arm, "delta", "delta_ci", unit), color)
-        said = arm["verdict"] or "no verdict"
-        _beside(ax, row, said if arm["delta"] is None else f"{unit.signed(arm['delta'])} {said}", color)
-    ax.set_xlabel(f"{report['metric']}: difference to {shorten(report['baseline'], 24)}{unit.difference_unit}")
+    for row, arm in enumerate(others.values()):
+        color, verdict = COLORS[arm["verdict"]], arm["verdict"] or "no verdict"
+        _row(ax, row, points[row], intervals[row], color)
+        _beside(ax, row, verdict if arm["delta"] is None else f"{unit.signed(arm['delta'])} {verdict}", color)
+    ax.set_xlabel(f"{report['metric']}: difference from {shorten(report['baseline'], 24)}{unit.difference_unit}")
     return figure
 
 
-def _interval(arm: Mapping[str, Any], centre: str, ends: str, unit: Unit) -> np.ndarray:
-    """Centre, low and high end (3,), NaN where there is none."""
-    return np.array([arm[centre], arm[f"{ends}_low"], arm[f"{ends}_high"]], float) * unit.factor
+def effects(report: Report, unit: Unit) -> Figure | None:
+    """Draw one row per main effect, then one per interaction; None unless the study has a complete grid."""
+    both = [*report.get("effects", []), *report.get("interactions", [])]
+    if not both:
+        return None
+    names = [" × ".join(f"{factor.rpartition('.')[2]}: {a} → {b}" for factor, a, b in e["levels"]) for e in both]
+    intervals = _intervals(both, "delta", "ci", unit)
+    figure, ax = _rows(names, None, np.append(intervals[:, 0], 0), intervals)
+    ax.axvline(0, color=INK, lw=1, zorder=1)
+    for row, effect in enumerate(both):
+        color = VAL if len(effect["levels"]) == 1 else MUTED
+        _row(ax, row, np.empty(0), intervals[row], color)
+        _beside(ax, row, unit.signed(effect["delta"]), color)
+    ax.set_xlabel(f"{report['metric']}: effect{unit.difference_unit}")
+    return figure
 
 
-def _rows(names: Sequence[str], strong: str | None) -> tuple[Figure, Axes]:
-    """An empty row for each name, the first on top."""
+def _intervals(groups: Iterable[Mapping[str, Any]], center: str, ends: str, unit: Unit) -> np.ndarray:
+    """Return center, low and high end of each group (n, 3), NaN where there is none."""
+    return np.array([(g[center], g[f"{ends}_low"], g[f"{ends}_high"]) for g in groups], float) * unit.factor
+
+
+def _rows(names: Sequence[str], strong: str | None, points: np.ndarray, intervals: np.ndarray) -> tuple[Figure, Axes]:
+    """Return axes with an empty row for each name, the first on top.
+
+    The x axis fits all points, and the intervals (n, 3) only as far as the points stay readable.
+    """
     figure = Figure(figsize=(WIDTH, ROW * len(names) + 0.75), layout="constrained")
     ax = figure.subplots()
     ax.set_yticks(range(len(names)), [label(name) for name in names], fontsize=9, linespacing=0.95)
@@ -123,23 +140,24 @@ def _rows(names: Sequence[str], strong: str | None) -> tuple[Figure, Axes]:
     ax.grid(axis="y", visible=False)
     ax.spines["left"].set_visible(False)
     ax.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
+    ax.set_xlim(*_limits(points, intervals, 1.2))
     return figure, ax
 
 
-def _window(ax: Axes, points: np.ndarray, intervals: np.ndarray) -> None:
-    """Fits the x axis to all points; to the intervals (n, 3) only as far as the points stay readable."""
+def _limits(points: np.ndarray, intervals: np.ndarray, stretch: float) -> tuple[float, float]:
+    """Return axis limits that hold all points, and intervals up to `stretch` times the points' range beyond them."""
     low, high = np.nanmin(points), np.nanmax(points)
-    room = 1.2 * (high - low) or 0.01 * abs(high) or 1.0
+    room = stretch * (high - low) or 0.01 * abs(high) or 1.0
     ends = intervals[np.isfinite(intervals).all(1)]
     if len(ends):
         low, high = min(low, max(ends.min(), low - room)), max(high, min(ends.max(), high + room))
     pad = 0.05 * (high - low) or room
-    ax.set_xlim(low - pad, high + pad)
+    return low - pad, high + pad
 
 
 def _row(ax: Axes, row: int, points: np.ndarray, interval: np.ndarray, color: str) -> None:
-    """Seeds (n,) as dots, one below the other, and an interval (3,) through them; an arrow where it leaves the axis."""
-    centre, low, high = interval
+    """Draw seeds (n,) as dots, one below the other, and an interval (3,); an arrow marks an end outside the axis."""
+    center, low, high = interval
     heights = row + np.linspace(-0.22, 0.22, len(points)) if len(points) > 1 else np.full(len(points), row)
     ax.plot(points, heights, "o", color=color, ms=4, alpha=0.45, mew=0, zorder=2)
     if np.isfinite([low, high]).all():
@@ -148,7 +166,7 @@ def _row(ax: Axes, row: int, points: np.ndarray, interval: np.ndarray, color: st
         for outside, edge, arrow in ((low < left, left, "<"), (high > right, right, ">")):
             if outside:
                 ax.plot(edge, row, arrow, color=color, ms=7, clip_on=False, zorder=4)
-    ax.plot(centre, row, "D", color=color, ms=6.5, mec="white", zorder=5)
+    ax.plot(center, row, "D", color=color, ms=6.5, mec="white", zorder=5)
 
 
 def _beside(ax: Axes, row: int, text: str, color: str) -> None:
@@ -157,13 +175,13 @@ def _beside(ax: Axes, row: int, text: str, color: str) -> None:
 
 
 def learning_curves(report: Report, curves: Mapping[str, pd.DataFrame], unit: Unit) -> Figure | None:
-    """All arms in one picture, or, if they are many, a panel each with the baseline behind; None without curves."""
+    """Draw all arms in one picture, or many arms in one panel each with the baseline; None without curves."""
     if not curves:
         return None
     ends = {frame.index.max() for frame in curves.values()}
-    if len(ends) > 1:  # arms of other batch sizes or lengths take other numbers of steps
+    if len(ends) > 1:  # batch sizes or training lengths differ
         curves = {name: frame.set_axis(100 * frame.index / frame.index.max()) for name, frame in curves.items()}
-    clock = "share of the training (%)" if len(ends) > 1 else "optimizer step"
+    clock = "training progress (%)" if len(ends) > 1 else "optimizer step"
     curves = {name: frame * unit.factor for name, frame in curves.items()}
     return (_together if len(report["arms"]) <= 1 + len(LINES) else _panels)(report, curves, unit, clock)
 
@@ -190,7 +208,7 @@ def _together(report: Report, curves: Mapping[str, pd.DataFrame], unit: Unit, cl
 def _panels(report: Report, curves: Mapping[str, pd.DataFrame], unit: Unit, clock: str) -> Figure:
     names = [name for name in report["arms"] if name != report["baseline"]]
     rows = -(-len(names) // 3)
-    # In inches and without shared axes: with 40 panels, matplotlib's layout takes longer than all the rest.
+    # Sized in inches and without shared axes: with 40 panels, matplotlib's layout engine takes longer than all else.
     height = 1.5 * rows + 0.9
     figure = Figure(figsize=(WIDTH, height))
     figure.subplots_adjust(0.11, 0.55 / height, 0.99, 1 - 0.65 / height, wspace=0.08, hspace=0.42)
@@ -204,13 +222,13 @@ def _panels(report: Report, curves: Mapping[str, pd.DataFrame], unit: Unit, cloc
         if name not in curves:
             ax.text(0.5, 0.3, "nothing finished", transform=ax.transAxes, ha="center", color=TEST, fontsize=9)
         ax.tick_params(labelsize=8, labelleft=i % 3 == 0, labelbottom=i + 3 >= len(names))
-    said = f"{unit.axis(report['curve'])} by {clock}; grey: {shorten(report['baseline'], 30)}"
-    figure.suptitle(said, x=0.01, y=1 - 0.06 / height, va="top", ha="left", fontsize=9, color=MUTED)
+    title = f"{unit.axis(report['curve'])} by {clock}; grey: {shorten(report['baseline'], 30)}"
+    figure.suptitle(title, x=0.01, y=1 - 0.06 / height, va="top", ha="left", fontsize=9, color=MUTED)
     return figure
 
 
 def _frame(ax: Axes, curves: Mapping[str, pd.DataFrame], unit: Unit, ticks: int) -> None:
-    """Axes that hold all curves; of the first tenth of training, when all are bad, only what fits."""
+    """Fit the axes to all curves after the first tenth of training, in which values are far off."""
     late = [frame.loc[frame.index >= 0.1 * frame.index.max()].to_numpy().ravel() for frame in curves.values()]
     low, high = np.nanmin(np.concatenate(late)), np.nanmax(np.concatenate(late))
     pad = 0.06 * (high - low) or 0.05 * abs(high) or 1
@@ -229,17 +247,17 @@ def _curve(ax: Axes, frame: pd.DataFrame, color: str) -> None:
 
 
 def cost(report: Report, unit: Unit) -> Figure | None:
-    """The metric against the mean time of a cell, each arm named; None where no arm has both."""
-    found = {n: a for n, a in report["arms"].items() if a["mean"] is not None and a["wall_seconds"]}
-    if not found:
+    """Draw the metric against the mean wall time of a cell, with every arm labeled; None if no arm has both."""
+    timed = {n: a for n, a in report["arms"].items() if a["mean"] is not None and a["wall_seconds"]}
+    if not timed:
         return None
-    seconds = np.array([arm["wall_seconds"] for arm in found.values()])
+    seconds = np.array([arm["wall_seconds"] for arm in timed.values()])
     units = [(3600, "hours"), (60, "minutes"), (1, "seconds")]
     scale, clock = next((unit for unit in units if seconds.max() >= 2 * unit[0]), units[-1])
-    figure = Figure(figsize=(WIDTH, max(3.0, 0.3 * len(found) + 0.8)), layout="constrained")
+    figure = Figure(figsize=(WIDTH, max(3.0, 0.3 * len(timed) + 0.8)), layout="constrained")
     ax = figure.subplots()
-    rows = np.array([_interval(arm, "mean", "ci", unit) for arm in found.values()])
-    ax.set_ylim(*_limits(rows))
+    rows = _intervals(timed.values(), "mean", "ci", unit)
+    ax.set_ylim(*_limits(rows[:, 0], rows, 1.0))
     x, log = seconds / scale, seconds.max() > 10 * seconds.min()
     pad = 0.08 * np.ptp(x) or 0.05 * x.max()
     ax.set_xlim(x.min() / 1.3 if log else x.min() - pad, x.max() * 1.3 if log else x.max() + pad)
@@ -248,47 +266,19 @@ def cost(report: Report, unit: Unit) -> Figure | None:
         ax.xaxis.set_major_formatter("{x:g}")
         ax.xaxis.set_minor_locator(NullLocator())
     places = ax.transAxes.inverted().transform(ax.transData.transform(np.stack([x, rows[:, 0]], axis=1)))
-    spots = _spread(places[:, 1], 1 / max(9.0, len(found) + 0.5))
-    for i, name in enumerate(found):
+    spots = _spread(places[:, 1], 1 / max(9.0, len(timed) + 0.5))
+    for i, name in enumerate(timed):
         color = INK if name == report["baseline"] else VAL
         _cross(ax, x[i], rows[i], color)
         leader = [places[i, 0], 1.03], [places[i, 1], spots[i]]
         ax.plot(*leader, color="#C8C8C8", lw=0.7, transform=ax.transAxes, clip_on=False, zorder=1)
-        text = label(name, 20) if len(found) < 9 else shorten(name, 40)
+        text = label(name, 20) if len(timed) < 9 else shorten(name, 40)
         ax.text(1.04, spots[i], text, transform=ax.transAxes, va="center", fontsize=9, color=color, linespacing=0.95)
-    ax.set(xlabel=f"{clock} a cell, by the clock", ylabel=unit.axis(report["metric"]))
+    ax.set(xlabel=f"wall time per cell ({clock})", ylabel=unit.axis(report["metric"]))
     return figure
-
-
-def _limits(rows: np.ndarray) -> tuple[float, float]:
-    """Of the y axis: all means, and intervals as far as the means stay apart. Rows (n, 3) of centre, low, high."""
-    low, high = rows[:, 0].min(), rows[:, 0].max()
-    room = high - low or 0.01 * abs(high) or 1.0
-    ends = rows[np.isfinite(rows).all(1)]
-    if len(ends):
-        low, high = min(low, max(ends.min(), low - room)), max(high, min(ends.max(), high + room))
-    return low - 0.08 * room, high + 0.08 * room
 
 
 def _cross(ax: Axes, x: float, row: np.ndarray, color: str) -> None:
     if np.isfinite(row).all():
         ax.plot([x, x], row[1:], color=color, lw=1.4, alpha=0.7)
     ax.plot(x, row[0], "D", color=color, ms=6.5, mec="white", zorder=5)
-
-
-def effects(report: Report, unit: Unit) -> Figure | None:
-    """A row a step of a factor, above those of two factors together; None where the study has no (whole) grid."""
-    found = [*report.get("effects", []), *report.get("interactions", [])]
-    if not found:
-        return None
-    names = [" × ".join(f"{factor.rpartition('.')[2]}: {a} → {b}" for factor, a, b in e["levels"]) for e in found]
-    figure, ax = _rows(names, None)
-    intervals = np.array([_interval(e, "delta", "ci", unit) for e in found])
-    _window(ax, np.append(intervals[:, 0], 0), intervals)
-    ax.axvline(0, color=INK, lw=1, zorder=1)
-    for row, (e, interval) in enumerate(zip(found, intervals, strict=True)):
-        color = VAL if len(e["levels"]) == 1 else MUTED
-        _row(ax, row, np.empty(0), interval, color)
-        _beside(ax, row, unit.signed(e["delta"]), color)
-    ax.set_xlabel(f"{report['metric']}: effect{unit.difference_unit}")
-    return figure

@@ -1,4 +1,4 @@
-"""What `ablate plan` prints: the cells, what each arm changes, the cost; no torch."""
+"""Text printed by `ablate plan`: cells, changes of each arm, cost. Imports no torch."""
 
 import os
 from pathlib import Path
@@ -10,32 +10,30 @@ from reslab.runs.manifest import duration
 
 
 def describe(study: Study, out: Path) -> str:
-    """The plan in plain text, with what is there of it already in `out`."""
-    found = states(study, out)
-    done = sum(s.status == "complete" for s in found)
-    judged = f"{study.metric} (more is better)" if study.mode == "max" else f"{study.metric} (less is better)"
+    """Return the plan as plain text, with what is already done in `out`."""
+    current = states(study, out)
+    done = sum(s.status == "complete" for s in current)
+    seeds = ", ".join(map(str, study.seeds))
+    better = "higher" if study.mode == "max" else "lower"
+    weights = "last" if study.test_weights == "last" else "best validated"
     lines = [
-        f"study     {study.name}: {study.question}",
-        f"file      {os.path.relpath(study.path)}",
-        f"cells     {len(study.arms)} arms × {len(study.seeds)} seeds ({_seeds(study)}) = {len(found)}; {done} done",
-        f"judged    {judged} of the {'last' if study.test_weights == 'last' else 'best validated'} weights; {_margin(study)}",
-        *(f"factor    {key}: {', '.join(labels)}" for key, labels in study.factors.items()),
+        f"study      {study.name}: {study.question}",
+        f"file       {os.path.relpath(study.path)}",
+        f"cells      {len(study.arms)} arms × {len(study.seeds)} seeds ({seeds}) = {len(current)}; {done} done",
+        f"metric     {study.metric} ({better} is better) of the {weights} weights; {_margin(study)}",
+        *(f"factor     {key}: {', '.join(labels)}" for key, labels in study.factors.items()),
         "arms",
         *(f"  {line}" for arm in study.arms.values() for line in _arm(arm, study)),
-        f"cost      {_cost(study, found)}",
-        f"folder    {out}{_earlier(study, out)}",
-        f"plan      {study.hash}",
+        f"cost       {_cost(study, current)}",
+        f"directory  {out}{_earlier(study, out)}",
+        f"plan       {study.hash}",
     ]
     return "\n".join(lines)
 
 
-def _seeds(study: Study) -> str:
-    return ", ".join(map(str, study.seeds))
-
-
 def _margin(study: Study) -> str:
     if study.margin is None:
-        return "no margin: no arm can be called equivalent"
+        return "no margin, so no arm can be called equivalent"
     return f"differences within ±{study.margin:g} do not matter"
 
 
@@ -50,19 +48,19 @@ def _short(value: Any) -> str:
     return "null" if value is None else str(value)
 
 
-def _cost(study: Study, found: list[State]) -> str:
-    each = seconds_per_cell(study, found)
-    left = [each[s.cell.arm] for s in found if s.status != "complete"]
+def _cost(study: Study, current: list[State]) -> str:
+    each = seconds_per_cell(study, current)
+    left = [each[s.cell.arm] for s in current if s.status != "complete"]
     if None in left:
-        return "unknown until a cell is finished; `minutes` in the study file can state it"
-    measured = any(s.status == "complete" for s in found)
-    source = "measured on the finished cells" if measured else "as the study file states"
+        return "unknown until a cell has finished; set `minutes` in the study file to state it"
+    measured = any(s.status == "complete" for s in current)
+    source = "measured on the finished cells" if measured else "as stated in the study file"
     total = sum(seconds for seconds in left if seconds)
-    return f"{len(left)} cells to run, {duration(total)} with one job at a time ({source})"
+    return f"{len(left)} cells to run, {duration(total)} one after the other ({source})"
 
 
 def _earlier(study: Study, out: Path) -> str:
-    before = read_plan(out).get("hash")
-    if before is None:
+    recorded = read_plan(out).get("hash")
+    if recorded is None:
         return " (nothing run yet)"
-    return "" if before == study.hash else f" (was begun with another plan, {before[:12]}…)"
+    return "" if recorded == study.hash else f" (holds runs of another plan, {recorded[:12]}…)"

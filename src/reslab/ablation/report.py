@@ -1,4 +1,4 @@
-"""The report of a study, at any time and from what is there: tables, a page, figures. No torch here."""
+"""Report of a study, finished or not: tables, a page, figures. Imports no torch."""
 
 import hashlib
 import json
@@ -22,16 +22,18 @@ from reslab.runs.report import embed, templates
 
 
 def write_report(study: Study, out: Path) -> Path:
-    """Writes results.csv, report.json, report.md, table.tex, figures/ and report.html; returns the page.
+    """Write results.csv, report.json, report.md, table.tex, figures/ and report.html; return the path of the page.
 
-    Whatever has become of the cells: what is missing is named. The same outcomes give the same results.csv, to the
-    byte. Raises UserError where cells have finished but none logged the study's metric.
+    Works at any time, and lists the cells without a result. The same results give the same results.csv, byte for byte.
+
+    Raises:
+        UserError: cells have finished, but none logged the study's metric.
     """
     out.mkdir(parents=True, exist_ok=True)
-    found = states(study, out)
-    table = results(study, found)
-    report = analyse(study, out, found)
-    report["curve"], curves = _curves(study, found)
+    current = states(study, out)
+    table = results(study, current)
+    report = analyse(study, out, current)
+    report["curve"], curves = _curves(study, current)
     write_text(out / "results.csv", table.to_csv(index=False, lineterminator="\n"))
     write_text(out / "report.json", json.dumps(report, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
     draw_figures(report, of_metric(study, table), curves, out / "figures")
@@ -40,28 +42,28 @@ def write_report(study: Study, out: Path) -> Path:
     environment = templates(Path(__file__).parent)
     environment.filters |= {"tex": wording.tex, "md": wording.markdown, "duration": duration}
     environment.filters |= {"named": wording.named, "counted": wording.count}
+    environment.filters |= {"interval": wording.interval, "probability": wording.probability}
+    texts["judged"] = environment.get_template("judged.j2").render(texts).splitlines()
     for name in ("report.md", "table.tex", "report.html"):
         write_text(out / name, environment.get_template(f"{name}.j2").render(texts))
     return out / "report.html"
 
 
 def log_summary(study: Study, out: Path) -> None:
-    """Logs the report's table, page and figures to W&B as one run of the study's group, if the study's runs use W&B.
+    """Log the report's table, page and figures to W&B as one run of the study's group, if the study's runs use W&B.
 
-    Its id is the plan's: a later report of the same plan goes on in the same run. Nothing that goes wrong is fatal.
+    The run's id follows from the plan, so a later report of the same plan updates the same run. Errors are not fatal.
     """
     options = _wandb_options(study)
     if options is None:
         return
-    from reslab.runs.tracking import WandB  # Lightning's base class: only here is torch loaded
+    from reslab.runs.tracking import WandB  # imports torch
 
     report = json.loads((out / "report.json").read_text(encoding="utf-8"))
     identity = hashlib.sha256(f"{study.name} {study.hash}".encode()).hexdigest()[:16]
     tracker = WandB(**options)
-    about = {
-        key: report[key]
-        for key in ("question", "plan", "metric", "mode", "margin", "test_weights", "baseline", "seeds")
-    }
+    keys = ("question", "plan", "metric", "mode", "margin", "test_weights", "baseline", "seeds")
+    about = {key: report[key] for key in keys}
     tracker.start(out, f"study-{identity}", f"{study.name} report", about, group=study.name, job_type="report")
     arms = pd.DataFrame([{"arm": name, **_flat(arm)} for name, arm in report["arms"].items()])
     tables = {"arms": arms, "cells": pd.read_csv(out / "results.csv")}
@@ -74,7 +76,7 @@ def _flat(arm: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _wandb_options(study: Study) -> dict[str, Any] | None:
-    """The arguments of the WandB logger in any arm's config; None where there is none."""
+    """Return the arguments of the WandB logger in any arm's config; None if there is none."""
     for arm in study.arms.values():
         loggers = (arm.config.get("trainer") or {}).get("logger")
         for logger in loggers if isinstance(loggers, list) else [loggers]:
@@ -86,10 +88,10 @@ def _wandb_options(study: Study) -> dict[str, Any] | None:
 # Learning curves
 
 
-def _curves(study: Study, found: Sequence[State]) -> tuple[str, dict[str, pd.DataFrame]]:
-    """The name of the metric over training, and by arm its values: a row a step, a column a seed."""
+def _curves(study: Study, current: Sequence[State]) -> tuple[str, dict[str, pd.DataFrame]]:
+    """Return the metric's name in training, and its values by arm: one row per step, one column per seed."""
     name = study.metric.rpartition("/")[2]
-    done = [state for state in found if state.status == "complete"]
+    done = [state for state in current if state.status == "complete"]
     for metric in (f"val/{name}", f"train/{name}"):
         series: dict[str, dict[int, pd.Series]] = {}
         for state in done:
@@ -101,23 +103,23 @@ def _curves(study: Study, found: Sequence[State]) -> tuple[str, dict[str, pd.Dat
 
 
 def _logged(path: Path, metric: str) -> pd.Series:
-    """A metric by step; empty where the file does not hold it, or cannot be read."""
+    """Return a metric by step; empty if the file does not hold it, or cannot be read."""
     try:
         frame = pd.read_csv(path, usecols=["step", metric])
     except (OSError, ValueError):  # also: no such column, no columns at all
         return pd.Series(dtype=float)
-    # A run that is being written may end in half a line: what is no number counts as not logged.
+    # The last line of a running cell may be incomplete: what is not a number counts as not logged.
     step, value = (pd.to_numeric(frame[name], errors="coerce").to_numpy(float) for name in ("step", metric))
     known = np.isfinite(step) & np.isfinite(value)
     logged = pd.Series(value[known], index=step[known])
     return logged[~logged.index.duplicated(keep="last")]
 
 
-# Words
+# Texts
 
 
 def _texts(report: Report, table: pd.DataFrame) -> dict[str, Any]:
-    """What the templates take: the report's numbers as they are to be read."""
+    """Return the variables of the templates: the report's numbers as text."""
     unit = Unit.of(report)
     others = [(name, arm) for name, arm in report["arms"].items() if name != report["baseline"]]
     cells = table.reindex(columns=["arm", "seed", "status", report["metric"]])
@@ -126,13 +128,9 @@ def _texts(report: Report, table: pd.DataFrame) -> dict[str, Any]:
         "unit": unit,
         "arms": [wording.row(name, arm, report, unit) for name, arm in report["arms"].items()],
         "answers": [(arm["verdict"], wording.sentence(name, arm, report, unit)) for name, arm in others],
-        "judged": wording.judged(report, unit),
-        "tiles": wording.tiles(report),
-        "effects": [wording.effect(e, unit) for e in report.get("effects", [])],
-        "interactions": [wording.effect(e, unit) for e in report.get("interactions", [])],
-        "per_image": [wording.per_image(name, found) for name, found in report["per_image"].items()],
+        "points": Unit(percent=True, decimals=2),
         "hardware": [(wording.hardware(group["is"]), group["cells"]) for group in report["hardware"]],
         "code": [(wording.code(group["is"]), group["cells"]) for group in report["code"]],
-        "caption": wording.caption(report),
+        "best": wording.best(report),
         "cells": list(cells.itertuples(index=False, name=None)),
     }

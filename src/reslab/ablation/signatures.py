@@ -1,45 +1,58 @@
-"""What a class takes, read from its source: a plan is checked in a second, without importing torch."""
+"""Arguments of classes, read from their source: a plan is checked in a second, without importing torch."""
 
 import ast
 import functools
 import importlib.util
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from reslab.config_errors import NAMESPACES
 
-ROOTS = {  # the groups of a config, and what each is built from
+CONFIG = ""  # stands for the whole config where a class path is expected
+ROOTS = {  # groups of a config, and the class whose arguments they hold
     "trainer": "lightning.pytorch.trainer.trainer.Trainer",
     "model": "reslab.training.classifier.Classifier",
     "data": "reslab.data.datamodule.ImageData",
-    "data.augment": "reslab.data.augment.Augment",
     "run": "reslab.config.RunOptions",
 }
-FROM_OUTSIDE = {"self", "seed", "params", "num_classes", "in_channels"}  # set by links, or not by a config at all
+NOT_IN_CONFIGS = {"self", "seed", "params", "num_classes", "in_channels"}  # linked, or passed by code
 
 
 class Unknown(str):
-    """A default that is no literal: its source text."""
+    """A default that is not a literal: its source text."""
+
+
+class Parameter(NamedTuple):
+    """A class's parameter: its default, and the dataclass that its keys belong to, if its annotation is one."""
+
+    default: Any
+    group: str | None = None
+
+
+Parameters = dict[str, Parameter]
 
 
 @functools.cache
-def parameters(class_path: str) -> dict[str, Any] | None:
-    """Names and defaults of what a config may give the class; None where its source does not tell.
+def parameters(class_path: str | None) -> Parameters:
+    """Return the parameters that a config may set; empty if the class is unknown or its source does not list them.
 
     Args:
-        class_path: A dotted path, or the short name of a class of the namespaces that configs use.
+        class_path: A dotted path, the short name of a class in the namespaces of configs, or CONFIG.
     """
-    paths = [class_path] if "." in class_path else [f"{space}.{class_path}" for space in NAMESPACES]
-    for path in paths:
+    if class_path == CONFIG:
+        return {"seed_everything": Parameter(None)} | {name: Parameter({}, path) for name, path in ROOTS.items()}
+    if class_path is None:
+        return {}
+    for path in [class_path] if "." in class_path else [f"{space}.{class_path}" for space in NAMESPACES]:
         module, _, name = path.rpartition(".")
-        if (found := _find(module, name)) is not None:
-            taken = _taken(*found)
-            return None if taken is None else {k: v for k, v in taken.items() if k not in FROM_OUTSIDE}
-    return None
+        if (source := _find(module, name)) is not None:
+            return {name: p for name, p in _accepted(*source).items() if name not in NOT_IN_CONFIGS}
+    return {}
 
 
-def _source(module: str) -> Path | None:
-    """The file of a module, found without importing it or the packages that it is in."""
+@functools.cache
+def _file(module: str) -> Path | None:
+    """Return the file of a module without importing it or its packages."""
     top, *rest = module.split(".")
     spec = importlib.util.find_spec(top)
     if spec is None or not spec.submodule_search_locations:
@@ -50,57 +63,83 @@ def _source(module: str) -> Path | None:
 
 
 @functools.cache
-def _tree(file: Path) -> ast.Module:
-    return ast.parse(file.read_text(encoding="utf-8"))
+def _definitions(file: Path) -> dict[str, ast.ClassDef | tuple[ast.ImportFrom, str]]:
+    """Return a file's classes, and its imports with the imported name, by the name they have in the file."""
+    definitions: dict[str, ast.ClassDef | tuple[ast.ImportFrom, str]] = {}
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ClassDef):
+            definitions.setdefault(node.name, node)
+        elif isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                definitions.setdefault(alias.asname or alias.name, (node, alias.name))
+    return definitions
 
 
 def _find(module: str, name: str, depth: int = 8) -> tuple[str, ast.ClassDef] | None:
-    """The module that defines a class, and its definition; imports are followed, lazy packages searched."""
-    file = _source(module)
-    if file is None or depth == 0:
+    """Return the module that defines a class, and its definition; follows imports, also those of lazy packages."""
+    file = _file(module) if module else None
+    definition = _definitions(file).get(name) if file and depth else None
+    if file is None or definition is None:
         return None
+    if isinstance(definition, ast.ClassDef):
+        return module, definition
+    node, name = definition
     package = module if file.name == "__init__.py" else module.rpartition(".")[0]
-    for node in ast.walk(_tree(file)):
-        if isinstance(node, ast.ClassDef) and node.name == name:
-            return module, node
-        if isinstance(node, ast.ImportFrom):
-            for alias in node.names:
-                if (alias.asname or alias.name) == name:
-                    base = package.rsplit(".", node.level - 1)[0] if node.level > 1 else package
-                    origin = f"{base}.{node.module}" if node.level else str(node.module)
-                    return _find(origin, alias.name, depth - 1)
-    return None
+    base = package.rsplit(".", node.level - 1)[0] if node.level > 1 else package
+    return _find(f"{base}.{node.module}" if node.level else str(node.module), name, depth - 1)
 
 
-def _taken(module: str, node: ast.ClassDef) -> dict[str, Any] | None:
+def _accepted(module: str, node: ast.ClassDef) -> Parameters:
     init = next((n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"), None)
     if init is not None:
-        own = _arguments(init.args)
-        return {**(_inherited(module, node) or {}), **own} if init.args.kwarg else own
-    if any("dataclass" in ast.unparse(decorator) for decorator in node.decorator_list):
+        own = _arguments(module, init.args)
+        return {**_inherited(module, node), **own} if init.args.kwarg else own
+    if _is_dataclass(node):
         fields = [n for n in node.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)]
-        return {**(_inherited(module, node) or {}), **{n.target.id: _default(n.value) for n in fields}}  # type: ignore[union-attr]
+        own = {n.target.id: _parameter(module, n.annotation, n.value) for n in fields}  # type: ignore[union-attr]
+        return {**_inherited(module, node), **own}
     return _inherited(module, node)
 
 
-def _inherited(module: str, node: ast.ClassDef) -> dict[str, Any] | None:
+def _is_dataclass(node: ast.ClassDef) -> bool:
+    return any("dataclass" in ast.unparse(decorator) for decorator in node.decorator_list)
+
+
+def _inherited(module: str, node: ast.ClassDef) -> Parameters:
     for base in node.bases:
-        if isinstance(base, ast.Name) and (found := _find(module, base.id)) is not None:
-            return _taken(*found)
-    return None if node.bases else {}
+        if isinstance(base, ast.Name) and (source := _find(module, base.id)) is not None:
+            return _accepted(*source)
+    return {}
 
 
-def _arguments(args: ast.arguments) -> dict[str, Any]:
-    positional = [a.arg for a in (*args.posonlyargs, *args.args)]
-    without = len(positional) - len(args.defaults)
-    taken = {name: _default(args.defaults[i - without] if i >= without else None) for i, name in enumerate(positional)}
-    return taken | {a.arg: _default(value) for a, value in zip(args.kwonlyargs, args.kw_defaults, strict=True)}
+def _arguments(module: str, args: ast.arguments) -> Parameters:
+    positional = [*args.posonlyargs, *args.args]
+    defaults = [None] * (len(positional) - len(args.defaults)) + args.defaults + args.kw_defaults
+    named = zip([*positional, *args.kwonlyargs], defaults, strict=True)
+    return {a.arg: _parameter(module, a.annotation, default) for a, default in named}
+
+
+def _parameter(module: str, annotation: ast.expr | None, default: ast.expr | None) -> Parameter:
+    group, value = _group(module, annotation), _default(default)
+    return Parameter({} if group and isinstance(value, dict | Unknown) else value, group)
+
+
+def _group(module: str, annotation: ast.expr | None) -> str | None:
+    """Return the dataclass that an annotation names, as `Augment` or `Augment | None`."""
+    names = (annotation.left, annotation.right) if isinstance(annotation, ast.BinOp) else (annotation,)
+    for name in names:
+        source = _find(module, name.id) if isinstance(name, ast.Name) else None
+        if source is not None and _is_dataclass(source[1]):
+            return f"{source[0]}.{source[1].name}"
+    return None
 
 
 def _default(node: ast.expr | None) -> Any:
-    """The literal's value; its source text where it is none; None where there is no default."""
+    """Return a literal's value, a class config for `Class()`, else the source text; None if there is no default."""
     if node is None:
         return None
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not (node.args or node.keywords):
+        return {"class_path": node.func.id}
     try:
         value = ast.literal_eval(node)
     except ValueError:

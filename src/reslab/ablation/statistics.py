@@ -1,33 +1,56 @@
-"""The statistics of an ablation: from seeds to intervals, differences and verdicts.
+"""Statistics of an ablation: from results per seed to intervals, differences and verdicts.
 
-Everything is paired by seed and rests on Student's t: a percentile bootstrap over 3 seeds covers 73 % where it
-says 95 %, and no rank test on 5 seeds can reach p < .05. A difference is arm minus baseline, in the metric's own
-unit. What the data cannot carry is None, and a reason says why.
+Arms are paired by seed, and all tests are Student's t: with 3 seeds, a 95 % percentile-bootstrap interval covers only
+73 %, and with 5 seeds no rank test can reach p < .05. A difference is arm minus baseline, in the metric's own unit.
+Values the data cannot support are None; `reasons` explains why (`wording.explain` turns them into sentences).
 """
 
 import math
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
 from itertools import combinations, product
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from scipy import special
-from statsmodels.stats.multitest import multipletests
-from statsmodels.stats.weightstats import DescrStatsW
 
 Floats = npt.NDArray[np.float64]
 Mode = Literal["max", "min"]
 Verdict = Literal["better", "worse", "equivalent", "inconclusive"]
 Levels = tuple[tuple[str, str, str], ...]
 
-MIN_SEEDS = 3  # at n = 2 an interval is 25 standard errors long
-MOST_SEEDS = 1000  # beyond, the answer is "more than that"
-ROUNDING = 1e-6  # metrics are computed in float32: smaller relative differences are no spread
-BLOCK = 1000  # bootstrap resamples in memory at a time
+MIN_SEEDS = 3  # with 2 seeds, a 95 % interval is 25 standard errors long
+MAX_SEEDS = 1000  # the most seeds that a recommendation counts
+ROUNDING = 1e-6  # metrics are float32: smaller relative differences are rounding, not spread
+BLOCK = 1000  # bootstrap resamples in memory at once
+POWER = 0.8
+
+
+class Why(StrEnum):
+    """Why a verdict is refused, inconclusive or qualified."""
+
+    MISSING = "missing"  # `cells` have no result
+    DIVERGED = "diverged"  # `cells` have no finite result
+    FEW_SEEDS = "few seeds"  # the study has `number` seeds, fewer than MIN_SEEDS
+    IDENTICAL = "identical"  # no seed differs
+    NO_MARGIN = "no margin"  # with a margin, the arms would be equivalent
+    CONSTANT = "constant"  # every seed differs by the same amount, so no test applies
+    NEGLIGIBLE = "negligible"  # significant, but within the margin
+    MAYBE_NEGLIGIBLE = "maybe negligible"  # significant, but the interval reaches into the margin
+    ADJUSTED = "adjusted"  # significant alone, but not among `number` comparisons
+    SEPARATE = "separate"  # `number` more seeds would make the difference significant; None: more than MAX_SEEDS
+    EQUIVALENCE = "equivalence"  # `number` more seeds would show equivalence; None: more than MAX_SEEDS
+
+
+class Reason(NamedTuple):
+    """One reason, with the numbers or cells it is about."""
+
+    why: Why
+    number: int | None = None
+    cells: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -43,19 +66,19 @@ class Summary:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One arm against the baseline, paired by seed; differences are arm minus baseline.
+    """One arm compared with the baseline, paired by seed; differences are arm minus baseline.
 
     Attributes:
-        n: Seeds that both have.
+        n: Number of seeds that both have.
         delta, sd: Mean and standard deviation of the differences.
         delta_ci_low, delta_ci_high: t interval of the mean difference, not adjusted for the number of arms.
         p: Paired t test, two-sided.
-        p_holm: The same, adjusted over the arms (Holm 1979).
+        p_holm: p adjusted over the arms (Holm 1979).
         p_equivalence: Two one-sided t tests against ±margin (Schuirmann 1987), adjusted over the arms likewise.
         hedges_g: See `hedges_g`.
-        min_detectable_delta: See `min_detectable_delta`; at 80 % power.
-        verdict: None where it is refused.
-        reason: What to run for a verdict, or for a clearer one; what to bear in mind with the one given.
+        min_detectable_delta: See `min_detectable_delta`.
+        verdict: None if it is refused.
+        reasons: Why the verdict is refused, inconclusive or qualified; empty if there is nothing to add.
     """
 
     n: int
@@ -69,18 +92,18 @@ class Comparison:
     hedges_g: float | None = None
     min_detectable_delta: float | None = None
     verdict: Verdict | None = None
-    reason: str = ""
+    reasons: tuple[Reason, ...] = ()
 
 
 @dataclass(frozen=True)
 class Effect:
-    """What a level does, averaged over all other factors, paired by seed.
+    """Effect of one level, averaged over all other factors, paired by seed.
 
     Attributes:
         levels: (factor, reference, level): one for a main effect, two for an interaction.
-        n: Seeds.
+        n: Number of seeds.
         delta, sd: Mean and standard deviation over the seeds of level minus reference; for an interaction, of the
-            first step's effect at the second's level minus its effect at the second's reference.
+            first factor's effect at the second's level minus its effect at the second's reference.
         ci_low, ci_high: t interval of delta, not adjusted.
         p, p_holm: t test, two-sided; adjusted over all main effects, or over all interactions (Holm 1979).
     """
@@ -97,53 +120,32 @@ class Effect:
 
 @dataclass(frozen=True)
 class Effects:
-    """Main effects and pairwise interactions of a factor study; none of either where `reason` says why."""
+    """Main effects and pairwise interactions of a factor study; both empty if `reasons` is not."""
 
     main: list[Effect]
     interactions: list[Effect]
-    reason: str = ""
+    reasons: tuple[Reason, ...] = ()
 
 
-@dataclass(frozen=True)
-class _Rule:
+class _Rule(NamedTuple):
     """How verdicts are reached over a family of arms."""
 
     margin: float | None
-    mode: str
+    mode: Mode
     alpha: float
     family: int
 
-    def __post_init__(self) -> None:
-        if self.margin is not None and not self.margin > 0:
-            raise ValueError(f"margin is {self.margin}; it is a positive number, or None for no test of equivalence")
-        if self.mode not in ("max", "min"):
-            raise ValueError(f'mode is {self.mode!r}; it is "max" or "min"')
-
-
-@dataclass(frozen=True)
-class _Test:
-    """t tests on the differences of n seeds; None where every seed differs by the same, and no test applies."""
-
-    n: int
-    zero: bool  # no seed differs
-    delta: float
-    sd: float
-    low: float | None
-    high: float | None
-    p: float | None
-    p_equivalence: float | None
-
 
 def summarise(values: npt.ArrayLike, confidence: float = 0.95) -> Summary:
-    """Mean, sd and t interval of finite values (n,); sd and interval from n = 2 on."""
+    """Return mean, sd and t interval of finite values (n,); sd and interval require n >= 2."""
     x = np.asarray(values, float)
     if x.ndim != 1 or not np.isfinite(x).all():
-        raise ValueError("values are finite, one a seed: leave diverged cells out, and say so")
+        raise ValueError("values must be finite, one per seed: leave diverged runs out, and report them")
     if len(x) < 2:
         return Summary(len(x), *x.tolist())
-    of = DescrStatsW(x, ddof=1)
-    low, high = of.tconfint_mean(1 - confidence)
-    return Summary(len(x), float(of.mean), float(of.std), float(low), float(high))
+    mean, sd = x.mean(), x.std(ddof=1)
+    half = special.stdtrit(len(x) - 1, (1 + confidence) / 2) * sd / math.sqrt(len(x))
+    return Summary(len(x), *map(float, (mean, sd, mean - half, mean + half)))
 
 
 def compare(
@@ -154,39 +156,41 @@ def compare(
     alpha: float = 0.05,
     family: int | None = None,
 ) -> dict[str, Comparison]:
-    """Every arm against the baseline, paired by position, with a verdict from 3 seeds on.
+    """Compare every arm with the baseline, paired by position; a verdict requires at least 3 seeds.
 
-    `equivalent` comes first: a difference shown to be within ±margin does not matter, even where it is significant.
-    Then `better` or `worse`, by the adjusted p and the sign. Else `inconclusive`, with the number of seeds that would
-    settle it. An arm equal to the baseline in every seed is equivalent; one that differs by the same in every seed is
-    inconclusive, as the metric's steps then hide the spread.
+    `equivalent` comes first: a difference shown to be within ±margin does not matter, even if it is significant.
+    Next come `better` and `worse`, by the adjusted p and the sign. All else is `inconclusive`, with the number of seeds
+    that would settle it. An arm equal to the baseline in every seed is equivalent; one that differs by the same amount
+    in every seed is inconclusive, because the metric is then too coarse to show the spread.
 
     Args:
-        baseline: The metric of the baseline (n,), finite.
-        arms: The metric of each arm (n,), finite, in the same order of seeds.
-        margin: Smaller differences do not matter; None: equivalence is not tested.
+        baseline: Metric of the baseline (n,), finite.
+        arms: Metric of each arm (n,), finite, with the seeds in the same order.
+        margin: Differences below it do not matter. None: equivalence is not tested.
         mode: Whether a large ("max") or a small ("min") metric is good.
         alpha: Level of the verdicts; intervals cover 1 - alpha.
-        family: How many arms the study compares, where more than are given here. The others count as p = 1, so no
-            verdict is withdrawn when their results come in.
+        family: Number of arms of the study, if more than are passed here. The others count as p = 1, so their results
+            cannot withdraw a verdict when they come in.
 
     Raises:
-        ValueError: shapes differ, values are not finite, or margin or mode make no sense.
+        ValueError: shapes differ, values are not finite, or margin or mode is invalid.
     """
-    rule = _Rule(margin, mode, alpha, family or len(arms))
+    if margin is not None and not margin > 0:
+        raise ValueError(f"margin must be positive, or None for no test of equivalence; got {margin}")
+    if mode not in ("max", "min"):
+        raise ValueError(f'mode must be "max" or "min", got {mode!r}')
     base = np.asarray(baseline, float)
-    values = {arm: np.asarray(of, float) for arm, of in arms.items()}
-    if any(x.ndim != 1 or x.shape != base.shape or not np.isfinite(x).all() for x in (base, *values.values())):
-        raise ValueError("baseline and arms are finite values (n,) of the same seeds in the same order")
-    differences = {arm: x - base for arm, x in values.items()}
+    values = [np.asarray(of, float) for of in arms.values()]
+    if any(x.ndim != 1 or x.shape != base.shape or not np.isfinite(x).all() for x in (base, *values)):
+        raise ValueError("baseline and arms must be finite values (n,) of the same seeds in the same order")
     if len(base) < MIN_SEEDS:
-        return {arm: _refused(d, _too_few(len(base)), alpha) for arm, d in differences.items()}
-    scale = {arm: max(abs(x).max(), abs(base).max()) for arm, x in values.items()}
-    tests = _test(list(differences.values()), list(scale.values()), alpha, margin)
-    p_holm = _holm([test.p for test in tests], rule.family)
-    p_equivalence = _holm([test.p_equivalence for test in tests], rule.family)
-    judged = (_judged(*found, rule) for found in zip(tests, p_holm, p_equivalence, strict=True))
-    return dict(zip(arms, judged, strict=True))
+        few = (Reason(Why.FEW_SEEDS, len(base)),)
+        return {arm: _refused(x - base, few, alpha) for arm, x in zip(arms, values, strict=True)}
+    if not values:
+        return {}
+    x = np.array(values)
+    tests = _t_tests(x - base, np.maximum(abs(x).max(axis=1), abs(base).max()), alpha, margin)
+    return dict(zip(arms, _judged(tests, _Rule(margin, mode, alpha, family or len(arms))), strict=True))
 
 
 def compare_by_seed(
@@ -197,76 +201,80 @@ def compare_by_seed(
     mode: Mode = "max",
     alpha: float = 0.05,
 ) -> dict[str, Comparison]:
-    """`compare` for a study as far as it has come: an arm gets its verdict when it and the baseline have every seed.
+    """`compare` for an unfinished study: an arm gets its verdict once it and the baseline have every seed.
 
-    Another arm's missing cells do not take it away, nor do they when they come in: all arms of the study count in
-    Holm's adjustment from the start. Of an arm that is refused the difference over the seeds there are is given with
-    its interval, but no p: which seeds are missing need not be chance.
+    Missing cells of other arms neither hold it back nor change it later: Holm's adjustment counts all arms of the study
+    from the start. A refused arm still gets the difference over its finished seeds, with an interval but without p:
+    which seeds are missing may not be chance.
 
     Args:
-        results: The metric by arm and seed, with every arm of the study in it. A finished cell without a finite value
-            (it diverged) is NaN, a cell without a result is left out.
-        baseline: Its arm.
-        seeds: All seeds of the study. Results of others are not used.
-        margin, mode, alpha: As for `compare`.
+        results: Metric by arm and seed, for every arm of the study. A finished cell without a finite value (it
+            diverged) is NaN; a cell without a result is left out.
+        baseline: Name of the baseline arm.
+        seeds: All seeds of the study; results of other seeds are ignored.
+        margin, mode, alpha: See `compare`.
     """
     family = [arm for arm in results if arm != baseline]
     refusals = {arm: _refusal({name: results[name] for name in (baseline, arm)}, seeds) for arm in family}
     values = {arm: np.array([of.get(seed, np.nan) for seed in seeds], float) for arm, of in results.items()}
-    whole = {arm: values[arm] for arm in family if not refusals[arm]}
-    # Without a whole arm the baseline may have holes, and there is nothing to compare it with.
-    judged = compare(values[baseline], whole, margin, mode, alpha, len(family)) if whole else {}
+    complete = {arm: values[arm] for arm in family if not refusals[arm]}
+    # Without a complete arm the baseline may have holes, which `compare` rejects.
+    judged = compare(values[baseline], complete, margin, mode, alpha, len(family)) if complete else {}
     for arm in family:
         if arm not in judged:
-            both = np.isfinite(values[arm]) & np.isfinite(values[baseline])
-            judged[arm] = _refused(values[arm][both] - values[baseline][both], refusals[arm], alpha)
+            differences = values[arm] - values[baseline]
+            judged[arm] = _refused(differences[np.isfinite(differences)], refusals[arm], alpha)
     return {arm: judged[arm] for arm in family}
 
 
-def hedges_g(delta: float, sd: float, n: int) -> float:
-    """The difference in standard deviations of the paired differences, without small-sample bias.
+def hedges_g(delta: Any, sd: Any, n: int) -> Any:
+    """Return the difference in standard deviations of the paired differences, without small-sample bias.
 
     This is g_z: Cohen's d_z = delta / sd (Lakens 2013), times the exact factor of Hedges (1981) for n - 1 degrees of
-    freedom, so n is 3 at least. It says how well one seed shows the difference, and cannot be held against effect sizes
-    of unpaired studies.
+    freedom; it requires n >= 3. It measures how clearly one seed shows the difference, and is not comparable with
+    effect sizes of unpaired studies.
     """
     df = n - 1
     return delta / sd * math.exp(special.gammaln(df / 2) - special.gammaln((df - 1) / 2)) / math.sqrt(df / 2)
 
 
-def min_detectable_delta(sd: float, n: int, power: float = 0.8, alpha: float = 0.05) -> float:
-    """The smallest true difference that a paired t test of n seeds, two-sided and alone, finds with this power.
+def min_detectable_delta(sd: Any, n: int, power: float = POWER, alpha: float = 0.05) -> Any:
+    """Return the smallest true difference that one two-sided paired t test of n seeds finds with this power.
 
-    `sd` is that of the paired differences. Noncentral t (Cohen 1988, ch. 2), without the chance to find the
-    difference with the wrong sign. As the sd of few seeds is itself uncertain, so is this.
+    `sd` is that of the paired differences. By the inverse of the noncentral t distribution (Cohen 1988, ch. 2), without
+    the chance of finding the difference with the wrong sign. The sd of few seeds is uncertain, and so is the result.
     """
-    return sd * float(_detectable_effect(n, power, alpha))
+    return sd * special.nctdtrinc(n - 1, 1 - power, -special.stdtrit(n - 1, alpha / 2)) / math.sqrt(n)
 
 
-def seeds_needed(sd: float, delta: float, power: float = 0.8, alpha: float = 0.05) -> int | None:
-    """The fewest seeds of which `delta` is the `min_detectable_delta`; None: more than MOST_SEEDS."""
-    found = np.flatnonzero(sd * _detectable_effects(power, alpha) <= abs(delta))
-    return int(found[0]) + 2 if len(found) else None
+def seeds_needed(sd: float, delta: float, power: float = POWER, alpha: float = 0.05) -> int | None:
+    """Return the fewest seeds whose `min_detectable_delta` is at most |delta|; None if more than MAX_SEEDS."""
+    return _fewest_seeds(lambda n: min_detectable_delta(sd, n, power, alpha) <= abs(delta))
 
 
 def seeds_needed_for_equivalence(
-    sd: float, delta: float, margin: float, power: float = 0.8, alpha: float = 0.05
+    sd: float, delta: float, margin: float, power: float = POWER, alpha: float = 0.05
 ) -> int | None:
-    """The fewest seeds with which two one-sided tests show a true `delta` to be within ±margin with this power.
+    """Return the fewest seeds with which two one-sided tests show a true `delta` to be within ±margin at this power.
 
-    The power is bounded from below by that of the two tests apart. None: more than MOST_SEEDS, or delta is outside.
+    The power is bounded from below by that of the two separate tests. None if more than MAX_SEEDS, or if delta is
+    outside.
     """
     if abs(delta) >= margin:
         return None
-    room = np.array([margin - delta, margin + delta]) / sd
+    distance = np.array([margin - delta, margin + delta]) / sd
 
     def enough(n: int) -> bool:
-        # scipy's noncentral t gives NaN, or takes seconds, where the chance to miss is nil.
-        misses = special.nctdtr(n - 1, np.minimum(room * math.sqrt(n), 1000), -special.stdtrit(n - 1, alpha))
+        # scipy's noncentral t returns NaN, or takes seconds, where the chance of a miss is negligible.
+        misses = special.nctdtr(n - 1, np.minimum(distance * math.sqrt(n), 1000), -special.stdtrit(n - 1, alpha))
         return bool(np.nan_to_num(misses).sum() <= 1 - power)
 
-    n = 2 + bisect_left(range(2, MOST_SEEDS + 1), True, key=enough)
-    return n if n <= MOST_SEEDS else None
+    return _fewest_seeds(enough)
+
+
+def _fewest_seeds(enough: Callable[[int], bool]) -> int | None:
+    n = 2 + bisect_left(range(2, MAX_SEEDS + 1), True, key=enough)
+    return n if n <= MAX_SEEDS else None
 
 
 def factor_effects(
@@ -275,24 +283,24 @@ def factor_effects(
     seeds: Sequence[int],
     alpha: float = 0.05,
 ) -> Effects:
-    """Main effects and pairwise interactions of a factor study; refused where the full grid is not there.
+    """Return main effects and pairwise interactions of a factor study; refused unless the full grid has results.
 
     Args:
         factors: Labels of each factor; the first is the reference.
-        results: The metric by labels (one of each factor, in their order) and seed, as for `compare_by_seed`.
+        results: Metric by labels (one of each factor, in their order) and seed, as for `compare_by_seed`.
         seeds: All seeds of the study.
         alpha: Intervals cover 1 - alpha.
     """
     grid = {labels: results.get(labels, {}) for labels in product(*factors.values())}
-    if reason := _refusal({" × ".join(labels): of for labels, of in grid.items()}, seeds):
-        return Effects([], [], f"effects are averages over the full grid; {reason}")
+    if reasons := _refusal({" × ".join(labels): of for labels, of in grid.items()}, seeds):
+        return Effects([], [], reasons)
     values = np.array([[of[seed] for seed in seeds] for of in grid.values()])
     values = values.reshape(*(len(labels) for labels in factors.values()), len(seeds))
     return Effects(main_effects(factors, values, alpha), interactions(factors, values, alpha))
 
 
 def main_effects(factors: Mapping[str, Sequence[str]], values: Floats, alpha: float = 0.05) -> list[Effect]:
-    """Each level of each factor against the factor's first; `values` has an axis a factor, then one of seeds."""
+    """Compare each level of each factor with its first; `values` has one axis per factor, then one of seeds."""
     steps: dict[Levels, Floats] = {}
     for axis, (name, labels) in enumerate(factors.items()):
         means = _averaged(values, [axis])  # (labels, seeds)
@@ -302,7 +310,7 @@ def main_effects(factors: Mapping[str, Sequence[str]], values: Floats, alpha: fl
 
 
 def interactions(factors: Mapping[str, Sequence[str]], values: Floats, alpha: float = 0.05) -> list[Effect]:
-    """For each two factors and their levels: by how much one's effect depends on the other. `values`: as above."""
+    """For every two factors and their levels, test how much one's effect depends on the other; `values` as above."""
     steps: dict[Levels, Floats] = {}
     for (i, (first, a)), (j, (second, b)) in combinations(enumerate(factors.items()), 2):
         means = _averaged(values, [i, j])  # (labels of the first, labels of the second, seeds)
@@ -319,33 +327,28 @@ def paired_bootstrap(
     rng: np.random.Generator,
     confidence: float = 0.95,
 ) -> tuple[float, float, float]:
-    """Accuracy of arm a minus that of arm b, with an interval over seeds and test images.
+    """Return the accuracy of arm a minus that of arm b, with an interval over seeds and test images.
 
-    Seeds and images are drawn with replacement independently of each other, the same for both arms (the pigeonhole
-    bootstrap, Owen 2007); the interval is the percentiles'. It answers for other test images, which `compare` does
-    not. Known to be off: where seeds are few and their spread outweighs the images' it covers about 73 / 84 / 90 % in
-    place of 95 % for 3 / 5 / 10 seeds; where seeds differ no more than by chance, 97 % and above. Let it not overrule
-    the t interval.
+    Seeds and images are resampled with replacement, independently of each other and the same for both arms (pigeonhole
+    bootstrap, Owen 2007); the interval is made of percentiles. It covers other test images, which `compare` does not.
+    Known limits: with few seeds whose spread outweighs that of the images, a 95 % interval covers about 73 / 84 / 90 %
+    for 3 / 5 / 10 seeds; if seeds differ no more than by chance, 97 % or more. The t interval takes precedence.
 
     Args:
-        correct_a: Whether each seed of arm a has each test image right (S, M).
-        correct_b: The same for arm b (S, M), with seeds and images in the same order.
+        correct_a, correct_b: Whether each seed of an arm classifies each test image correctly (S, M), aligned.
         resamples: 10,000 give two digits of the interval's ends.
-        rng: Decides the draws: the same seed, the same interval.
-        confidence: What the interval is to cover.
+        rng: Source of the resampling: the same seed gives the same interval.
+        confidence: Nominal coverage.
 
     Returns:
         The difference and the ends of its interval.
-
-    Raises:
-        ValueError: the arms differ in shape.
     """
     a, b = np.asarray(correct_a, np.int8), np.asarray(correct_b, np.int8)
     if a.ndim != 2 or a.shape != b.shape:
-        raise ValueError(f"both arms need the same seeds and images: (S, M) is {a.shape} and {b.shape}")
+        raise ValueError(f"both arms require the same seeds and images (S, M), got {a.shape} and {b.shape}")
     difference = a - b
     seeds, images = difference.shape
-    # Images with the same differences over the seeds are interchangeable: drawing how often each such pattern comes
+    # Images with the same differences over the seeds are interchangeable: drawing how often each such pattern occurs
     # is the same as drawing images, and there are at most 3^S patterns.
     patterns, counts = np.unique(difference, axis=1, return_counts=True)  # (S, K), (K,)
     drawn = []
@@ -358,149 +361,120 @@ def paired_bootstrap(
     return float(difference.mean()), float(low), float(high)
 
 
-def _test(differences: Sequence[Floats], scale: Sequence[float], alpha: float, margin: float | None) -> list[_Test]:
-    """Tests the rows of differences (A, n) between values of the size `scale` (A,)."""
-    if not differences:
-        return []
-    d, rounding = np.asarray(differences), ROUNDING * np.asarray(scale)
-    zero = abs(d).max(axis=1) <= np.minimum(rounding, np.inf if margin is None else margin)
-    flat = (np.ptp(d, axis=1) <= rounding) & ~zero
-    of = DescrStatsW(d.T, ddof=1)
-    with np.errstate(divide="ignore", invalid="ignore"):  # where there is no spread
-        p = np.where(zero, 1.0, of.ttest_mean(0)[1])
-        p_equivalence = np.full(len(d), np.nan) if margin is None else of.ttost_mean(-margin, margin)[0]
-    low, high = of.tconfint_mean(alpha)
-    columns = [of.mean, of.std]
-    columns += [np.where(flat, np.nan, column) for column in (low, high, p, np.where(zero, np.nan, p_equivalence))]
-    rows: list[Any] = [[None if np.isnan(x) else float(x) for x in row] for row in zip(*columns, strict=True)]
-    return [_Test(d.shape[1], same, *row) for row, same in zip(rows, zero.tolist(), strict=True)]
+class _Tests(NamedTuple):
+    """t tests of A rows of differences of n seeds: columns (A,), NaN where no test applies."""
+
+    n: int
+    identical: npt.NDArray[np.bool_]  # no seed differs
+    delta: Floats
+    sd: Floats
+    low: Floats
+    high: Floats
+    p: Floats
+    p_equivalence: Floats
 
 
-def _holm(ps: Sequence[float | None], family: int) -> list[float | None]:
-    """Adjusts p values for a family of tests; one that is not there counts as 1."""
-    if not ps:
-        return []
-    known = [1.0 if p is None else p for p in ps] + [1.0] * (family - len(ps))
-    adjusted = multipletests(known, method="holm")[1].tolist()
-    return [None if p is None else q for p, q in zip(ps, adjusted[: len(ps)], strict=True)]
+def _t_tests(d: Floats, scale: npt.ArrayLike, alpha: float, margin: float | None) -> _Tests:
+    """Test the rows of differences `d` (A, n) between values of magnitude `scale` (A,).
 
-
-def _judged(test: _Test, p_holm: float | None, p_equivalence: float | None, rule: _Rule) -> Comparison:
-    verdict, reason = _verdict(test, p_holm, p_equivalence, rule)
-    spread = test.p is not None and not test.zero
-    return Comparison(
-        test.n,
-        test.delta,
-        test.sd,
-        test.low,
-        test.high,
-        test.p,
-        p_holm,
-        p_equivalence,
-        hedges_g=hedges_g(test.delta, test.sd, test.n) if spread else None,
-        min_detectable_delta=min_detectable_delta(test.sd, test.n, alpha=rule.alpha) if spread else None,
-        verdict=verdict,
-        reason=reason,
-    )
-
-
-def _verdict(test: _Test, p_holm: float | None, p_equivalence: float | None, rule: _Rule) -> tuple[Verdict, str]:
-    margin, alpha = rule.margin, rule.alpha
-    if test.zero:
-        same = "the same result in every seed"
-        return (
-            ("inconclusive", f"{same}; a margin would make it equivalent") if margin is None else ("equivalent", same)
-        )
-    if test.low is None or test.high is None or p_holm is None:
-        hidden = (
-            "the metric's steps hide the spread, and no test applies; a finer metric (a loss) or more seeds may show it"
-        )
-        return "inconclusive", f"every seed differs by the same {test.delta:.3g}: {hidden}"
-    if margin is not None and p_equivalence is not None and p_equivalence < alpha:
-        seen = f"there is a difference (adjusted p = {p_holm:.2g}), but it is smaller than the margin of {margin:g}"
-        return "equivalent", seen if p_holm < alpha else ""
-    if p_holm < alpha:
-        small = margin is not None and min(abs(test.low), abs(test.high)) < margin
-        found: Verdict = "better" if (test.delta > 0) == (rule.mode == "max") else "worse"
-        return found, f"the difference may be smaller than the margin of {margin:g}" if small else ""
-    return "inconclusive", _remedy(test, rule)
-
-
-def _remedy(test: _Test, rule: _Rule) -> str:
-    """How many more seeds would settle it, were the difference and the sd seen the true ones.
-
-    At alpha / family, which is what Holm asks of the smallest p: enough whatever the other arms show.
+    With se = sd / sqrt(n), a t test compares |mean| / se with Student's t of n - 1 degrees of freedom. The larger p of
+    two one-sided tests against ±margin (Schuirmann 1987) is the upper tail of (margin - |mean|) / se.
     """
-    alpha, most = rule.alpha / rule.family, f"more than {MOST_SEEDS:,} seeds would be needed to"
-    choices = [(seeds_needed(test.sd, test.delta, alpha=alpha), f"separate a difference of {abs(test.delta):.2g}")]
-    if rule.margin is not None and abs(test.delta) < rule.margin:
-        needed = seeds_needed_for_equivalence(test.sd, test.delta, rule.margin, alpha=alpha)
-        choices.insert(0, (needed, f"show that it is within ±{rule.margin:g}"))
-    needed, goal = min(choices, key=lambda choice: choice[0] or math.inf)
-    more = (needed or 0) - test.n
-    what = most if needed is None else f"{more:,} more seed{'s' * (more > 1)} would"
-    alone = (
-        f"significant alone, but not among {rule.family} arms; " if test.p is not None and test.p < rule.alpha else ""
-    )
-    return f"{alone}{what} {goal} at 80 % power"
+    df, rounding = d.shape[1] - 1, ROUNDING * np.asarray(scale)
+    identical = abs(d).max(axis=1) <= np.minimum(rounding, np.inf if margin is None else margin)
+    constant = (np.ptp(d, axis=1) <= rounding) & ~identical
+    mean, sd = d.mean(axis=1), d.std(axis=1, ddof=1)
+    se = sd / math.sqrt(d.shape[1])
+    half = special.stdtrit(df, 1 - alpha / 2) * se
+    with np.errstate(divide="ignore", invalid="ignore"):  # se is 0 in rows without spread
+        p = np.where(identical, 1.0, 2 * special.stdtr(df, -abs(mean) / se))
+        shifted = (abs(mean) - (np.nan if margin is None else margin)) / se
+    p_equivalence = np.where(identical, np.nan, special.stdtr(df, shifted))
+    tested = (np.where(constant, np.nan, column) for column in (mean - half, mean + half, p, p_equivalence))
+    return _Tests(df + 1, identical, mean, sd, *tested)
 
 
-def _refused(differences: Floats, reason: str, alpha: float) -> Comparison:
-    seen = summarise(differences, 1 - alpha)
-    return Comparison(seen.n, seen.mean, seen.sd, seen.ci_low, seen.ci_high, reason=reason)
+def _holm(p: Floats, family: int) -> Floats:
+    """Adjust p values for a family of tests (Holm 1979); NaN stays NaN and counts as 1, as do tests left out.
+
+    The smallest of m values is multiplied by m, the next by m - 1, and so on; none may fall below the one before it.
+    """
+    known = np.pad(np.nan_to_num(p, nan=1.0), (0, family - len(p)), constant_values=1.0)
+    order = known.argsort()
+    adjusted = np.empty_like(known)
+    adjusted[order] = np.maximum.accumulate(known[order] * np.arange(family, 0, -1)).clip(max=1)
+    return np.where(np.isnan(p), np.nan, adjusted[: len(p)])
 
 
-def _refusal(results: Mapping[str, Mapping[int, float]], seeds: Sequence[int]) -> str:
-    """Why these arms allow no verdict and what to run; empty where they do."""
+def _judged(tests: _Tests, rule: _Rule) -> list[Comparison]:
+    spread = np.where(tests.identical | np.isnan(tests.p), np.nan, tests.sd)
+    columns = [*tests[2:7], _holm(tests.p, rule.family), _holm(tests.p_equivalence, rule.family)]
+    columns += [hedges_g(tests.delta, spread, tests.n), min_detectable_delta(spread, tests.n, alpha=rule.alpha)]
+    rows = [Comparison(tests.n, *map(_number, row)) for row in zip(*columns, strict=True)]
+    verdicts = [_verdict(row, same, rule) for row, same in zip(rows, tests.identical.tolist(), strict=True)]
+    return [replace(row, verdict=v, reasons=why) for row, (v, why) in zip(rows, verdicts, strict=True)]
+
+
+def _number(value: float) -> Any:
+    return None if math.isnan(value) else float(value)
+
+
+def _verdict(c: Any, identical: bool, rule: _Rule) -> tuple[Verdict, tuple[Reason, ...]]:
+    if identical:
+        same = Reason(Why.IDENTICAL)
+        return ("inconclusive", (same, Reason(Why.NO_MARGIN))) if rule.margin is None else ("equivalent", (same,))
+    if c.p is None:
+        return "inconclusive", (Reason(Why.CONSTANT),)
+    significant = c.p_holm < rule.alpha
+    if c.p_equivalence is not None and c.p_equivalence < rule.alpha:
+        return "equivalent", (Reason(Why.NEGLIGIBLE),) if significant else ()
+    if significant:
+        small = rule.margin is not None and min(abs(c.delta_ci_low), abs(c.delta_ci_high)) < rule.margin
+        better = (c.delta > 0) == (rule.mode == "max")
+        return "better" if better else "worse", (Reason(Why.MAYBE_NEGLIGIBLE),) if small else ()
+    adjusted = (Reason(Why.ADJUSTED, rule.family),) if c.p < rule.alpha else ()
+    return "inconclusive", (*adjusted, _remedy(c, rule))
+
+
+def _remedy(c: Any, rule: _Rule) -> Reason:
+    """Return how many more seeds would settle it if the observed difference and sd were the true ones.
+
+    At alpha / family, which is what Holm requires of the smallest p: enough whatever the other arms show.
+    """
+    alpha = rule.alpha / rule.family
+    choices = [(Why.SEPARATE, seeds_needed(c.sd, c.delta, alpha=alpha))]
+    if rule.margin is not None and abs(c.delta) < rule.margin:
+        n = seeds_needed_for_equivalence(c.sd, c.delta, rule.margin, alpha=alpha)
+        choices.insert(0, (Why.EQUIVALENCE, n))
+    why, n = min(choices, key=lambda choice: choice[1] or math.inf)
+    return Reason(why, n and n - c.n)
+
+
+def _refused(differences: Floats, reasons: tuple[Reason, ...], alpha: float) -> Comparison:
+    s = summarise(differences, 1 - alpha)
+    return Comparison(s.n, s.mean, s.sd, s.ci_low, s.ci_high, reasons=reasons)
+
+
+def _refusal(results: Mapping[str, Mapping[int, float]], seeds: Sequence[int]) -> tuple[Reason, ...]:
+    """Return why these arms allow no verdict; empty if they do."""
     cells = {f"{arm}/seed-{seed}": of.get(seed) for arm, of in results.items() for seed in seeds}
-    missing = [cell for cell, value in cells.items() if value is None]
-    diverged = [cell for cell, value in cells.items() if value is not None and not math.isfinite(value)]
-    reasons = []
-    if missing:
-        reasons.append(f"no result of {_listed(missing)}: `reslab ablate run` to fill in what is missing")
-    if diverged:
-        flatter = "to leave out a seed that diverged would flatter the arm; change the arm and run it again"
-        reasons.append(f"no finite result of {_listed(diverged)}: {flatter}")
-    if len(seeds) < MIN_SEEDS:
-        reasons.append(_too_few(len(seeds)))
-    return "; ".join(reasons)
-
-
-def _too_few(n: int) -> str:
-    seeds = f"{n} seed{'s' * (n != 1)}"
-    return f"{seeds}, and a verdict takes {MIN_SEEDS}: add seeds to the study and `reslab ablate run` them"
-
-
-def _listed(cells: Sequence[str], most: int = 5) -> str:
-    rest = len(cells) - most
-    return ", ".join(cells[:most]) + (f" and {rest} more" if rest > 0 else "")
-
-
-def _detectable_effect(n: Any, power: float, alpha: float) -> Any:
-    """`min_detectable_delta` in units of sd, for n of any shape.
-
-    By the inverse of the noncentral t distribution; statsmodels' `TTestPower.solve_power` stops early, without a
-    word, where few seeds meet a small alpha.
-    """
-    return special.nctdtrinc(n - 1, 1 - power, -special.stdtrit(n - 1, alpha / 2)) / np.sqrt(n)
-
-
-@cache
-def _detectable_effects(power: float, alpha: float) -> Floats:
-    """For 2 … MOST_SEEDS seeds (MOST_SEEDS - 1,), falling."""
-    return np.asarray(_detectable_effect(np.arange(2, MOST_SEEDS + 1), power, alpha))
+    missing = tuple(cell for cell, value in cells.items() if value is None)
+    diverged = tuple(cell for cell, value in cells.items() if value is not None and not math.isfinite(value))
+    reasons = [Reason(Why.MISSING, cells=missing)] if missing else []
+    reasons += [Reason(Why.DIVERGED, cells=diverged)] if diverged else []
+    reasons += [Reason(Why.FEW_SEEDS, len(seeds))] if len(seeds) < MIN_SEEDS else []
+    return tuple(reasons)
 
 
 def _averaged(values: Floats, axes: Sequence[int]) -> Floats:
-    """Means over all factors but those of `axes`; the last axis, the seeds, stays."""
+    """Return means over all factors but those of `axes`; the last axis, the seeds, stays."""
     return values.mean(axis=tuple(axis for axis in range(values.ndim - 1) if axis not in axes))
 
 
 def _effects(steps: Mapping[Levels, Floats], scale: float, alpha: float) -> list[Effect]:
-    """Tests each step, given per seed (S,)."""
-    tests = _test(list(steps.values()), [scale] * len(steps), alpha, None)
-    p_holm = _holm([test.p for test in tests], len(tests))
-    return [
-        Effect(levels, test.n, test.delta, test.sd, test.low, test.high, test.p, adjusted)
-        for levels, test, adjusted in zip(steps, tests, p_holm, strict=True)
-    ]
+    """Test each step, one value per seed (S,)."""
+    if not steps:
+        return []
+    tests = _t_tests(np.array(list(steps.values())), scale, alpha, None)
+    columns = zip(*tests[2:7], _holm(tests.p, len(steps)), strict=True)
+    return [Effect(levels, tests.n, *map(_number, row)) for levels, row in zip(steps, columns, strict=True)]

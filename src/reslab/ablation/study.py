@@ -1,4 +1,4 @@
-"""A study file: arms, seeds and one question; resolved, compared and checked without importing torch."""
+"""Study files: arms, seeds and one question. Read, resolved and checked without importing torch."""
 
 import difflib
 import hashlib
@@ -12,32 +12,23 @@ from typing import Any, Literal
 
 import yaml
 
-from reslab.ablation.resolve import (
-    Config,
-    Loader,
-    check_key,
-    flat,
-    leaves,
-    loaded,
-    merge,
-    nested,
-    options,
-    prune,
-    read_config,
-    read_mapping,
-    with_defaults,
-)
+from reslab.ablation import resolve
+from reslab.ablation.resolve import Config, merge
 from reslab.diff import differences
 from reslab.errors import UserError
 from reslab.host import CONFIGS
 
-METRICS = ("test/acc", "test/acc5", "test/loss", "val/acc", "val/acc5", "val/loss", "train/acc", "train/loss")
+Factors = dict[str, dict[str, Any]]  # values by label, by factor key
 KEYS: dict[str, Any] = {  # of a study file, and their types
-    "name": str, "question": str, "base": list, "baseline": (str, dict), "metric": str, "mode": str, "test_weights": str,
-    "margin": (float, int), "arms": dict, "factors": dict, "exclude": list, "seeds": list, "minutes": (float, int),
-}  # fmt: skip
+    **dict.fromkeys(("name", "question", "metric", "mode", "test_weights"), str),
+    **dict.fromkeys(("base", "exclude", "seeds"), list),
+    **dict.fromkeys(("arms", "factors"), dict),
+    **dict.fromkeys(("margin", "minutes"), (float, int)),
+    "baseline": (str, dict),
+}
 REQUIRED = ("question", "base", "baseline", "seeds")
-NOT_THE_STUDYS = ("run.dir", "run.name", "run.group", "run.job_type", "run.tags", "data.root", "data.download")
+# Options of a single run: they do not identify a study, and an arm cannot change them.
+RUN_ONLY = ("run.dir", "run.name", "run.group", "run.job_type", "run.tags", "data.root", "data.download")
 
 
 @dataclass(frozen=True)
@@ -45,10 +36,10 @@ class Arm:
     """One variant of the experiment.
 
     Attributes:
-        name: Also the name of its folder.
-        levels: In a factor study, the label of each factor's level by the factor's key.
-        config: The resolved config: base.yaml, the study's base files, the command line, the arm's own changes.
-        changes: (key, in the baseline, here), for every key that has not the baseline's value.
+        name: Name of the arm and of its directory.
+        levels: In a factor study, the label of the arm's level by factor key.
+        config: Resolved config: base.yaml, the study's base files, the command line, then the arm's changes.
+        changes: (key, value in the baseline, value here) for every key that differs from the baseline.
     """
 
     name: str
@@ -59,13 +50,13 @@ class Arm:
 
 @dataclass(frozen=True)
 class Study:
-    """A study file, read and checked; `read_study` makes one.
+    """A checked study file, as returned by `read_study`.
 
     Attributes:
-        arms: By name, in the file's order, the baseline among them.
-        factors: The labels of the levels by the factor's key; empty where the file lists arms.
-        minutes: What the file says that a cell costs.
-        overrides: The options that it was read with.
+        arms: All arms by name, in the file's order, including the baseline.
+        factors: Level labels by factor key; empty if the file lists arms.
+        minutes: Expected wall time per cell, if the file states it.
+        overrides: Command-line options that apply to all arms.
     """
 
     path: Path
@@ -84,21 +75,25 @@ class Study:
 
     @property
     def out(self) -> Path:
-        """The folder of its cells and report, unless --out says another."""
+        """Return the default study directory."""
         return Path("runs", "ablations", self.name)
 
     @property
     def hash(self) -> str:
-        """SHA-256 of all that decides about the numbers and how they are judged; in hexadecimal."""
-        named = {
-            key: getattr(self, key) for key in ("name", "baseline", "metric", "mode", "margin", "test_weights", "seeds")
-        }
-        arms = {arm.name: prune(arm.config, NOT_THE_STUDYS) for arm in self.arms.values()}
-        return hashlib.sha256(json.dumps({**named, "arms": arms}, sort_keys=True, default=str).encode()).hexdigest()
+        """Return the SHA-256 of everything that affects the results and how they are judged."""
+        judged = {key: value for key, value in self.about().items() if key not in ("question", "factors")}
+        arms = {arm.name: resolve.prune(arm.config, RUN_ONLY) for arm in self.arms.values()}
+        content = {"name": self.name, **judged, "arms": arms}
+        return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+
+    def about(self) -> dict[str, Any]:
+        """Return the keys of the study file that a plan and a report repeat."""
+        keys = ("question", "metric", "mode", "margin", "test_weights", "baseline", "seeds", "factors")
+        return {key: getattr(self, key) for key in keys}
 
 
 def find_study(name: str) -> Path:
-    """A study file by its path, or by its name in configs/ablation."""
+    """Return the path of a study file, given its path or its name in configs/ablation."""
     path = Path(name)
     if path.is_file():
         return path
@@ -106,34 +101,35 @@ def find_study(name: str) -> Path:
     if name in shipped:
         return CONFIGS / "ablation" / f"{name}.yaml"
     near = difflib.get_close_matches(path.stem, shipped, 3, 0.5) or shipped
-    raise UserError(f"there is no study file {name}; in configs/ablation are: {', '.join(near)}")
+    raise UserError(f"no study file {name}; studies in configs/ablation: {', '.join(near)}")
 
 
 def read_study(name: str | Path, overrides: Sequence[str] = ()) -> Study:
-    """Reads and checks a study file.
+    """Read and check a study file.
 
     Args:
-        name: The file, or its name in configs/ablation.
-        overrides: Of every arm: --config FILE and --KEY VALUE, as for `reslab fit`.
+        name: Path of the file, or its name in configs/ablation.
+        overrides: Options for all arms: --config FILE and --KEY VALUE, as for `reslab fit`.
 
     Raises:
-        UserError: naming the file and the key that is wrong.
+        UserError: the file is invalid; the message names the key.
     """
     path = find_study(str(name))
-    text = read_mapping(path)
+    text = resolve.read_mapping(path)
     _check_keys(path, text)
-    wanted = dict(_arms(path, text))
-    base = _base(path, text, overrides, {key for _, changes in wanted.values() for key in changes})
+    factors = {key: _levels(path, key, values) for key, values in (text.get("factors") or {}).items()}
+    variants = dict(_arms(path, text, factors))
+    base = _base(path, text, overrides, {key for _, changes in variants.values() for key in changes})
     title, test_weights = text.get("name", path.stem), text.get("test_weights", "last")
     arms = {}
-    for arm, (levels, changes) in wanted.items():
+    for arm, (levels, changes) in variants.items():
         run = {"name": f"{title}.{arm}", "test_weights": test_weights, "group": title, "job_type": arm}
         config = merge(base, {"run": run})
         for key, value in changes.items():
-            config = merge(config, nested(key, loaded(value, path.parent)))
+            config = merge(config, resolve.nested(key, resolve.loaded(value, path.parent)))
         _check_arm(path, arm, changes, config)
         arms[arm] = Arm(arm, levels, config)
-    baseline = _baseline(path, text, arms)
+    baseline = _baseline(path, text["baseline"], factors, arms)
     study = Study(
         path=path,
         name=title,
@@ -145,7 +141,7 @@ def read_study(name: str | Path, overrides: Sequence[str] = ()) -> Study:
         test_weights=test_weights,
         seeds=text["seeds"],
         arms=_compared(path, arms, baseline),
-        factors=_factors(text),
+        factors={key: list(levels) for key, levels in factors.items()},
         minutes=text.get("minutes"),
         overrides=tuple(overrides),
     )
@@ -162,7 +158,7 @@ def _check_keys(path: Path, text: Config) -> None:
             near = difflib.get_close_matches(str(key), KEYS, 3, 0.5) or KEYS
             raise UserError(f"{path}: no such key {key!r}; nearest: {', '.join(near)}")
         if value is not None and not isinstance(value, KEYS[key]):
-            raise UserError(f"{path}: {key} does not take {value!r}")
+            raise UserError(f"{path}: {key} does not accept {value!r}")
     if lacking := [key for key in REQUIRED if not text.get(key)]:
         raise UserError(f"{path}: {lacking[0]} is missing or empty")
     if bool(text.get("arms")) == bool(text.get("factors")):
@@ -170,67 +166,66 @@ def _check_keys(path: Path, text: Config) -> None:
 
 
 def _base(path: Path, text: Config, overrides: Sequence[str], varied: set[str]) -> Config:
-    """The config that all arms start from: base.yaml, the study's base files, then the command line."""
-    config = read_config(CONFIGS / "base.yaml")
+    """Return the config that all arms start from: base.yaml, the study's base files, then the command line."""
+    config = resolve.read_config(CONFIGS / "base.yaml")
     for part in text["base"]:
         config = merge(config, _part(part, path.parent))
-    for key, value in options(overrides):
+    for key, value in resolve.options(overrides):
         if key == "config":
-            config = merge(config, read_config(Path(value)))
+            config = merge(config, resolve.read_config(Path(value)))
         elif clash := [v for v in varied if v == key or key.startswith(f"{v}.")]:
-            raise UserError(f"--{key} is for all arms, but they differ in {clash[0]} ({path})")
+            raise UserError(f"{path}: --{key} would apply to all arms, but they differ in {clash[0]}")
         else:
-            config = merge(config, nested(key, loaded(yaml.load(value, Loader), Path())))
+            config = merge(config, resolve.nested(key, resolve.loaded(yaml.load(value, resolve.Loader), Path())))
     return config
 
 
 def _part(part: Any, folder: Path) -> Config:
-    """A part of a study's base: a config file, by its path relative to `folder`, or dotted keys and their values."""
+    """Return one entry of a study's base: a config file (path relative to `folder`), or dotted keys and values."""
     if not isinstance(part, dict):
-        return read_config(folder / str(part))
+        return resolve.read_config(folder / str(part))
     config: Config = {}
-    for key, value in flat(part):
-        config = merge(config, nested(key, loaded(value, folder)))
+    for key, value in resolve.flat(part):
+        config = merge(config, resolve.nested(key, resolve.loaded(value, folder)))
     return config
 
 
 # Arms
 
 
-def _arms(path: Path, text: Config) -> Iterator[tuple[str, tuple[dict[str, str], Config]]]:
-    """(name, (levels, changes)) of every arm; changes by dotted key."""
+def _arms(path: Path, text: Config, factors: Factors) -> Iterator[tuple[str, tuple[dict[str, str], Config]]]:
+    """Yield (name, (levels, changes)) of every arm; changes by dotted key."""
     if text.get("arms"):
         for name, changes in text["arms"].items():
             if not isinstance(changes, dict | None):
-                raise UserError(f"{path}: arm {name}: keys and values, not {changes!r}")
-            yield _folder_name(path, str(name)), ({}, dict(flat(changes or {})))
+                raise UserError(f"{path}: arm {name} must hold keys and values, got {changes!r}")
+            yield _folder_name(path, str(name)), ({}, dict(resolve.flat(changes or {})))
         return
-    factors = {key: _levels(path, key, values) for key, values in text["factors"].items()}
     excluded = [_level_labels(path, factors, part) for part in text.get("exclude") or []]
-    seen = set()
+    names = set()
     for labels in itertools.product(*factors.values()):
         levels = dict(zip(factors, labels, strict=True))
         if any(part.items() <= levels.items() for part in excluded):
             continue
         name = _folder_name(path, "+".join(f"{_short(key, factors)}={levels[key]}" for key in factors))
-        if name in seen:
-            raise UserError(f"{path}: two arms would be called {name}: give the levels labels, as LABEL: VALUE")
-        seen.add(name)
+        if name in names:
+            raise UserError(f"{path}: two arms would be called {name}: label the levels, as LABEL: VALUE")
+        names.add(name)
         yield name, (levels, {key: factors[key][label] for key, label in levels.items()})
 
 
 def _folder_name(path: Path, name: str) -> str:
     if not re.fullmatch(r"\w[\w.=+-]*", name):
-        raise UserError(f"{path}: arm {name!r}: a folder's name, of letters, digits and _ . = + -")
+        raise UserError(f"{path}: {name!r} is not a valid directory name: use letters, digits and _ . = + -")
     return name
 
 
 def _levels(path: Path, key: str, values: Any) -> dict[str, Any]:
-    """A factor's values by label: as the mapping gives them, else as they read in a folder's name."""
+    """Return a factor's values by label: the file's labels, else the values as text that fits a directory name."""
     if isinstance(values, dict) and values:
         return {str(label): value for label, value in values.items()}
     if not isinstance(values, list) or len(values) < 2:
-        raise UserError(f"{path}: factor {key}: a list of at least two values, or LABEL: VALUE pairs")
+        raise UserError(f"{path}: factor {key} requires a list of at least two values, or LABEL: VALUE pairs")
     labels = [re.sub(r"[^\w.=-]+", "-", _text(value)).strip("-") for value in values]
     if twice := [label for label in labels if labels.count(label) > 1]:
         raise UserError(f"{path}: factor {key} has the level {twice[0]} twice")
@@ -242,7 +237,7 @@ def _text(value: Any) -> str:
 
 
 def _short(key: str, factors: Mapping[str, Any]) -> str:
-    """The key's last name, or as much of it as tells it from the other factors."""
+    """Return the shortest end of a key that no other factor shares."""
     parts = key.split(".")
     for n in range(1, len(parts)):
         short = ".".join(parts[-n:])
@@ -251,47 +246,40 @@ def _short(key: str, factors: Mapping[str, Any]) -> str:
     return key
 
 
-def _level_labels(path: Path, factors: Mapping[str, Mapping[str, Any]], part: Any) -> dict[str, str]:
-    """KEY: VALUE (or label) of some factors, as KEY: label."""
+def _level_labels(path: Path, factors: Factors, part: Any) -> dict[str, str]:
+    """Return factors and values (or labels) as factors and labels."""
     labels = {}
     for key, value in part.items() if isinstance(part, dict) else [(part, None)]:
         if key not in factors:
-            raise UserError(f"{path}: {key!r} is none of the factors: {', '.join(factors)}")
-        found = [label for label, level in factors[key].items() if value == level or str(value) == label]
-        if not found:
-            raise UserError(f"{path}: {key} has no level {value!r}: {', '.join(factors[key])}")
-        labels[key] = found[0]
+            raise UserError(f"{path}: {key!r} is not a factor; factors: {', '.join(factors)}")
+        matches = [label for label, level in factors[key].items() if value == level or str(value) == label]
+        if not matches:
+            raise UserError(f"{path}: {key} has no level {value!r}; levels: {', '.join(factors[key])}")
+        labels[key] = matches[0]
     return labels
 
 
-def _factors(text: Config) -> dict[str, list[str]]:
-    return {key: list(_levels(Path(), key, values)) for key, values in (text.get("factors") or {}).items()}
-
-
-def _baseline(path: Path, text: Config, arms: Mapping[str, Arm]) -> str:
-    wanted = text["baseline"]
-    if isinstance(wanted, dict) and text.get("factors"):
-        levels = _level_labels(path, {k: _levels(path, k, v) for k, v in text["factors"].items()}, wanted)
-        found = [arm.name for arm in arms.values() if arm.levels == levels]
-        if found:
-            return found[0]
-    if wanted not in arms:
-        near = difflib.get_close_matches(str(wanted), arms, 3, 0.5) or list(arms)[:8]
-        raise UserError(f"{path}: the baseline {wanted!r} is no arm; arms: {', '.join(near)}")
-    return str(wanted)
+def _baseline(path: Path, baseline: Any, factors: Factors, arms: Mapping[str, Arm]) -> str:
+    if isinstance(baseline, dict) and factors:
+        levels = _level_labels(path, factors, baseline)
+        baseline = next((arm.name for arm in arms.values() if arm.levels == levels), str(baseline))
+    if not isinstance(baseline, str) or baseline not in arms:
+        near = difflib.get_close_matches(str(baseline), arms, 3, 0.5) or list(arms)[:8]
+        raise UserError(f"{path}: the baseline {baseline!r} is not an arm; arms: {', '.join(near)}")
+    return baseline
 
 
 # Checks
 
 
 def _check_arm(path: Path, arm: str, changes: Config, config: Config) -> None:
-    """Refuses keys that are not an arm's to change, and keys that nothing in the config takes."""
+    """Raise UserError for keys that an arm cannot change, and for keys that the config does not accept."""
     for key in changes:
-        if key.startswith(NOT_THE_STUDYS) or key in ("seed_everything", "run.test_weights"):
-            raise UserError(f"{path}: arm {arm}: {key} is not an arm's to change")
+        if key.startswith(RUN_ONLY) or key in ("seed_everything", "run.test_weights"):
+            raise UserError(f"{path}: arm {arm}: an arm cannot change {key}")
     try:
-        for key in (*changes, *leaves(config)):
-            check_key(key, config)
+        for key in (*changes, *dict(resolve.flat(config, classes=True))):
+            resolve.check_key(key, config)
     except UserError as error:
         raise UserError(f"{path}: arm {arm}: {error}") from error
 
@@ -299,37 +287,30 @@ def _check_arm(path: Path, arm: str, changes: Config, config: Config) -> None:
 def _check_values(study: Study) -> None:
     path, seeds = study.path, study.seeds
     if bad := [seed for seed in seeds if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0]:
-        raise UserError(f"{path}: seeds are whole numbers from 0, not {bad[0]!r}")
+        raise UserError(f"{path}: seeds must be integers of at least 0, got {bad[0]!r}")
     if len(set(seeds)) < len(seeds):
-        raise UserError(f"{path}: seeds has a seed twice: {seeds}")
-    if study.metric not in METRICS:
-        near = difflib.get_close_matches(study.metric, METRICS, 3, 0.4) or METRICS
-        raise UserError(f"{path}: no run logs the metric {study.metric!r}; nearest: {', '.join(near)}")
+        raise UserError(f"{path}: seeds contains a seed twice: {seeds}")
+    if not re.fullmatch(r"(train|val|test)/\S+", study.metric):
+        raise UserError(f"{path}: metric must be train/NAME, val/NAME or test/NAME, got {study.metric!r}")
     for key, choices in (("mode", ("max", "min")), ("test_weights", ("last", "best"))):
         if getattr(study, key) not in choices:
-            raise UserError(f"{path}: {key} is {' or '.join(choices)}, not {getattr(study, key)!r}")
+            raise UserError(f"{path}: {key} must be {' or '.join(choices)}, got {getattr(study, key)!r}")
     if study.margin is not None and not study.margin > 0:
-        raise UserError(f"{path}: margin is the difference that begins to matter, more than 0, not {study.margin}")
+        raise UserError(f"{path}: margin must be more than 0, got {study.margin}: smaller differences do not matter")
     _folder_name(path, study.name)
     if len(study.arms) < 2:
-        raise UserError(f"{path}: there is nothing to compare the baseline with: give a second arm")
+        raise UserError(f"{path}: nothing to compare the baseline with: add a second arm")
 
 
 def _compared(path: Path, arms: Mapping[str, Arm], baseline: str) -> dict[str, Arm]:
-    """The arms with what each changes against the baseline; two that are the same are an error."""
-    there, compared = arms[baseline].config, {}
-    seen: dict[Any, str] = {(): baseline}
-    for arm in arms.values():
-        changes = tuple(_changes(there, arm.config))
-        signature = tuple((key, json.dumps(here, sort_keys=True)) for key, _, here in changes)
-        if arm.name != baseline and signature in seen:
-            raise UserError(f"{path}: arm {arm.name} is the same as {seen[signature]}: it changes nothing that counts")
-        seen[signature] = arm.name
-        compared[arm.name] = replace(arm, changes=changes)
+    """Return the arms with their changes from the baseline; raise UserError if two arms are the same."""
+    complete = {name: resolve.with_defaults(arm.config) for name, arm in arms.items()}
+    compared, by_changes = {}, {"[]": baseline}
+    for name, arm in arms.items():
+        rows = [row for row in differences(complete[baseline], complete[name]) if not row[0].startswith("run.")]
+        signature = json.dumps([(key, here) for key, _, here in rows], sort_keys=True)
+        if name != baseline and signature in by_changes:
+            raise UserError(f"{path}: arm {name} is the same as {by_changes[signature]}: it changes nothing")
+        by_changes[signature] = name
+        compared[name] = replace(arm, changes=tuple(rows))
     return compared
-
-
-def _changes(there: Config, here: Config) -> Iterator[tuple[str, Any, Any]]:
-    for key, a, b in differences(with_defaults(there), with_defaults(here)):
-        if not key.startswith("run."):
-            yield key, a, b

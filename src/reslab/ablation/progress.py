@@ -1,0 +1,143 @@
+"""Progress of a running study: a live table on a terminal, one line per event elsewhere."""
+
+import csv
+import sys
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from reslab.ablation.cells import FINAL, Cell, State, read_config, seconds_per_cell
+from reslab.ablation.study import Study
+from reslab.errors import Exit
+from reslab.runs.folder import RunFolder
+from reslab.runs.manifest import duration
+
+REFRESH = 1.0  # seconds
+TAIL = 16384  # bytes at the end of metrics.csv, enough for the last epoch's row
+
+
+class StudyProgress:
+    """Keep the states of a study's cells, and print them as they change.
+
+    Args:
+        study: The study.
+        current: State of every cell at the start.
+        jobs: Number of concurrent runs, to estimate the time left; None if unknown.
+    """
+
+    def __init__(self, study: Study, current: Sequence[State], jobs: int | None = None) -> None:
+        self.study, self.jobs = study, jobs
+        self.states = {s.cell: s for s in current}
+        self.running: dict[Cell, float] = {}  # start times
+        self._overhead: list[float] = []  # seconds that finished cells took beyond their own wall time, to start
+        self._drawn = 0.0
+        self._live = Live(console=Console(), auto_refresh=False) if sys.stdout.isatty() else None
+
+    def __enter__(self) -> "StudyProgress":
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        if self._live:
+            self.refresh(now=True)
+            self._live.stop()
+
+    def to_run(self) -> list[Cell]:
+        """Return the cells that still have to run."""
+        return [cell for cell, s in self.states.items() if s.status not in FINAL]
+
+    def exit_status(self) -> int:
+        return Exit.OK if all(s.status == "complete" for s in self.states.values()) else Exit.FAILED
+
+    def started(self, cell: Cell, note: str = "") -> None:
+        self.running[cell] = time.monotonic()
+        self._report(f"{cell.name}: started{note}")
+
+    def ended(self, state: State, note: str = "") -> None:
+        since = self.running.pop(state.cell, None)
+        if since and state.status == "complete" and len(state.manifest["attempts"]) == 1:
+            self._overhead.append(time.monotonic() - since - state.manifest["wall_seconds"])
+        self.states[state.cell] = state
+        self._report(f"{state.cell.name}: {self._outcome(state)}{note}")
+
+    def refresh(self, now: bool = False) -> None:
+        """Redraw the table, at most once per second unless `now`."""
+        if self._live and (now or time.monotonic() - self._drawn > REFRESH):
+            self._drawn = time.monotonic()
+            self._live.update(self._table(), refresh=True)
+
+    def _report(self, event: str) -> None:
+        if self._live:
+            self.refresh(now=True)
+        else:
+            done = sum(s.status == "complete" for s in self.states.values())
+            print(f"[{done}/{len(self.states)}] {event}{self._time_left()}", flush=True)
+
+    def _outcome(self, state: State) -> str:
+        if state.status != "complete":
+            return f"{state.status}: {state.detail}" if state.detail else state.status
+        value = state.manifest["results"].get(self.study.metric)
+        result = f"{self.study.metric} {value:.4f}, " if value is not None else ""
+        return f"complete, {result}{duration(state.manifest['wall_seconds'])}"
+
+    def _time_left(self) -> str:
+        """Return the estimated time left, from finished cells of the same arm; empty if unknown."""
+        cost = seconds_per_cell(self.study, list(self.states.values()))
+        now, overhead = time.monotonic(), fmean(self._overhead) if self._overhead else 0.0
+        left, cells = 0.0, self.to_run()
+        for cell in cells:
+            if (seconds := cost[cell.arm]) is None:
+                return ""
+            left += max(seconds + overhead - (now - self.running.get(cell, now)), 0)
+        return f"; about {duration(left / min(self.jobs, len(cells)))} left" if self.jobs and cells else ""
+
+    def _table(self) -> Table:
+        count = Counter(s.status for s in self.states.values())
+        waiting = len(self.states) - count["complete"] - count["failed"] - len(self.running)
+        title = f"{self.study.name}: {count['complete']} of {len(self.states)} complete, {len(self.running)} running, "
+        title += f"{waiting} waiting, {count['failed']} failed{self._time_left()}"
+        table = Table("cell", "state", "time", title=title, title_justify="left")
+        for cell, since in self.running.items():
+            table.add_row(cell.name, _epoch(cell, self.study.metric), duration(time.monotonic() - since))
+        ended = [s for s in self.states.values() if s.status != "missing" and s.cell not in self.running]
+        for s in [s for s in ended if s.status != "complete"] + [s for s in ended if s.status == "complete"][-8:]:
+            table.add_row(s.cell.name, self._outcome(s), "")
+        return table
+
+
+def _epoch(cell: Cell, metric: str) -> str:
+    """Return the epoch of a running cell, and its latest value of the study's metric in validation."""
+    name = f"val/{metric.partition('/')[2]}"
+    rows = _last_rows(RunFolder(cell.folder).metrics)
+    if not rows:
+        return "starting"
+    epochs = read_config(cell.config).get("trainer", {}).get("max_epochs")
+    epoch = int(float(rows[-1].get("epoch") or 0)) + 1  # during the test, one more than there are
+    if epochs and 0 < epochs < epoch:
+        return "testing"
+    values = [row[name] for row in rows if row.get(name)]
+    latest = f", {name} {float(values[-1]):.4f}" if values else ""
+    return f"epoch {epoch}{f' of {epochs}' if epochs and epochs > 0 else ''}{latest}"
+
+
+def _last_rows(path: Path) -> list[Mapping[str, str]]:
+    """Return the last complete rows of a metrics.csv that may still be written to."""
+    try:
+        with path.open("rb") as file:
+            header = file.readline().decode()
+            start = file.tell()
+            file.seek(max(start, file.seek(0, 2) - TAIL))
+            lines = file.read().decode(errors="replace").split("\n")[:-1]
+    except OSError:
+        return []
+    columns = next(csv.reader([header]))
+    rows = [row for row in csv.reader(lines) if len(row) == len(columns)]
+    return [dict(zip(columns, row, strict=True)) for row in rows]
