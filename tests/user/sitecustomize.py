@@ -1,4 +1,4 @@
-"""Make user_code.py importable as reslab.user_code, as if it lay in src/reslab; python runs this with it on its path."""
+"""Make user_code.py importable as reslab.user_code, as if it lay in src/reslab; Python runs this file at start."""
 
 import importlib.util
 import sys

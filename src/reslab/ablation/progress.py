@@ -1,11 +1,9 @@
 """Progress of a running study: a live table on a terminal, one line per event elsewhere."""
 
-import csv
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
@@ -18,6 +16,7 @@ from reslab.ablation.study import Study
 from reslab.errors import Exit
 from reslab.runs.folder import RunFolder
 from reslab.runs.manifest import duration
+from reslab.runs.metrics import read_rows
 
 REFRESH = 1.0  # seconds
 TAIL = 16384  # bytes at the end of metrics.csv, enough for the last epoch's row
@@ -116,7 +115,7 @@ class StudyProgress:
 def _epoch(cell: Cell, metric: str) -> str:
     """Return the epoch of a running cell, and its latest value of the study's metric in validation."""
     name = f"val/{metric.partition('/')[2]}"
-    rows = _last_rows(RunFolder(cell.folder).metrics)
+    _, rows = read_rows(RunFolder(cell.folder).metrics, tail=TAIL)
     if not rows:
         return "starting"
     epochs = read_config(cell.config).get("trainer", {}).get("max_epochs")
@@ -126,18 +125,3 @@ def _epoch(cell: Cell, metric: str) -> str:
     values = [row[name] for row in rows if row.get(name)]
     latest = f", {name} {float(values[-1]):.4f}" if values else ""
     return f"epoch {epoch}{f' of {epochs}' if epochs and epochs > 0 else ''}{latest}"
-
-
-def _last_rows(path: Path) -> list[Mapping[str, str]]:
-    """Return the last complete rows of a metrics.csv that may still be written to."""
-    try:
-        with path.open("rb") as file:
-            header = file.readline().decode()
-            start = file.tell()
-            file.seek(max(start, file.seek(0, 2) - TAIL))
-            lines = file.read().decode(errors="replace").split("\n")[:-1]
-    except OSError:
-        return []
-    columns = next(csv.reader([header]))
-    rows = [row for row in csv.reader(lines) if len(row) == len(columns)]
-    return [dict(zip(columns, row, strict=True)) for row in rows]

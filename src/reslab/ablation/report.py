@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from reslab.ablation import wording
@@ -18,6 +17,7 @@ from reslab.ablation.wording import Unit
 from reslab.files import write_text
 from reslab.runs.folder import RunFolder
 from reslab.runs.manifest import duration
+from reslab.runs.metrics import read_rows, series
 from reslab.runs.report import embed, templates
 
 
@@ -93,26 +93,14 @@ def _curves(study: Study, current: Sequence[State]) -> tuple[str, dict[str, pd.D
     name = study.metric.rpartition("/")[2]
     done = [state for state in current if state.status == "complete"]
     for metric in (f"val/{name}", f"train/{name}"):
-        series: dict[str, dict[int, pd.Series]] = {}
+        curves: dict[str, dict[int, pd.Series]] = {}
         for state in done:
-            if len(logged := _logged(RunFolder(state.cell.folder).metrics, metric)):
-                series.setdefault(state.cell.arm, {})[state.cell.seed] = logged
-        if series:
-            return metric, {arm: pd.concat(series[arm], axis=1) for arm in study.arms if arm in series}
+            steps, values = series(read_rows(RunFolder(state.cell.folder).metrics)[1], metric)
+            if len(steps):
+                curves.setdefault(state.cell.arm, {})[state.cell.seed] = pd.Series(values, steps)
+        if curves:
+            return metric, {arm: pd.concat(curves[arm], axis=1) for arm in study.arms if arm in curves}
     return f"val/{name}", {}
-
-
-def _logged(path: Path, metric: str) -> pd.Series:
-    """Return a metric by step; empty if the file does not hold it, or cannot be read."""
-    try:
-        frame = pd.read_csv(path, usecols=["step", metric])
-    except (OSError, ValueError):  # also: no such column, no columns at all
-        return pd.Series(dtype=float)
-    # The last line of a running cell may be incomplete: what is not a number counts as not logged.
-    step, value = (pd.to_numeric(frame[name], errors="coerce").to_numpy(float) for name in ("step", metric))
-    known = np.isfinite(step) & np.isfinite(value)
-    logged = pd.Series(value[known], index=step[known])
-    return logged[~logged.index.duplicated(keep="last")]
 
 
 # Texts
