@@ -103,7 +103,7 @@ def test_code_in_weights_file_is_not_executed(tmp_path: Path, forced: str, write
     file, mark = tmp_path / "weights.pth", tmp_path / "executed"
     write({"conv1.weight": Payload(mark)}, file)
     ended = fit(tmp_path / "run", f"--model.weights={file}", TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=forced)
-    assert ended.status == 2 and f"{file} is not a file of weights alone" in ended.output
+    assert ended.status == 2 and f"{file} is not a file of weights only" in ended.output
     assert "Traceback" not in ended.output and not mark.exists()
 
 

@@ -68,6 +68,10 @@ SPECIAL = {
     "timm/deit_tiny_distilled_patch16_224": 32,  # two heads
     "timm/coat_tiny": 32,  # layers that share parameters
     "timm/regnetx_002": 32,
+    "timm/levit_128s": 224,  # the heads begin with a norm
+    "timm/selecsls42": 64,  # layers called head before the head
+    "timm/resnetv2_50": 64,  # the head is a convolution after the pooling
+    "timm/sequencer2d_s": 224,  # channels last
     "torchvision/squeezenet1_1": 64,  # the head is a convolution before the pooling
     "torchvision/densenet121": 32,
     "torchvision/googlenet": 64,  # auxiliary heads

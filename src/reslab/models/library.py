@@ -21,9 +21,11 @@ class LibraryNetwork(Network):
         super().__init__()
         self.in_channels, self.num_classes = in_channels, num_classes
         self.model = model
+        heads = [_last_linear(head) for head in heads]
         # Names, not modules: a module may be replaced (SyncBatchNorm, FSDP2).
         self._head_names = [name for name, module in model.named_modules() if any(module is head for head in heads)]
-        self.num_features = _inputs(heads[0]) or int(getattr(model, "head_hidden_size", model.num_features))  # type: ignore[arg-type]
+        inputs = getattr(heads[0], "in_features", None) or getattr(heads[0], "in_channels", None)
+        self.num_features = int(inputs or getattr(model, "head_hidden_size", model.num_features))  # type: ignore[arg-type]
 
     @property
     def head(self) -> nn.Module:  # type: ignore[override]
@@ -57,8 +59,6 @@ class LibraryNetwork(Network):
         return state
 
 
-def _inputs(head: nn.Module) -> int | None:
-    layers = [module for module in head.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
-    if not layers:
-        return None
-    return layers[0].in_features if isinstance(layers[0], nn.Linear) else layers[0].in_channels
+def _last_linear(head: nn.Module) -> nn.Module:
+    """Return the layer that gives the logits: some heads begin with a norm or a pooling."""
+    return [head, *(module for module in head.modules() if isinstance(module, nn.Linear | nn.Conv2d))][-1]

@@ -62,7 +62,8 @@ class Network(nn.Module, ABC):
             else:  # layers that share parameters are in one group
                 shared = [group for group in groups if not _ids([layer]).isdisjoint(_ids(groups[group]))]
                 merged = [old for group in shared for old in groups.pop(group)]
-                groups[[*shared, name.removeprefix("model.")][0]] = [*merged, layer]
+                short = name.removeprefix("model.")
+                groups[[*shared, name if short == "head" else short][0]] = [*merged, layer]
         if loose:
             first = next(iter(groups), "stem")
             groups[first] = [*loose, *groups.get(first, [])]

@@ -95,7 +95,8 @@ def _check_name(name: str, allow_remote: bool, kwargs: dict[str, Any]) -> None:
 def _depends_on_image_size(name: str) -> bool:
     timm = _import_timm()
     if ":" not in name:
-        return timm.models.get_pretrained_cfg(name).fixed_input_size
+        config = timm.models.get_pretrained_cfg(name)  # None: create_model reports the unknown tag
+        return config is not None and config.fixed_input_size
     with torch.device("meta"):
         return timm.create_model(name).pretrained_cfg.get("fixed_input_size", False)
 
