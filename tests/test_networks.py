@@ -416,10 +416,11 @@ def test_summary_of_a_plain_module_with_a_tuple_output() -> None:
 # ---- the network of a run
 
 
-def write_run(folder: Path, net: Network, leaf: dict[str, Any]) -> Path:
+def write_run(folder: Path, net: Network, leaf: dict[str, Any], size: int = 224) -> Path:
     folder.mkdir()
     (folder / "config.yaml").write_text(yaml.safe_dump({"model": {"net": leaf}}))
-    (folder / "manifest.json").write_text(json.dumps({"data": {"class_names": ["a", "b", "c", "d"]}}))
+    data = {"class_names": ["a", "b", "c", "d"], "image_shape": [getattr(net, "in_channels", 3), size, size]}
+    (folder / "manifest.json").write_text(json.dumps({"data": data}))
     save_file(net.state_dict(), folder / "weights.safetensors")
     return folder
 
@@ -459,13 +460,10 @@ def test_network_of_run_has_the_weights_of_the_run(
     assert all(torch.equal(value, trained.state_dict()[key]) for key, value in net.state_dict().items())
 
 
-def test_network_of_run_accepts_an_image_size(tmp_path: Path) -> None:
+def test_network_of_run_follows_the_image_size_of_the_data(tmp_path: Path) -> None:
     trained = TimmNetwork("vit_tiny_patch16_224", num_classes=4, image_size=32)
     leaf = {"class_path": "reslab.models.TimmNetwork", "init_args": {"name": "vit_tiny_patch16_224"}}
-    run = write_run(tmp_path / "run", trained, leaf)
-    with pytest.raises(ModelError, match=r"pos_embed \[1, 5, 192\] in the file"):
-        network_of_run(run)
-    assert network_of_run(run, image_size=32)(images()).shape == (2, 4)
+    assert network_of_run(write_run(tmp_path / "run", trained, leaf, size=32))(images()).shape == (2, 4)
 
 
 @pytest.mark.parametrize(

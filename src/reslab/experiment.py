@@ -107,7 +107,8 @@ class Run:
             self.record.note_environment(trainer.world_size, resumed, options.allow_world_size_change)
             if self.record.writes:
                 data.prepare_data()
-                self.record.write(data={**data.fingerprint(), "class_names": data.class_names})
+                shape = {"class_names": data.class_names, "image_shape": data.image_shape}
+                self.record.write(data={**data.fingerprint(), **shape})
                 if objective := model.objective.prepare(model.net):
                     self.record.write(objective=objective)
             trainer.fit(model, datamodule=data, ckpt_path=checkpoint, weights_only=True)

@@ -6,6 +6,7 @@ This module does not import torch, so that `reslab list models` is quick.
 import difflib
 import fnmatch
 import importlib
+import inspect
 import json
 import pickle
 import re
@@ -144,11 +145,11 @@ def load_weights(net: "nn.Module", weights: str | Path) -> list[str]:
 def network_of_run(run_dir: str | Path, **overrides: Any) -> "Network":
     """Build the network of a finished run, with the weights that the run tested.
 
-    The class and channel counts come from the run's config or, if it leaves them out, from its manifest and weights.
+    Class count, channels and image size are those of the run's data.
 
     Args:
         run_dir: The run directory: config.yaml, manifest.json and weights.safetensors.
-        overrides: Arguments of the network that differ from the config's: image_size=32.
+        overrides: Arguments of the network that differ from the config's.
 
     Raises:
         ModelError: The run is not finished, or its network is not a class of reslab: anything else is not imported.
@@ -160,20 +161,17 @@ def network_of_run(run_dir: str | Path, **overrides: Any) -> "Network":
         leaf = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))["model"]["net"]
         data = json.loads((run_dir / "manifest.json").read_text(encoding="utf-8"))["data"]
         class_path, init_args = leaf["class_path"], {**leaf.get("init_args", {}), **leaf.get("dict_kwargs", {})}
-        classes = init_args.get("num_classes", len(data["class_names"]))
+        channels, size, _ = data["image_shape"]
+        from_data = {"num_classes": len(data["class_names"]), "in_channels": channels, "image_size": size}
     except (OSError, KeyError, TypeError, ValueError, yaml.YAMLError) as error:
         raise ModelError(f"{run_dir} is not a finished run of one network: {error!r}") from None
     cls = _network_class(class_path)
-    init_args |= {key: value for key, value in {"pretrained": False, "weights": None}.items() if key in init_args}
-    init_args |= {"num_classes": classes, **overrides}
-    state = _tensors(_read_file(run_dir / WEIGHTS_FILE), run_dir)
-    if "in_channels" not in init_args:
-        with torch.device("meta"):
-            stem = _stem_keys(cls(**init_args))
-        init_args |= {"in_channels": state[stem[0]].shape[1]} if stem and stem[0] in state else {}
+    known = inspect.signature(cls).parameters
+    init_args |= {name: value for name, value in from_data.items() if name in known}
+    init_args |= {name: value for name, value in {"pretrained": False, "weights": None}.items() if name in known}
     with torch.random.fork_rng(devices=[]):  # what is built next must not depend on this network's initialization
-        net = cls(**init_args)
-    _load(net, state, run_dir)
+        net = cls(**{**init_args, **overrides})
+    _load(net, _tensors(_read_file(run_dir / WEIGHTS_FILE), run_dir), run_dir)
     return net
 
 
