@@ -336,3 +336,29 @@ def test_weights_are_loaded_without_a_fit_before(run: str, tmp_path: Path) -> No
     model = Classifier(small_net(), weights=str(tmp_path / "weights.pth"))
     getattr(quiet_trainer(), run)(model, datamodule=ImageData(Digits()))
     assert all(torch.equal(a, b) for a, b in zip(trained.parameters(), model.net.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [
+        (["--trainer.max_epochs=2", "--trainer.limit_train_batches=5"], 10),
+        (["--trainer.max_epochs=2", "--trainer.accumulate_grad_batches=2"], 40),
+        (["--trainer.max_epochs=null", "--trainer.max_steps=7"], 7),
+    ],
+)
+def test_preview_asks_the_classifier_for_the_schedule(options: list[str], steps: int, repo: Path) -> None:
+    from reslab.config import Experiment
+    from reslab.preview import learning_rates
+
+    config = ["--config", str(repo / "configs/experiment/digits.yaml"), "--trainer.accelerator=cpu"]
+    rates: list[float] = []
+
+    class Rates(Callback):
+        def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
+            if not rates or trainer.global_step == len(rates):
+                rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    data, model, settings = Experiment([*config, *options]).build()
+    Trainer(**{**settings, "callbacks": [Rates()], "logger": False, "limit_val_batches": 0}).fit(model, datamodule=data)
+    assert len(rates) == steps
+    assert learning_rates(*Experiment([*config, *options]).build()) == pytest.approx(rates)
