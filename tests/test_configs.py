@@ -195,7 +195,7 @@ def test_wrong_type_says_what_was_expected(tmp_path: Path, text: str, key: str, 
 
 
 OUT_OF_RANGE = [
-    ("data: {batch_size: 0}", "batch_size", "1 or more"),
+    ("data: {batch_size: 0}", "batch_size", "at least 1"),
     ("data: {augment: {crop_padding: -1}}", "crop_padding", "0 or more"),
     ("model: {label_smoothing: 1.5}", "label_smoothing", "[0, 1)"),
     ("model: {ema_decay: 2.0}", "ema_decay", "between 0 and 1"),
