@@ -197,7 +197,7 @@ def test_wrong_type_is_reported_with_the_expected_one(tmp_path: Path, text: str,
 
 
 OUT_OF_RANGE = [
-    ("data: {batch_size: 0}", "batch_size", "1 or more"),
+    ("data: {batch_size: 0}", "batch_size", "at least 1"),
     ("data: {augment: {crop_padding: -1}}", "crop_padding", "0 or more"),
     ("model: {objective: {init_args: {label_smoothing: 1.5}}}", "label_smoothing", "[0, 1)"),
     ("model: {ema_decay: 2.0}", "ema_decay", "between 0 and 1"),

@@ -106,8 +106,8 @@ def test_evaluation_is_resized_and_cropped_as_configured(pets):
     ("config", "message"),
     [
         ({"test_size": 0}, r"data\.resize\.test_size must be at least 1"),
-        ({"test_size": 64, "test_resize": 60}, "test_resize 60 is smaller than test_size 64"),
-        ({"test_resize": 20}, "test_resize 20 is smaller than the test size 32"),
+        ({"test_size": 64, "test_resize": 60}, "test_resize 60 is below test_size 64"),
+        ({"test_resize": 20}, "test_resize 20 is below the test size 32"),
         ({"scaled_decode": 0.0}, "must be above 0"),
     ],
 )

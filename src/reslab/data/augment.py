@@ -65,13 +65,13 @@ class Augment:
 
     def __post_init__(self) -> None:
         if self.crop_padding < 0 or self.cutout < 0:
-            raise UserError("data.augment: crop_padding and cutout must be 0 or more pixels")
+            raise UserError("augment: crop_padding and cutout must be 0 or more pixels")
         if not (0 <= self.mixup < np.inf and 0 <= self.cutmix < np.inf):
-            raise UserError("data.augment: mixup and cutmix must be at least 0 (off): alphas of a Beta distribution")
+            raise UserError("augment: mixup and cutmix must be at least 0 (off): alphas of a Beta distribution")
         if not 0 <= self.erasing <= 1 or self.repeats < 1:
-            raise UserError("data.augment: erasing must be a probability, 0 (off) to 1, and repeats at least 1")
+            raise UserError("augment: erasing must be a probability, 0 (off) to 1, and repeats at least 1")
         if not (0 < self.scale[0] <= self.scale[1] <= 1 and 0 < self.ratio[0] <= self.ratio[1]):
-            raise UserError("data.augment: scale and ratio must be [low, high] with 0 < low <= high, and scale <= 1")
+            raise UserError("augment: scale and ratio must be [low, high] with 0 < low <= high, and scale <= 1")
 
     @property
     def mixes(self) -> bool:

@@ -174,9 +174,7 @@ class ImageData(LightningDataModule):
         if self.resize.scaled_decode and simplejpeg is None:
             raise UserError("data.resize.scaled_decode requires simplejpeg: pip install 'reslab[fast]', or remove it")
         if self.test_resize < self._test_size:
-            raise UserError(
-                f"data.resize.test_resize {self.test_resize} is smaller than the test size {self._test_size}"
-            )
+            raise UserError(f"data.resize.test_resize {self.test_resize} is below the test size {self._test_size}")
 
     @property
     def _parts(self) -> tuple[int, int, int]:
@@ -194,9 +192,7 @@ class ImageData(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Batch]:
         if self.trainer and self.trainer.overfit_batches:  # type: ignore[attr-defined]
-            raise UserError(
-                "trainer.overfit_batches would replace the sampler: use trainer.limit_train_batches instead"
-            )
+            raise UserError("trainer.overfit_batches would replace the sampler: use trainer.limit_train_batches")
         # Lightning warns that the loader is not stateful; it does not need to be.
         warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before the epoch")
         repeats, n = self.augment.repeats, len(self.train_data)

@@ -65,6 +65,6 @@ class ResizeConfig:
             if (size := getattr(self, name)) is not None and size < 1:
                 raise UserError(f"data.resize.{name} must be at least 1, got {size}")
         if self.test_size and self.test_resize and self.test_resize < self.test_size:
-            raise UserError(f"data.resize.test_resize {self.test_resize} is smaller than test_size {self.test_size}")
+            raise UserError(f"data.resize.test_resize {self.test_resize} is below test_size {self.test_size}")
         if self.scaled_decode is not None and self.scaled_decode <= 0:
             raise UserError(f"data.resize.scaled_decode must be above 0, got {self.scaled_decode}")

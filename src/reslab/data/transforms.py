@@ -26,7 +26,7 @@ class TimmRandAugment(v2.Transform):
         try:
             from timm.data.auto_augment import rand_augment_transform
         except ImportError:
-            raise UserError("TimmRandAugment requires timm: pip install timm") from None
+            raise UserError("data.augment.transforms: TimmRandAugment requires timm: pip install timm") from None
         self.augment = rand_augment_transform(config, {"img_mean": tuple(fill)})
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
