@@ -129,7 +129,7 @@ def test_cell_with_a_job_is_not_submitted_again(
     assert f"scancel {array}" in capfd.readouterr().out
     command("scancel", f"{array}_0")
     assert run_slurm(study, out, HELD, detach=True) == 0
-    assert "submitted to Slurm: 1 cells; 3 already have a job" in capfd.readouterr().out
+    assert "submitted to Slurm: 1 cell; 3 already submitted" in capfd.readouterr().out
     assert len(queue()) == 4
     command("scontrol", "release", *queue())
     assert run_slurm(study, out, Cluster()) == 0
@@ -219,7 +219,7 @@ def test_study_outlives_the_submitting_process_and_a_signalled_cell_ends_the_sam
     command("scancel", "--signal=USR2", jobs(out)["A/seed-0"].number)
     assert ablate().wait(PATIENCE) == 0, log.read_text()
     assert (
-        "submitted to Slurm: 2 cells; 0 already have" in log.read_text()
+        "submitted to Slurm: 2 cells; 0 already submitted" in log.read_text()
         and "submitted to Slurm: 0 cells" in log.read_text()
     )
     first, second = manifest(out / "A/seed-0")["attempts"]

@@ -269,16 +269,11 @@ def cost(report: Report, unit: Unit) -> Figure | None:
     spots = _spread(places[:, 1], 1 / max(9.0, len(timed) + 0.5))
     for i, name in enumerate(timed):
         color = INK if name == report["baseline"] else VAL
-        _cross(ax, x[i], rows[i], color)
+        ax.vlines(x[i], *rows[i, 1:], color=color, lw=1.4, alpha=0.7)  # nothing where there is no interval
+        ax.plot(x[i], rows[i, 0], "D", color=color, ms=6.5, mec="white", zorder=5)
         leader = [places[i, 0], 1.03], [places[i, 1], spots[i]]
         ax.plot(*leader, color="#C8C8C8", lw=0.7, transform=ax.transAxes, clip_on=False, zorder=1)
         text = label(name, 20) if len(timed) < 9 else shorten(name, 40)
         ax.text(1.04, spots[i], text, transform=ax.transAxes, va="center", fontsize=9, color=color, linespacing=0.95)
     ax.set(xlabel=f"wall time per cell ({clock})", ylabel=unit.axis(report["metric"]))
     return figure
-
-
-def _cross(ax: Axes, x: float, row: np.ndarray, color: str) -> None:
-    if np.isfinite(row).all():
-        ax.plot([x, x], row[1:], color=color, lw=1.4, alpha=0.7)
-    ax.plot(x, row[0], "D", color=color, ms=6.5, mec="white", zorder=5)

@@ -69,6 +69,13 @@ def nested(key: str, value: Any) -> Config:
     return value
 
 
+def change(config: Config, changes: Config, folder: Path) -> Config:
+    """Return the config with some dotted keys changed; paths of YAML files are relative to `folder`."""
+    for key, value in changes.items():
+        config = merge(config, nested(key, loaded(value, folder)))
+    return config
+
+
 def merge(old: Any, new: Any) -> Any:
     """Return `new` stacked on `old`, as config files are: mappings are merged, everything else is replaced.
 

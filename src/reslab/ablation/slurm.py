@@ -219,7 +219,8 @@ class Queue:
         known = jobs(self.out)
         new = [cell for cell in self.todo if cell.name not in known or known[cell.name].state in ENDED]
         submit(self.progress.study, self.out, new, self.cluster, self.limit)
-        print(f"submitted to Slurm: {len(new)} cells; {len(self.todo) - len(new)} already have a job", flush=True)
+        cells, others = f"{len(new)} cell{'s' * (len(new) != 1)}", len(self.todo) - len(new)
+        print(f"submitted to Slurm: {cells}; {others} already submitted", flush=True)
 
     def wait(self) -> None:
         """Wait until no cell has a job."""

@@ -124,9 +124,7 @@ def read_study(name: str | Path, overrides: Sequence[str] = ()) -> Study:
     arms = {}
     for arm, (levels, changes) in variants.items():
         run = {"name": f"{title}.{arm}", "test_weights": test_weights, "group": title, "job_type": arm}
-        config = merge(base, {"run": run})
-        for key, value in changes.items():
-            config = merge(config, resolve.nested(key, resolve.loaded(value, path.parent)))
+        config = resolve.change(merge(base, {"run": run}), changes, path.parent)
         _check_arm(path, arm, changes, config)
         arms[arm] = Arm(arm, levels, config)
     baseline = _baseline(path, text["baseline"], factors, arms)
@@ -168,25 +166,18 @@ def _check_keys(path: Path, text: Config) -> None:
 def _base(path: Path, text: Config, overrides: Sequence[str], varied: set[str]) -> Config:
     """Return the config that all arms start from: base.yaml, the study's base files, then the command line."""
     config = resolve.read_config(CONFIGS / "base.yaml")
-    for part in text["base"]:
-        config = merge(config, _part(part, path.parent))
+    for part in text["base"]:  # a config file, or dotted keys and values
+        if isinstance(part, dict):
+            config = resolve.change(config, dict(resolve.flat(part)), path.parent)
+        else:
+            config = merge(config, resolve.read_config(path.parent / str(part)))
     for key, value in resolve.options(overrides):
         if key == "config":
             config = merge(config, resolve.read_config(Path(value)))
         elif clash := [v for v in varied if v == key or key.startswith(f"{v}.")]:
             raise UserError(f"{path}: --{key} would apply to all arms, but they differ in {clash[0]}")
         else:
-            config = merge(config, resolve.nested(key, resolve.loaded(yaml.load(value, resolve.Loader), Path())))
-    return config
-
-
-def _part(part: Any, folder: Path) -> Config:
-    """Return one entry of a study's base: a config file (path relative to `folder`), or dotted keys and values."""
-    if not isinstance(part, dict):
-        return resolve.read_config(folder / str(part))
-    config: Config = {}
-    for key, value in resolve.flat(part):
-        config = merge(config, resolve.nested(key, resolve.loaded(value, folder)))
+            config = resolve.change(config, {key: yaml.load(value, resolve.Loader)}, Path())
     return config
 
 
@@ -226,24 +217,18 @@ def _levels(path: Path, key: str, values: Any) -> dict[str, Any]:
         return {str(label): value for label, value in values.items()}
     if not isinstance(values, list) or len(values) < 2:
         raise UserError(f"{path}: factor {key} requires a list of at least two values, or LABEL: VALUE pairs")
-    labels = [re.sub(r"[^\w.=-]+", "-", _text(value)).strip("-") for value in values]
+    texts = [value if isinstance(value, str) else json.dumps(value) for value in values]
+    labels = [re.sub(r"[^\w.=-]+", "-", text).strip("-") for text in texts]
     if twice := [label for label in labels if labels.count(label) > 1]:
         raise UserError(f"{path}: factor {key} has the level {twice[0]} twice")
     return dict(zip(labels, values, strict=True))
 
 
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
-
-
 def _short(key: str, factors: Mapping[str, Any]) -> str:
     """Return the shortest end of a key that no other factor shares."""
     parts = key.split(".")
-    for n in range(1, len(parts)):
-        short = ".".join(parts[-n:])
-        if sum(other.endswith(short) for other in factors) == 1:
-            return short
-    return key
+    ends = (".".join(parts[-n:]) for n in range(1, len(parts)))
+    return next((end for end in ends if sum(other.endswith(end) for other in factors) == 1), key)
 
 
 def _level_labels(path: Path, factors: Factors, part: Any) -> dict[str, str]:
