@@ -133,7 +133,7 @@ class Experiment(LightningCLI):
         """The whole resolved configuration as YAML: a config file of the same run in a folder of its own."""
         config = self.config.clone()
         config.run.dir = None
-        return self.parser.dump(config, skip_none=False, skip_validation=True)
+        return self.parser.dump(config, skip_unset=False, skip_validation=True)
 
     def run_dir(self) -> Path:
         """The run's folder: as given, else runs/<name>/<id>.
@@ -162,7 +162,7 @@ class Experiment(LightningCLI):
         if self.config.trainer.deterministic:  # float32 means float32: TF32 rounds its inputs to 10 bits
             torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
         try:
-            built = self.parser.instantiate_classes(self.config)
+            built = self.parser.instantiate(self.config)
         except (ValueError, UserError) as error:  # a check at construction, with the fix in its message
             raise UserError(located(str(error), self._keys(), self._args, BASE)) from error
         self._check_links(built.data)
