@@ -131,7 +131,7 @@ class Experiment(LightningCLI):
         """Return the resolved configuration as YAML, without the run directory: a config file for the same run."""
         config = self.config.clone()
         config.run.dir = None
-        return self.parser.dump(config, skip_none=False, skip_validation=True)
+        return self.parser.dump(config, skip_unset=False, skip_validation=True)
 
     def run_dir(self) -> Path:
         """Return the run directory: as given, else runs/<name>/<id>.
