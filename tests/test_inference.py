@@ -11,7 +11,6 @@ from PIL import Image
 
 from reslab.cli import main
 from reslab.data.loaders import FolderOrder, image_paths
-from reslab.inference import _without_pretrained
 
 Undisturbed = Callable[..., Path]
 
@@ -90,6 +89,8 @@ def test_directories_are_listed_lazily(tmp_path: Path) -> None:
     ],
 )
 def test_pretrained_weights_are_not_fetched_again(tmp_path: Path, init_args: str, overrides: list[str]) -> None:
+    from reslab.inference import _without_pretrained
+
     config = tmp_path / "config.yaml"
     config.write_text(f"model: {{net: {{class_path: Net, init_args: {init_args}}}}}")
     assert _without_pretrained(config) == overrides

@@ -38,7 +38,7 @@ def load_run(run: str, overrides: list[str], data_needed: bool = True) -> tuple[
     if not folder.weights.exists():
         raise UserError(f"{run} has no {folder.weights.name} yet: its status is {manifest['status']}")
     # The file holds the evaluated weights (the average, if there was one): no other weights are loaded or fetched.
-    fixed = ["--model.ema_decay", "null", "--model.weights", "null", "--model.compile", "false"]
+    fixed = ["--model.ema_decay", "null", "--model.weights", "null", "--model.execution.compile", "false"]
     fixed += _without_pretrained(folder.config)
     if not data_needed:
         fixed += ["--data.classes", json.dumps(manifest["data"]["class_names"])]
