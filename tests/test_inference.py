@@ -79,3 +79,19 @@ def test_directories_are_listed_lazily(tmp_path: Path) -> None:
     save_gray(tmp_path / "b" / "1.png")
     assert list(paths) == ["b/0.png", "b/1.png"]
     assert list(FolderOrder(tmp_path, 2)) == [(0, ["a/0.png", "b/0.png"]), (2, ["b/1.png"])]
+
+
+@pytest.mark.parametrize(
+    ("init_args", "overrides"),
+    [
+        ("{name: resnet10t, pretrained: true}", ["--model.net.init_args.pretrained=false"]),
+        ("{name: resnet18, weights: DEFAULT}", ["--model.net.init_args.weights=null"]),
+        ("{layers: [1, 1, 1]}", []),
+    ],
+)
+def test_pretrained_weights_are_not_fetched_again(tmp_path: Path, init_args: str, overrides: list[str]) -> None:
+    from reslab.inference import _without_pretrained
+
+    config = tmp_path / "config.yaml"
+    config.write_text(f"model: {{net: {{class_path: Net, init_args: {init_args}}}}}")
+    assert _without_pretrained(config) == overrides
