@@ -124,11 +124,8 @@ def resume_point(folder: Path, quarantine: bool = True) -> tuple[Path | None, li
             path.replace(aside)
         messages.append(f"{path} is damaged (its SHA-256 is not in {SUMS}): renamed to {aside.name}")
     if messages:
-        raise UserError(
-            "\n".join(
-                [*messages, f"no intact checkpoint is left in {folder}: start the run again in another directory"]
-            )
-        )
+        remedy = f"no intact checkpoint is left in {folder}: start the run again in another directory"
+        raise UserError("\n".join([*messages, remedy]))
     return None, messages
 
 
@@ -189,9 +186,7 @@ class Checkpoints(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._written_at = time.monotonic()
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if at_step_end(trainer, batch_idx) and self._due(trainer):
             self.write(trainer)
 

@@ -16,14 +16,8 @@ from reslab.data.order import step_seed
 from reslab.errors import UserError
 from reslab.models.network import Network
 from reslab.models.zoo import load_weights
+from reslab.training import lightning_internals as internals
 from reslab.training.ema import EMA
-from reslab.training.lightning_internals import (
-    is_logged_step,
-    micro_batch_index,
-    publish,
-    set_up_data,
-    steps_per_epoch,
-)
 from reslab.training.objectives import CrossEntropy, Objective
 from reslab.training.optimizers import Cosine, ParamGroups, Schedule, nesterov_sgd, parameter_groups
 from reslab.training.processes import shard
@@ -95,19 +89,20 @@ class Classifier(LightningModule):
         execution: Execution = Execution(),
     ) -> None:
         super().__init__()
-        _check(net, base_batch_size, ema_decay)
+        if ema_decay is not None and not 0 < ema_decay < 1:
+            raise ValueError(f"ema_decay must be between 0 and 1, got {ema_decay}; null turns the average off")
+        if base_batch_size is not None and base_batch_size < 1:
+            raise ValueError(f"base_batch_size must be at least 1, got {base_batch_size}")
+        if getattr(net, "num_classes", None) == 0:
+            raise ValueError("num_classes must be at least 1, got 0: that is a network without a head")
         param_groups.check(net)
         self.net: nn.Module = net.to(memory_format=torch.channels_last) if execution.channels_last else net
         self.weights = weights
         self.objective = objective or CrossEntropy()
-        self.make_optimizer = optimizer
-        self.schedule = schedule or Cosine()
-        self.base_batch_size = base_batch_size
-        self.param_groups = param_groups
-        self.ema_decay = ema_decay
+        self.make_optimizer, self.schedule = optimizer, schedule or Cosine()
+        self.base_batch_size, self.param_groups = base_batch_size, param_groups
+        self.ema_decay, self.flip_tta, self.execution = ema_decay, flip_tta, execution
         self.ema: EMA | None = None
-        self.flip_tta = flip_tta
-        self.execution = execution
         self.seed: int | None = None
         self.latest: dict[str, float] = {}
         self.predictions: dict[str, Tensor] = {}
@@ -170,23 +165,19 @@ class Classifier(LightningModule):
     # Training
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        batch_size = getattr(self.trainer.datamodule, "batch_size", None)  # type: ignore[attr-defined]
+        if self.base_batch_size is not None and batch_size is None:
+            raise UserError("model.base_batch_size requires a datamodule with a batch_size, such as ImageData")
+        lr_scale = batch_size / self.base_batch_size if batch_size and self.base_batch_size else 1.0
         optimizer = self.make_optimizer(parameter_groups(self.net, self.param_groups))
         for group in optimizer.param_groups:
-            group["lr"] *= self._lr_scale() * group["lr_scale"]
-        set_up_data(self.trainer)
+            group["lr"] *= lr_scale * group["lr_scale"]
+        internals.set_up_data(self.trainer)
         total_steps = self.trainer.estimated_stepping_batches
         if math.isinf(total_steps):
             raise UserError("the schedule requires an end of training: set trainer.max_epochs or trainer.max_steps")
-        scheduler = self.schedule.scheduler(optimizer, int(total_steps), steps_per_epoch(self.trainer))
+        scheduler = self.schedule.scheduler(optimizer, int(total_steps), internals.steps_per_epoch(self.trainer))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-    def _lr_scale(self) -> float:
-        if self.base_batch_size is None:
-            return 1.0
-        batch_size = getattr(self.trainer.datamodule, "batch_size", None)  # type: ignore[attr-defined]
-        if batch_size is None:
-            raise UserError("model.base_batch_size requires a datamodule with a batch_size, such as ImageData")
-        return batch_size / self.base_batch_size
 
     def on_train_start(self) -> None:
         if self.seed is None:
@@ -194,7 +185,7 @@ class Classifier(LightningModule):
         self._window = self._window.to(self.device)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        reseed(step_seed(self.seed or 0, micro_batch_index(self.trainer), self.global_rank), self.device)
+        reseed(step_seed(self.seed or 0, internals.micro_batch_index(self.trainer), self.global_rank), self.device)
         loss, logits = self.objective.loss(self.net, batch)
         with torch.no_grad():
             sums = self.objective.training_sums(loss.detach(), logits, batch)
@@ -207,7 +198,7 @@ class Classifier(LightningModule):
         step = self.trainer.global_step + 1  # counts this one
         if self.ema is not None:
             self.ema.update(self.net, step)
-        if is_logged_step(self.trainer, step):
+        if internals.is_logged_step(self.trainer, step):
             self._log_window(step)
         elif step % CHECK_FINITE_EVERY == 0:
             self._check_finite(self.trainer.strategy.reduce(self._window.clone(), reduce_op="sum").tolist(), step)
@@ -221,7 +212,7 @@ class Classifier(LightningModule):
         means = {f"train/{name}": s / images for name, s in zip(self.objective.training_metrics, sums, strict=True)}
         lr = self.optimizers().param_groups[0]["lr"]  # type: ignore[union-attr]
         self.latest.update({**means, "lr": lr})
-        publish(self.trainer, {**means, "lr": lr})
+        internals.publish(self.trainer, {**means, "lr": lr})
         self._window.zero_()
         self._window_images = 0
 
@@ -289,15 +280,6 @@ class Classifier(LightningModule):
         self.latest.update(values)
         # float64: log_dict would round plain numbers to float32.
         self.log_dict({name: torch.tensor(value, dtype=torch.float64) for name, value in values.items()})
-
-
-def _check(net: nn.Module, base_batch_size: int | None, ema_decay: float | None) -> None:
-    if ema_decay is not None and not 0 < ema_decay < 1:
-        raise ValueError(f"ema_decay must be between 0 and 1, got {ema_decay}; null turns the average off")
-    if base_batch_size is not None and base_batch_size < 1:
-        raise ValueError(f"base_batch_size must be at least 1, got {base_batch_size}")
-    if getattr(net, "num_classes", None) == 0:
-        raise ValueError("num_classes must be at least 1, got 0: that is a network without a head")
 
 
 OUTCOMES = ("index", "label", "prediction", "confidence", "correct_probability")

@@ -93,19 +93,13 @@ def steps_per_epoch(trainer: Trainer) -> float:
 
 
 def is_logged_step(trainer: Trainer, step: int) -> bool:
-    """Return whether training metrics are logged at this optimizer step.
-
-    Every `log_every_n_steps` steps, and at the end of an epoch that has fewer steps than that.
-    """
+    """Return whether to log training metrics: every `log_every_n_steps` steps, or at the end of a shorter epoch."""
     every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
     return step % every == 0 or (trainer.is_last_batch and steps_per_epoch(trainer) < every)
 
 
 def set_up_data(trainer: Trainer) -> None:
-    """Create the training loader, so that the number of batches is known in `configure_optimizers`.
-
-    With `max_steps`, Lightning would otherwise not know it there.
-    """
+    """Create the training loader: with `max_steps`, `configure_optimizers` would not know the number of batches."""
     trainer.fit_loop.setup_data()
 
 
@@ -140,14 +134,12 @@ def resume_after_step(trainer: Trainer, checkpoint: Mapping[str, Any]) -> None:
 
 
 def publish(trainer: Trainer, values: Mapping[str, float]) -> None:
-    """Log host values now, from any hook: to all loggers and to `callback_metrics`, where monitors look.
+    """Log host values now: to all loggers, and to `callback_metrics`, where monitors look.
 
-    `self.log` is not allowed in every hook, and the value of a step must be in metrics.csv before the checkpoint of
-    that step is written.
+    `self.log` is not allowed in every hook and logs later: a row must be in metrics.csv before its step's checkpoint.
     """
-    trainer._logger_connector.callback_metrics.update(
-        {name: torch.tensor(value, dtype=torch.float64) for name, value in values.items()}
-    )
+    tensors = {name: torch.tensor(value, dtype=torch.float64) for name, value in values.items()}
+    trainer._logger_connector.callback_metrics.update(tensors)
     for logger in trainer.loggers:
         logger.log_metrics(dict(values), step=current_step(trainer))
 

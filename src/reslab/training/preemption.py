@@ -49,9 +49,7 @@ class Preemption(Callback):
             signal.raise_signal(signal.SIGINT)  # second Ctrl-C: stop at once
         self._received = number
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if at_step_end(trainer, batch_idx) and (number := max_over_ranks(trainer, self._received, trainer.global_step)):
             self._stop(trainer, number)
 
@@ -65,9 +63,8 @@ class Preemption(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *args: Any
     ) -> None:
         if number := self._received_by_any(trainer, batch_idx, trainer.num_test_batches):
-            raise Preempted(
-                f"{signal.Signals(number).name} during the test: run the same command again to repeat the test"
-            )
+            name = signal.Signals(number).name
+            raise Preempted(f"{name} during the test: run the same command again to repeat the test")
 
     def _received_by_any(self, trainer: Trainer, batch_idx: int, batches: list[int | float]) -> int:
         done = batch_idx + 1

@@ -36,7 +36,7 @@ class ProgressReport(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._began = time.monotonic()
         self._first_step = trainer.global_step
-        self._resume_clock()
+        self._mark = time.monotonic()
         self._logged = (self.seconds, self.images)
         if trainer.is_global_zero and self._console.is_terminal:
             self._bar = Progress(
@@ -48,9 +48,7 @@ class ProgressReport(Callback):
             )
             self._bar.start()
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.images += len(batch[1]) * trainer.world_size
         step = trainer.global_step
         if at_step_end(trainer, batch_idx) and is_logged_step(trainer, step):
@@ -64,7 +62,7 @@ class ProgressReport(Callback):
             self._stop_clock()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._resume_clock()
+        self._mark = time.monotonic()
         self._validated_in = trainer.current_epoch
         self._refresh(pl_module)
 
@@ -86,9 +84,6 @@ class ProgressReport(Callback):
     def images_per_second(self) -> float | None:
         """Return training images per second over the whole run so far; None before the first step."""
         return self.images / self.seconds if self.seconds > 0 else None
-
-    def _resume_clock(self) -> None:
-        self._mark = time.monotonic()
 
     def _stop_clock(self) -> None:
         now = time.monotonic()
