@@ -12,7 +12,7 @@ class LibraryNetwork(Network):
 
     Args:
         model: Maps images to logits.
-        heads: The layers that give the logits: one, or several whose outputs the model averages.
+        heads: One module that ends with the layer that gives the logits, or several whose outputs the model averages.
         in_channels: Channels of the images.
         num_classes: Outputs of the model; 0 if it returns features.
     """
@@ -21,7 +21,8 @@ class LibraryNetwork(Network):
         super().__init__()
         self.in_channels, self.num_classes = in_channels, num_classes
         self.model = model
-        heads = [_last_linear(head) for head in heads]
+        # Some heads begin with a norm or a pooling.
+        heads = [[head, *(m for m in head.modules() if isinstance(m, nn.Linear | nn.Conv2d))][-1] for head in heads]
         # Names, not modules: a module may be replaced (SyncBatchNorm, FSDP2).
         self._head_names = [name for name, module in model.named_modules() if any(module is head for head in heads)]
         inputs = getattr(heads[0], "in_features", None) or getattr(heads[0], "in_channels", None)
@@ -42,23 +43,10 @@ class LibraryNetwork(Network):
         """
         features: list[Tensor] = []
         first = self.model.get_submodule(self._head_names[0])
-        hook = first.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0]))
-        try:
+        with first.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0])):
             self.model(x)
-        finally:
-            hook.remove()
         return features[0].mean((2, 3)) if features[0].ndim == 4 else features[0]
-
-    @staticmethod
-    def names() -> list[str]:
-        """Return the names of all models in the library."""
-        raise NotImplementedError
 
     def convert_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return a published state dict by the keys (and for the image size) of this version of the library."""
         return state
-
-
-def _last_linear(head: nn.Module) -> nn.Module:
-    """Return the layer that gives the logits: some heads begin with a norm or a pooling."""
-    return [head, *(module for module in head.modules() if isinstance(module, nn.Linear | nn.Conv2d))][-1]

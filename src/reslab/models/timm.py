@@ -13,8 +13,6 @@ from reslab.models import ModelError
 from reslab.models.library import LibraryNetwork
 from reslab.models.zoo import nearest
 
-# torch.load reads this and then refuses pickles with code, also where timm or torch.hub asks for weights_only=False.
-TENSORS_ONLY = {"TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1"}
 BUILD_ERRORS = (TypeError, ValueError, AssertionError, RuntimeError, AttributeError, KeyError)
 # Arguments of timm.create_model that name files or addresses to load weights from.
 REMOTE_KWARGS = {"checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay"}
@@ -54,21 +52,25 @@ class TimmNetwork(LibraryNetwork):
         _check_name(name, allow_remote, kwargs)
         options = {"num_classes": num_classes, "in_chans": in_channels, **kwargs}
         try:
-            with patch.dict(os.environ, TENSORS_ONLY):
+            # torch.load then refuses pickles with code, also where timm or torch.hub asks for weights_only=False.
+            with patch.dict(os.environ, TORCH_FORCE_WEIGHTS_ONLY_LOAD="1"):
                 if image_size is not None and _depends_on_image_size(name):
                     options["img_size"] = image_size
                 model = timm.create_model(name, pretrained=pretrained, **options)
         except Exception as error:  # of any kind: huggingface_hub raises those of its HTTP client
             raise ModelError(_explain(name, pretrained, error)) from error
-        super().__init__(model, _heads(model), in_channels, num_classes)
+        if not hasattr(model, "get_classifier"):
+            raise ModelError(f"timm/{name} is not a classifier with these arguments: remove features_only")
+        head = model.get_classifier()
+        heads = list(head) if isinstance(head, tuple | list | nn.ModuleList) else [head]
+        super().__init__(model, heads, in_channels, num_classes)
 
     @staticmethod
     def names() -> list[str]:
         return _import_timm().list_models()
 
     def convert_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        module = sys.modules[type(self.model).__module__]
-        convert = getattr(module, "checkpoint_filter_fn", None)
+        convert = getattr(sys.modules[type(self.model).__module__], "checkpoint_filter_fn", None)
         return convert(state, self.model) if convert else state
 
 
@@ -81,10 +83,10 @@ def _import_timm() -> Any:
 
 
 def _check_name(name: str, allow_remote: bool, kwargs: dict[str, Any]) -> None:
-    remote = sorted(REMOTE_KWARGS & kwargs.keys())
-    if (":" in name or remote) and not allow_remote:
+    remote = [f"name {name!r}"] if ":" in name else sorted(REMOTE_KWARGS & kwargs.keys())
+    if remote and not allow_remote:
         raise ModelError(
-            f"{', '.join(remote) or f'name {name!r}'} loads a model from outside of timm's own list: "
+            f"{', '.join(remote)} loads a model from outside of timm's own list: "
             "set allow_remote to true if you trust its source"
         )
     base = name.partition(".")[0]
@@ -95,8 +97,7 @@ def _check_name(name: str, allow_remote: bool, kwargs: dict[str, Any]) -> None:
 def _depends_on_image_size(name: str) -> bool:
     timm = _import_timm()
     if ":" not in name:
-        config = timm.models.get_pretrained_cfg(name)  # None: create_model reports the unknown tag
-        return config is not None and config.fixed_input_size
+        return getattr(timm.models.get_pretrained_cfg(name), "fixed_input_size", False)
     with torch.device("meta"):
         return timm.create_model(name).pretrained_cfg.get("fixed_input_size", False)
 
@@ -111,10 +112,3 @@ def _explain(name: str, pretrained: bool, error: Exception) -> str:
         f"the weights of timm/{name} cannot be loaded ({reason}). Download the file yourself from {source or name}, "
         "then set pretrained to false and model.weights to the file"
     )
-
-
-def _heads(model: Any) -> list[nn.Module]:
-    if not hasattr(model, "get_classifier"):
-        raise ModelError(f"{type(model).__name__} of timm is not a classifier: remove features_only")
-    head = model.get_classifier()
-    return list(head) if isinstance(head, tuple | list | nn.ModuleList) else [head]

@@ -5,15 +5,10 @@ from typing import Any
 
 import torchvision.models
 from torch import Tensor, nn
-from torchvision.models.squeezenet import SqueezeNet
 
 from reslab.models import ModelError
 from reslab.models.library import LibraryNetwork
 from reslab.models.zoo import load_weights, nearest
-
-# Auxiliary heads return a tuple in training. The published weights want the input transform: always use it, so that
-# a network does not depend on where its weights came from.
-INCEPTION_KWARGS = {"aux_logits": False, "init_weights": True, "transform_input": True}
 
 
 class TorchvisionNetwork(LibraryNetwork):
@@ -47,19 +42,24 @@ class TorchvisionNetwork(LibraryNetwork):
         if name not in self.names():
             raise ModelError(f"torchvision has no image classifier {name!r}{nearest(name, self.names())}")
         if name in ("googlenet", "inception_v3"):
-            kwargs = {**INCEPTION_KWARGS, "transform_input": in_channels == 3, **kwargs}
-        if image_size is not None and name.startswith(("vit_", "maxvit_")):
-            kwargs |= _image_size(name, image_size)
+            # Auxiliary heads return a tuple in training. The published weights require the input transform: always use
+            # it, so that a network does not depend on where its weights came from.
+            kwargs = {"aux_logits": False, "init_weights": True, "transform_input": in_channels == 3, **kwargs}
+        if image_size is not None:
+            height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+            if name.startswith("maxvit_"):
+                kwargs["input_size"] = (height, width)
+            elif name.startswith("vit_"):  # requires square images, and checks it in forward
+                kwargs["image_size"] = height
         try:
             model = torchvision.models.get_model(name, num_classes=num_classes or 1000, **kwargs)
         except (TypeError, ValueError, AssertionError, RuntimeError) as error:
             raise ModelError(f"torchvision/{name} cannot be built with these arguments: {error}") from error
-        head_name = _head_name(model)
         if in_channels != 3:
-            _replace_first_conv(model, in_channels)
-        super().__init__(model, [model.get_submodule(head_name)], in_channels, num_classes)
+            _change_channels(model, in_channels)
+        super().__init__(model, [model], in_channels, num_classes)
         if num_classes == 0:
-            model.set_submodule(head_name, nn.Identity())
+            model.set_submodule(self._head_names[0], nn.Identity())
         self.name = name
         if weights is not None:
             print(*load_weights(self, weights), sep="\n")
@@ -74,29 +74,8 @@ class TorchvisionNetwork(LibraryNetwork):
         return {key: value for key, value in renamed.items() if not key.startswith(("aux1.", "aux2.", "AuxLogits."))}
 
 
-def _image_size(name: str, size: int | tuple[int, int]) -> dict[str, Any]:
-    height, width = (size, size) if isinstance(size, int) else size
-    if name.startswith("maxvit_"):
-        return {"input_size": (height, width)}
-    if height != width:
-        raise ModelError(f"torchvision/{name} requires square images, got image_size={size}")
-    return {"image_size": height}
-
-
-def _head_name(model: nn.Module) -> str:
-    """Return the name of the last linear layer; SqueezeNet's is a convolution."""
-    kind = nn.Conv2d if isinstance(model, SqueezeNet) else nn.Linear
-    return [name for name, module in model.named_modules() if isinstance(module, kind)][-1]
-
-
-def _replace_first_conv(model: nn.Module, in_channels: int) -> None:
-    name, old = next((name, module) for name, module in model.named_modules() if isinstance(module, nn.Conv2d))
-    new = nn.Conv2d(
-        in_channels,
-        old.out_channels,
-        old.kernel_size,  # type: ignore[arg-type]
-        old.stride,  # type: ignore[arg-type]
-        old.padding,  # type: ignore[arg-type]
-        bias=old.bias is not None,
-    )
-    model.set_submodule(name, new)
+def _change_channels(model: nn.Module, in_channels: int) -> None:
+    conv = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
+    conv.in_channels = in_channels
+    conv.weight = nn.Parameter(conv.weight.new_empty(conv.out_channels, in_channels, *conv.kernel_size))
+    conv.reset_parameters()
