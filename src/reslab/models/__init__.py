@@ -7,19 +7,17 @@ from reslab.errors import UserError
 
 # ruff: noqa: F401
 if TYPE_CHECKING:
+    from reslab.models.library import TimmNetwork, TorchvisionNetwork
     from reslab.models.network import Network, check_network
     from reslab.models.resnet import ResNet
     from reslab.models.summary import summarize
-    from reslab.models.timm import TimmNetwork
-    from reslab.models.torchvision import TorchvisionNetwork
     from reslab.models.zoo import create_model, list_models, load_weights, network_of_run
 
 _MODULES = {
+    "library": ("TimmNetwork", "TorchvisionNetwork"),
     "network": ("Network", "check_network"),
     "resnet": ("ResNet",),
     "summary": ("summarize",),
-    "timm": ("TimmNetwork",),
-    "torchvision": ("TorchvisionNetwork",),
     "zoo": ("create_model", "list_models", "load_weights", "network_of_run"),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}

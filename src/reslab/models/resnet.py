@@ -27,7 +27,6 @@ Norm = Literal["batch", "group", "none", "BatchNorm2d", "SyncBatchNorm", "GroupN
 
 relu = partial(F.relu, inplace=True)
 
-
 # Kernel and stride of the first convolution; whether a 3×3 max-pool of stride 2 follows.
 STEMS = {
     "imagenet": (7, 2, True),  # 224 -> 56
@@ -42,14 +41,11 @@ def group_norm(channels: int) -> nn.GroupNorm:
 
 
 NORMS: dict[str, Callable[[int], nn.Module]] = {
-    "batch": nn.BatchNorm2d,
-    "group": group_norm,
-    "none": nn.Identity,
-    "BatchNorm2d": nn.BatchNorm2d,
+    **dict.fromkeys(("batch", "BatchNorm2d"), nn.BatchNorm2d),
+    **dict.fromkeys(("group", "GroupNorm"), group_norm),
+    **dict.fromkeys(("none", "Identity"), nn.Identity),
     "SyncBatchNorm": nn.SyncBatchNorm,
-    "GroupNorm": group_norm,
     "InstanceNorm2d": partial(nn.InstanceNorm2d, affine=True),
-    "Identity": nn.Identity,
 }
 
 
@@ -58,8 +54,7 @@ class SubsampleAndPad(nn.Module):
 
     def __init__(self, new_channels: int, stride: int) -> None:
         super().__init__()
-        self.new_channels = new_channels
-        self.stride = stride
+        self.new_channels, self.stride = new_channels, stride
 
     def forward(self, x: Tensor) -> Tensor:  # (N, C, H, W) -> (N, C + new, H/s, W/s)
         return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.new_channels))

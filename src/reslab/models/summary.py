@@ -1,6 +1,6 @@
 """A network layer by layer: output shapes, parameters, and the cost of one forward pass."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -33,14 +33,8 @@ class Summary:
 
     rows: list[Layer]
     input_size: Shape
-
-    @property
-    def parameters(self) -> int:
-        return sum(row.parameters for row in self.rows)
-
-    @property
-    def flops(self) -> int:
-        return sum(row.flops for row in self.rows)
+    parameters: int
+    flops: int
 
     @property
     def macs(self) -> int:
@@ -73,8 +67,8 @@ def summarize(net: nn.Module, input_size: Sequence[int] = (3, 224, 224)) -> Summ
     size, channels = tuple(input_size), getattr(net, "in_channels", None)
     if len(size) != 3 or min(size) < 1 or channels not in (None, size[0]):
         raise ModelError(f"input size must be (C, H, W) with C = {channels or 'the number of channels'}, got {size}")
-    modules = dict(net.named_modules())
     shapes, flops = _run(net, size)
+    modules = dict(net.named_modules())
     parameters = dict.fromkeys(shapes, 0)
     for name, module in modules.items():
         while name not in shapes:  # a layer that its parent runs without calling it, as attention does
@@ -86,7 +80,7 @@ def summarize(net: nn.Module, input_size: Sequence[int] = (3, 224, 224)) -> Summ
         cost = flops[name] - sum(flops.get(child, 0) for child in children)
         if parameters[name] or cost or (not children and before != after):
             rows.append(Layer(name or "(network)", type(modules[name]).__name__, after, parameters[name], cost))
-    return Summary(rows, size)
+    return Summary(rows, size, sum(row.parameters for row in rows), sum(row.flops for row in rows))
 
 
 def _run(net: nn.Module, size: Shape) -> tuple[dict[str, tuple[Shape, Shape]], dict[str, int]]:
@@ -113,6 +107,6 @@ def _run(net: nn.Module, size: Shape) -> tuple[dict[str, tuple[Shape, Shape]], d
 
 def _shape(values: Any) -> Shape:
     """Return the shape of the first tensor without the batch; () if there is none."""
-    while isinstance(values, Sequence | Mapping) and values and not isinstance(values, str):
-        values = next(iter(values.values() if isinstance(values, Mapping) else values))
+    while isinstance(values, tuple | list) and values:
+        values = values[0]
     return tuple(values.shape[1:]) if isinstance(values, Tensor) else ()

@@ -10,6 +10,7 @@ import inspect
 import json
 import pickle
 import re
+import textwrap
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,7 +57,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
 LIBRARIES = {"timm": "TimmNetwork", "torchvision": "TorchvisionNetwork"}  # in reslab.models
 WEIGHTS_FILE = "weights.safetensors"  # of a run directory
 WRAPPERS = re.compile(r"^(module|net|model|_orig_mod)\.")  # DDP, Classifier, LibraryNetwork and others, torch.compile
-SHOWN_KEYS = 3  # of each kind of mismatch
 
 
 def list_models(pattern: str | None = None) -> list[str]:
@@ -220,7 +220,7 @@ def _rename(net: "nn.Module", state: "dict[str, Tensor]") -> "tuple[dict[str, Te
 
 def _keep_new_layers(net: "Network", state: "dict[str, Tensor]", source: str) -> list[str]:
     """Put the network's own head or first convolution into the state where the class or channel count differs."""
-    from reslab.models.network import parameter_ids
+    from reslab.models.network import params
 
     own, messages = net.state_dict(), []
     heads = {*net.head.modules()}
@@ -233,16 +233,13 @@ def _keep_new_layers(net: "Network", state: "dict[str, Tensor]", source: str) ->
         state |= {key: own[key] for key in ours}
         fate = "new" if net.num_classes else "left out"
         messages.append(f"the head is {fate}: {classes} classes in {source}, {net.num_classes} in this network")
-    stem = parameter_ids(next(iter(net.layer_groups().values())))
-    # One first convolution, or several side by side.
-    for key in [key for key, p in net.named_parameters() if id(p) in stem and p.ndim == 4]:
-        theirs_shape, shape = state.get(key, own[key]).shape, own[key].shape
-        if shape[1] == net.in_channels != theirs_shape[1] and (theirs_shape[0], theirs_shape[2:]) == (
-            shape[0],
-            shape[2:],
-        ):
+    stem = params(next(iter(net.layer_groups().values())))
+    for key, p in net.named_parameters():  # one first convolution, or several side by side
+        loaded = state.get(key, p).shape
+        is_first = p in stem and p.ndim == 4 and p.shape[1] == net.in_channels
+        if is_first and loaded != p.shape and (loaded[:1], loaded[2:]) == (p.shape[:1], p.shape[2:]):
             state[key] = own[key]
-            messages.append(f"the stem is new: {theirs_shape[1]} channels in {source}, {shape[1]} in this network")
+            messages.append(f"the stem is new: {loaded[1]} channels in {source}, {net.in_channels} in this network")
     return messages
 
 
@@ -264,8 +261,7 @@ def _load(net: "nn.Module", state: "dict[str, Tensor]", source: str) -> None:
             lines.append(f"{name}: {len(tensors)} tensors, {sum(v.numel() for v in tensors.values()):,} values")
         for kind, keys in differences.items():
             if keys:
-                more = ", …" if len(keys) > SHOWN_KEYS else ""
-                lines.append(f"{kind} ({len(keys)}): {', '.join(keys[:SHOWN_KEYS])}{more}")
+                lines.append(f"{kind} ({len(keys)}): {textwrap.shorten(', '.join(keys), 200, placeholder=' …')}")
         raise ModelError("\n  ".join(lines))
     net.load_state_dict(state)
 
