@@ -11,7 +11,7 @@ import json
 import pickle
 import re
 import textwrap
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -299,10 +299,9 @@ def _published(net: "nn.Module") -> dict[str, Any]:
     return known
 
 
-def nearest(name: str, names: Iterable[str]) -> str:
-    """Return the end of a message on an unknown name: up to three similar names, or all of them."""
-    names = list(names)
+def nearest(name: str, names: Collection[str]) -> str:
+    """Return the end of a message on an unknown name: up to three similar names, or the first of them."""
     close = difflib.get_close_matches(name, names, n=3)
     if close:
         return f": did you mean {' or '.join(close)}?"
-    return f"; there are {', '.join(names[:40])}{', …' if len(names) > 40 else ''}"
+    return f"; there are {textwrap.shorten(', '.join(names), 600, placeholder=' …')}"
