@@ -225,10 +225,10 @@ def test_channels_last_is_kept_in_bf16(name: str, shortcut: str) -> None:
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"shortcut": "none", "zero_init": True}, "set it to false"),
+        ({"shortcut": "none", "zero_init": True}, "zero_init requires another shortcut than none"),
         ({"norm": "none", "zero_init": True}, "another norm than none"),
         ({"norm": "Identity", "zero_init": True}, "another norm than none"),
-        ({"shortcut": "none", "drop_path": 0.1}, "another shortcut than none"),
+        ({"shortcut": "none", "drop_path": 0.1}, "drop_path requires another shortcut than none"),
         ({"drop_path": 1.0}, r"\[0, 1\)"),
         ({"groups": 32}, "block='bottleneck'"),
         ({"block": "bottleneck", "groups": 0}, "groups"),

@@ -472,7 +472,7 @@ def test_network_of_run_follows_the_image_size_of_the_data(tmp_path: Path) -> No
         ("os.system", "not a class of reslab"),
         ("torch.nn.Linear", "not a class of reslab"),
         ("reslabx.Net", "not a class of reslab"),
-        ("Unknown", "not a class of reslab"),
+        ("Unknown", "no class"),
         ("reslab.models.Missing", "no class"),
         ("reslab.no_such_module.Net", "no class"),
         ("reslab.errors.UserError", "not a subclass"),

@@ -5,30 +5,22 @@ from typing import TYPE_CHECKING, Any
 
 from reslab.errors import UserError
 
+# ruff: noqa: F401
 if TYPE_CHECKING:
-    from reslab.models.network import Network as Network
-    from reslab.models.network import check_network as check_network
-    from reslab.models.resnet import ResNet as ResNet
-    from reslab.models.summary import summarize as summarize
-    from reslab.models.timm import TimmNetwork as TimmNetwork
-    from reslab.models.torchvision import TorchvisionNetwork as TorchvisionNetwork
-    from reslab.models.zoo import create_model as create_model
-    from reslab.models.zoo import list_models as list_models
-    from reslab.models.zoo import load_weights as load_weights
-    from reslab.models.zoo import network_of_run as network_of_run
+    from reslab.models.library import TimmNetwork, TorchvisionNetwork
+    from reslab.models.network import Network, check_network
+    from reslab.models.resnet import ResNet
+    from reslab.models.summary import summarize
+    from reslab.models.zoo import create_model, list_models, load_weights, network_of_run
 
-_HOMES = {
-    "Network": "network",
-    "ResNet": "resnet",
-    "TimmNetwork": "timm",
-    "TorchvisionNetwork": "torchvision",
-    "check_network": "network",
-    "create_model": "zoo",
-    "list_models": "zoo",
-    "load_weights": "zoo",
-    "network_of_run": "zoo",
-    "summarize": "summary",
+_MODULES = {
+    "library": ("TimmNetwork", "TorchvisionNetwork"),
+    "network": ("Network", "check_network"),
+    "resnet": ("ResNet",),
+    "summary": ("summarize",),
+    "zoo": ("create_model", "list_models", "load_weights", "network_of_run"),
 }
+_HOMES = {name: module for module, names in _MODULES.items() for name in names}
 __all__ = ["ModelError", *_HOMES]
 
 

@@ -2,7 +2,8 @@
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -60,7 +61,7 @@ class Network(nn.Module, ABC):
             if isinstance(layer, nn.Parameter):
                 loose.append(layer)
             else:  # layers that share parameters are in one group
-                shared = [group for group in groups if not _ids([layer]).isdisjoint(_ids(groups[group]))]
+                shared = [group for group in groups if not params([layer]).isdisjoint(params(groups[group]))]
                 merged = [old for group in shared for old in groups.pop(group)]
                 short = name.removeprefix("model.")
                 groups[[*shared, name if short == "head" else short][0]] = [*merged, layer]
@@ -77,14 +78,14 @@ class Network(nn.Module, ABC):
         blocks: list[nn.Module] = []
         for group in list(self.layer_groups().values())[1:-1]:
             for block in (unit for layer in group if isinstance(layer, nn.Module) for unit in _units(layer)):
-                if _ids([block]).isdisjoint(_ids(blocks)):
+                if params([block]).isdisjoint(params(blocks)):
                     blocks.append(block)
         return blocks
 
 
-def _ids(layers: Iterable[nn.Module | nn.Parameter]) -> set[int]:
-    """Return the identities of all parameters in the layers."""
-    return {id(p) for layer in layers for p in (layer.parameters() if isinstance(layer, nn.Module) else [layer])}
+def params(layers: Iterable[nn.Module | nn.Parameter]) -> set[nn.Parameter]:
+    """Return all parameters in the layers."""
+    return {p for layer in layers for p in (layer.parameters() if isinstance(layer, nn.Module) else [layer])}
 
 
 def _layers(
@@ -103,9 +104,8 @@ def _layers(
 
 def _units(module: nn.Module) -> Iterator[nn.Module]:
     """Yield the blocks of a stage, or the module itself if it is one block."""
-    inside = [child for name, child in module.named_children() if name in CONTAINERS]
-    if type(module) in (nn.Sequential, nn.ModuleList):
-        inside = list(module.children())
+    is_list = type(module) in (nn.Sequential, nn.ModuleList)
+    inside = [child for name, child in module.named_children() if is_list or name in CONTAINERS]
     if type(module) is nn.ModuleList or any(next(child.children(), None) is not None for child in inside):
         for child in inside:
             yield from _units(child)
@@ -120,32 +120,22 @@ def check_network(net: nn.Module) -> None:
     Raises:
         ModelError: The message lists everything that is missing or wrong.
     """
-    wrong = [
-        f"attribute {name} must be an int, got {getattr(net, name, None)!r}"
-        for name in ("in_channels", "num_classes", "num_features")
-        if not isinstance(getattr(net, name, None), int)
-    ]
-    wrong += [
-        f"method {name}() is missing"
-        for name in ("forward_features", "layer_groups", "blocks")
-        if not callable(getattr(net, name, None))
-    ]
-    if not isinstance(getattr(net, "head", None), nn.Module):
-        wrong.append("attribute head must be an nn.Module")
-    if not wrong:
-        wrong = list(_layer_errors(net))  # type: ignore[arg-type]
+    kinds: dict[str, Any] = {"in_channels": int, "num_classes": int, "num_features": int, "head": nn.Module}
+    kinds |= {"forward_features": Callable, "layer_groups": Callable, "blocks": Callable}
+    unfit = [name for name, kind in kinds.items() if not isinstance(getattr(net, name, None), kind)]
+    wrong = [f"{name} must be a {kinds[name].__name__}" for name in unfit]
+    wrong = wrong or list(_layer_errors(net))  # type: ignore[arg-type]
     if wrong:
         raise ModelError(f"{type(net).__name__} is not a complete reslab.models.Network: {'; '.join(wrong)}")
 
 
 def _layer_errors(net: Network) -> Iterator[str]:
-    groups = [_ids(group) for group in net.layer_groups().values()]
+    groups = [params(group) for group in net.layer_groups().values()]
     count = Counter(p for group in groups for p in group)
-    misplaced = [f"{name} is in {count[id(p)]}" for name, p in net.named_parameters() if count[id(p)] != 1]
+    misplaced = [f"{name} is in {count[p]}" for name, p in net.named_parameters() if count[p] != 1]
     if misplaced:
         yield f"each parameter must be in one group of layer_groups(): {', '.join(misplaced[:3])}"
-    if not groups or not _ids([net.head]) <= groups[-1]:
+    if not groups or not params([net.head]) <= groups[-1]:
         yield "the last group of layer_groups() must hold the head"
-    blocks = [id(p) for block in net.blocks() for p in block.parameters()]
-    if len(set(blocks)) < len(blocks):
+    if max(Counter(p for block in net.blocks() for p in block.parameters()).values(), default=1) > 1:
         yield "blocks() must be disjoint"

@@ -27,17 +27,11 @@ Norm = Literal["batch", "group", "none", "BatchNorm2d", "SyncBatchNorm", "GroupN
 
 relu = partial(F.relu, inplace=True)
 
-
-class StemShape(NamedTuple):
-    kernel: int
-    stride: int
-    pool: bool  # followed by a 3×3 max-pool of stride 2
-
-
-STEMS: dict[str, StemShape] = {
-    "imagenet": StemShape(7, 2, pool=True),  # 224 -> 56
-    "cifar": StemShape(3, 1, pool=False),  # 32 -> 32
-    "cifar_stride2": StemShape(3, 2, pool=False),  # 32 -> 16: a quarter of the operations
+# Kernel and stride of the first convolution; whether a 3×3 max-pool of stride 2 follows.
+STEMS = {
+    "imagenet": (7, 2, True),  # 224 -> 56
+    "cifar": (3, 1, False),  # 32 -> 32
+    "cifar_stride2": (3, 2, False),  # 32 -> 16: a quarter of the operations
 }
 
 
@@ -47,14 +41,11 @@ def group_norm(channels: int) -> nn.GroupNorm:
 
 
 NORMS: dict[str, Callable[[int], nn.Module]] = {
-    "batch": nn.BatchNorm2d,
-    "group": group_norm,
-    "none": nn.Identity,
-    "BatchNorm2d": nn.BatchNorm2d,
+    **dict.fromkeys(("batch", "BatchNorm2d"), nn.BatchNorm2d),
+    **dict.fromkeys(("group", "GroupNorm"), group_norm),
+    **dict.fromkeys(("none", "Identity"), nn.Identity),
     "SyncBatchNorm": nn.SyncBatchNorm,
-    "GroupNorm": group_norm,
     "InstanceNorm2d": partial(nn.InstanceNorm2d, affine=True),
-    "Identity": nn.Identity,
 }
 
 
@@ -63,8 +54,7 @@ class SubsampleAndPad(nn.Module):
 
     def __init__(self, new_channels: int, stride: int) -> None:
         super().__init__()
-        self.new_channels = new_channels
-        self.stride = stride
+        self.new_channels, self.stride = new_channels, stride
 
     def forward(self, x: Tensor) -> Tensor:  # (N, C, H, W) -> (N, C + new, H/s, W/s)
         return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.new_channels))
@@ -263,28 +253,20 @@ def _check(net: ResNet) -> None:
     for name, choices in (("block", Block), ("stem", Stem), ("shortcut", Shortcut), ("norm", Norm)):
         if getattr(net, name) not in get_args(choices):
             raise ModelError(f"{name} must be one of {', '.join(get_args(choices))}, got {getattr(net, name)!r}")
-    plain, unnormed = net.shortcut == "none", NORMS[net.norm] is nn.Identity
+    for name in ("width", "groups", "width_per_group", "in_channels"):
+        if getattr(net, name) < 1:
+            raise ModelError(f"{name} must be at least 1, got {getattr(net, name)}")
+    bad_layers = not any(net.layers) or net.layers[0] < 0 or min(net.layers[1:], default=1) < 1
     grouped = (net.groups, net.width_per_group) != (1, 64)
     for wrong, message in (
-        (
-            not sum(net.layers) or min(net.layers[1:], default=1) < 1 or net.layers[0] < 0,
-            f"layers must have at least one block per stage (only the first may have none), got {net.layers}",
-        ),
-        (net.width < 1, f"width must be at least 1, got {net.width}"),
-        (net.in_channels < 1, f"in_channels must be at least 1, got {net.in_channels}"),
+        (bad_layers, f"layers must have at least one block per stage (only the first may have none), got {net.layers}"),
         (net.num_classes < 0, f"num_classes must be at least 1, or 0 for no head, got {net.num_classes}"),
         (grouped and net.block == "basic", "groups and width_per_group require block='bottleneck'"),
-        (net.groups < 1 or net.width * net.width_per_group < 64, "groups or width_per_group is too small"),
+        (net.width * net.width_per_group < 64, "width_per_group is too small for this width"),
         (not 0 <= net.drop_path < 1, f"drop_path must be a probability in [0, 1), got {net.drop_path}"),
-        (
-            plain and net.drop_path > 0,
-            "drop_path requires a shortcut: set it to 0, or choose another shortcut than none",
-        ),
-        (
-            plain and net.zero_init,
-            "zero_init requires a shortcut: set it to false, or choose another shortcut than none",
-        ),
-        (unnormed and net.zero_init, "zero_init requires a norm: set it to false, or choose another norm than none"),
+        (net.drop_path and net.shortcut == "none", "drop_path requires another shortcut than none"),
+        (net.zero_init and net.shortcut == "none", "zero_init requires another shortcut than none"),
+        (net.zero_init and NORMS[net.norm] is nn.Identity, "zero_init requires another norm than none"),
     ):
         if wrong:
             raise ModelError(message)

@@ -1,12 +1,12 @@
 """A network layer by layer: output shapes, parameters, and the cost of one forward pass."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.flop_counter import FlopCounterMode
 
 from reslab.models import ModelError
@@ -33,14 +33,8 @@ class Summary:
 
     rows: list[Layer]
     input_size: Shape
-
-    @property
-    def parameters(self) -> int:
-        return sum(row.parameters for row in self.rows)
-
-    @property
-    def flops(self) -> int:
-        return sum(row.flops for row in self.rows)
+    parameters: int
+    flops: int
 
     @property
     def macs(self) -> int:
@@ -53,14 +47,10 @@ class Summary:
             ("total", "", "", f"{self.parameters:,}", f"{self.flops:,}"),
         ]
         a, b, c, d, e = (max(map(len, column)) for column in zip(*rows, strict=True))
-        header, *layers, total = (
-            f"{name:<{a}}  {kind:<{b}}  {output:>{c}}  {parameters:>{d}}  {flops:>{e}}"
-            for name, kind, output, parameters, flops in rows
-        )
+        header, *layers, total = (f"{v:<{a}}  {w:<{b}}  {x:>{c}}  {y:>{d}}  {z:>{e}}" for v, w, x, y, z in rows)
         rule = "─" * len(header)
         cost = f"{self.macs / 1e9:.3g} GMACs = {self.flops / 1e9:.3g} GFLOPs"
-        size = "×".join(map(str, self.input_size))
-        in_words = f"{self.parameters:,} parameters; {cost} for an image of {size}"
+        in_words = f"{self.parameters:,} parameters; {cost} for an image of {'×'.join(map(str, self.input_size))}"
         return "\n".join([header, rule, *layers, rule, total, "", in_words, CONVENTION])
 
 
@@ -77,8 +67,8 @@ def summarize(net: nn.Module, input_size: Sequence[int] = (3, 224, 224)) -> Summ
     size, channels = tuple(input_size), getattr(net, "in_channels", None)
     if len(size) != 3 or min(size) < 1 or channels not in (None, size[0]):
         raise ModelError(f"input size must be (C, H, W) with C = {channels or 'the number of channels'}, got {size}")
+    shapes, flops = _run(net, size)
     modules = dict(net.named_modules())
-    shapes, flops = _run(net, modules, size)
     parameters = dict.fromkeys(shapes, 0)
     for name, module in modules.items():
         while name not in shapes:  # a layer that its parent runs without calling it, as attention does
@@ -90,37 +80,33 @@ def summarize(net: nn.Module, input_size: Sequence[int] = (3, 224, 224)) -> Summ
         cost = flops[name] - sum(flops.get(child, 0) for child in children)
         if parameters[name] or cost or (not children and before != after):
             rows.append(Layer(name or "(network)", type(modules[name]).__name__, after, parameters[name], cost))
-    return Summary(rows, size)
+    return Summary(rows, size, sum(row.parameters for row in rows), sum(row.flops for row in rows))
 
 
-def _run(
-    net: nn.Module, modules: dict[str, nn.Module], size: tuple[int, ...]
-) -> tuple[dict[str, tuple[Shape, Shape]], dict[str, int]]:
+def _run(net: nn.Module, size: Shape) -> tuple[dict[str, tuple[Shape, Shape]], dict[str, int]]:
     """Return each module's input and output shape, in the order in which they finish, and its FLOPs for one image."""
+    names = {module: name for name, module in net.named_modules()}
     shapes: dict[str, tuple[Shape, Shape]] = {}
 
-    def remember(name: str, _: nn.Module, inputs: Any, output: Any) -> None:
-        shapes[name] = _shape(inputs), _shape(output)
+    def remember(module: nn.Module, inputs: Any, output: Any) -> None:
+        if module in names:
+            shapes[names[module]] = _shape(inputs), _shape(output)
 
-    hooks = [module.register_forward_hook(partial(remember, name)) for name, module in modules.items()]
     # Two images: in training mode batch norm refuses a single one whose last stage is 1×1.
     images = torch.empty(2, *size, device="meta")
     state = {name: value.to("meta") for name, value in [*net.named_parameters(), *net.named_buffers()]}
+    counter = FlopCounterMode(display=False)
     try:
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
+        with register_module_forward_hook(remember), counter, torch.no_grad():
             torch.func.functional_call(net, state, (images,))
     except (RuntimeError, AssertionError, ValueError, IndexError) as error:
         raise ModelError(f"{type(net).__name__} does not accept images of {size}: {error}") from error
-    finally:
-        for hook in hooks:
-            hook.remove()
-    counts = counter.get_flop_counts()
-    root = type(net).__name__
-    return shapes, {name: sum(counts.get(f"{root}.{name}".rstrip("."), {}).values()) // 2 for name in modules}
+    counts, root = counter.get_flop_counts(), type(net).__name__
+    return shapes, {name: sum(counts.get(f"{root}.{name}".rstrip("."), {}).values()) // 2 for name in names.values()}
 
 
 def _shape(values: Any) -> Shape:
     """Return the shape of the first tensor without the batch; () if there is none."""
-    while isinstance(values, Sequence | Mapping) and values and not isinstance(values, str):
-        values = next(iter(values.values() if isinstance(values, Mapping) else values))
+    while isinstance(values, tuple | list) and values:
+        values = values[0]
     return tuple(values.shape[1:]) if isinstance(values, Tensor) else ()

@@ -10,7 +10,8 @@ import inspect
 import json
 import pickle
 import re
-from collections.abc import Iterable, Iterator, Mapping
+import textwrap
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,48 +25,38 @@ if TYPE_CHECKING:
 
     from reslab.models.network import Network
 
-_STAGES = {  # blocks per stage: He et al. 2015, table 1
-    "resnet18": ("basic", (2, 2, 2, 2)),
-    "resnet34": ("basic", (3, 4, 6, 3)),
-    "resnet50": ("bottleneck", (3, 4, 6, 3)),
-    "resnet101": ("bottleneck", (3, 4, 23, 3)),
-    "resnet152": ("bottleneck", (3, 8, 36, 3)),
-}
-
-
 _IMAGENET = {"width": 64, "stem": "imagenet", "shortcut": "identity", "groups": 1, "width_per_group": 64}
-_CIFAR = {"block": "basic", "width": 16, "stem": "cifar", "shortcut": "A", "groups": 1, "width_per_group": 64}
-
-
-def _variant(depth: str, **changes: Any) -> dict[str, Any]:
-    block, layers = _STAGES[depth]
-    return {"block": block, "layers": layers, **_IMAGENET, **changes}
+_RESNETS: dict[str, dict[str, Any]] = {  # He et al. 2015, table 1
+    "resnet18": {"block": "basic", "layers": (2, 2, 2, 2), **_IMAGENET},
+    "resnet34": {"block": "basic", "layers": (3, 4, 6, 3), **_IMAGENET},
+    "resnet50": {"block": "bottleneck", "layers": (3, 4, 6, 3), **_IMAGENET},
+    "resnet101": {"block": "bottleneck", "layers": (3, 4, 23, 3), **_IMAGENET},
+    "resnet152": {"block": "bottleneck", "layers": (3, 8, 36, 3), **_IMAGENET},
+}
 
 
 def _cifar_variant(depth: int) -> dict[str, Any]:
     """Return a network of 6n + 2 layers (He et al. 2015, section 4.2): three stages of n blocks."""
-    return {**_CIFAR, "layers": ((depth - 2) // 6,) * 3}
+    layers = ((depth - 2) // 6,) * 3
+    return {**_RESNETS["resnet18"], "layers": layers, "width": 16, "stem": "cifar", "shortcut": "A"}
 
 
-VARIANTS: dict[str, dict[str, Any]] = (
-    {name: _variant(name) for name in _STAGES}
-    | {f"{name}_cifar": _variant(name, stem="cifar") for name in _STAGES}
-    | {f"resnet{depth}": _cifar_variant(depth) for depth in (20, 32, 44, 56, 110)}
+VARIANTS: dict[str, dict[str, Any]] = {
+    **_RESNETS,
+    **{f"{name}_cifar": {**kwargs, "stem": "cifar"} for name, kwargs in _RESNETS.items()},
+    **{f"resnet{depth}": _cifar_variant(depth) for depth in (20, 32, 44, 56, 110)},
     # For CPUs: no block at full resolution, and wider than the paper's network where the images are small.
-    | {"resnet8_fast": {**_cifar_variant(8), "layers": (0, 1, 1, 1), "width": 32, "shortcut": "identity"}}
-    | {
-        "wide_resnet50_2": _variant("resnet50", width_per_group=128),
-        "wide_resnet101_2": _variant("resnet101", width_per_group=128),
-        "resnext50_32x4d": _variant("resnet50", groups=32, width_per_group=4),
-        "resnext101_32x8d": _variant("resnet101", groups=32, width_per_group=8),
-        "resnext101_64x4d": _variant("resnet101", groups=64, width_per_group=4),
-    }
-)
+    "resnet8_fast": {**_cifar_variant(8), "layers": (0, 1, 1, 1), "width": 32, "shortcut": "identity"},
+    "wide_resnet50_2": {**_RESNETS["resnet50"], "width_per_group": 128},
+    "wide_resnet101_2": {**_RESNETS["resnet101"], "width_per_group": 128},
+    "resnext50_32x4d": {**_RESNETS["resnet50"], "groups": 32, "width_per_group": 4},
+    "resnext101_32x8d": {**_RESNETS["resnet101"], "groups": 32, "width_per_group": 8},
+    "resnext101_64x4d": {**_RESNETS["resnet101"], "groups": 64, "width_per_group": 4},
+}
 
 LIBRARIES = {"timm": "TimmNetwork", "torchvision": "TorchvisionNetwork"}  # in reslab.models
 WEIGHTS_FILE = "weights.safetensors"  # of a run directory
 WRAPPERS = re.compile(r"^(module|net|model|_orig_mod)\.")  # DDP, Classifier, LibraryNetwork and others, torch.compile
-SHOWN_KEYS = 3  # of each kind of mismatch
 
 
 def list_models(pattern: str | None = None) -> list[str]:
@@ -75,11 +66,12 @@ def list_models(pattern: str | None = None) -> list[str]:
         pattern: None for reslab's own names (`create_model` also accepts resnet<6n+2> for any n); timm or torchvision
             for those of a library; or a shell pattern: resnet5*, timm/convnext*.
     """
-    library, slash, _ = (pattern or "").partition("/")
-    if library not in LIBRARIES:
-        return fnmatch.filter(VARIANTS, pattern) if pattern else list(VARIANTS)
-    names = [f"{library}/{name}" for name in getattr(reslab.models, LIBRARIES[library]).names()]
-    return fnmatch.filter(names, pattern) if slash and pattern else names
+    pattern = f"{pattern}/*" if pattern in LIBRARIES else pattern or "*"
+    library, slash, _ = pattern.partition("/")
+    names = list(VARIANTS)
+    if slash and library in LIBRARIES:
+        names = [f"{library}/{name}" for name in getattr(reslab.models, LIBRARIES[library]).names()]
+    return fnmatch.filter(names, pattern)
 
 
 def create_model(name: str, *, weights: str | Path | None = None, **kwargs: Any) -> "Network":
@@ -126,19 +118,16 @@ def load_weights(net: "nn.Module", weights: str | Path) -> list[str]:
     Raises:
         ModelError: No such weights, a file that holds more than weights, or keys or shapes that do not fit.
     """
-    from reslab.models.network import Network
-
-    if Path(weights).is_dir():
-        weights = Path(weights) / WEIGHTS_FILE
-    is_file = Path(weights).is_file() or Path(weights).suffix in (".pth", ".pt", ".ckpt", ".safetensors")
-    state = _tensors(_read_file(Path(weights)) if is_file else _download(net, str(weights)), weights)
-    state, resized = _rename(net, state)
-    messages = [f"weights: {weights}"]
+    file = Path(weights) / WEIGHTS_FILE if Path(weights).is_dir() else Path(weights)
+    is_file = file.is_file() or file.suffix in (".pth", ".pt", ".ckpt", ".safetensors")
+    state, resized = _rename(net, _read_file(file) if is_file else _download(net, str(weights)))
+    source = str(file)
+    messages = [f"weights: {source}"]
     if resized:
         messages.append(f"resized to this image size: {', '.join(resized)}")
-    if isinstance(net, Network):
-        messages += _keep_new_layers(net, state, str(weights))
-    _load(net, state, weights)
+    if isinstance(net, reslab.models.Network):
+        messages += _keep_new_layers(net, state, source)
+    _load(net, state, source)
     return messages
 
 
@@ -162,37 +151,33 @@ def network_of_run(run_dir: str | Path, **overrides: Any) -> "Network":
         data = json.loads((run_dir / "manifest.json").read_text(encoding="utf-8"))["data"]
         class_path, init_args = leaf["class_path"], {**leaf.get("init_args", {}), **leaf.get("dict_kwargs", {})}
         channels, size, _ = data["image_shape"]
-        from_data = {"num_classes": len(data["class_names"]), "in_channels": channels, "image_size": size}
+        fixed = {"num_classes": len(data["class_names"]), "in_channels": channels, "image_size": size}
     except (OSError, KeyError, TypeError, ValueError, yaml.YAMLError) as error:
         raise ModelError(f"{run_dir} is not a finished run of one network: {error!r}") from None
     cls = _network_class(class_path)
-    known = inspect.signature(cls).parameters
-    init_args |= {name: value for name, value in from_data.items() if name in known}
-    init_args |= {name: value for name, value in {"pretrained": False, "weights": None}.items() if name in known}
+    fixed |= {"pretrained": False, "weights": None}
+    init_args |= {name: fixed[name] for name in inspect.signature(cls).parameters if name in fixed}
     with torch.random.fork_rng(devices=[]):  # what is built next must not depend on this network's initialization
         net = cls(**{**init_args, **overrides})
-    _load(net, _tensors(_read_file(run_dir / WEIGHTS_FILE), run_dir), run_dir)
+    _load(net, _read_file(run_dir / WEIGHTS_FILE), str(run_dir))
     return net
 
 
 def _network_class(class_path: str) -> "type[Network]":
-    from reslab.models.network import Network
-
     module, _, name = class_path.rpartition(".")
-    if not module and name in reslab.models.__all__:
-        module = "reslab.models"
-    if module.partition(".")[0] != "reslab":
+    if module.partition(".")[0] not in ("", "reslab"):
         raise ModelError(f"network {class_path!r} is not a class of reslab, and is not imported")
     try:
-        cls = getattr(importlib.import_module(module), name)
+        cls = getattr(importlib.import_module(module or "reslab.models"), name)
     except (ImportError, AttributeError):
-        raise ModelError(f"there is no class {class_path!r}") from None
-    if not (isinstance(cls, type) and issubclass(cls, Network)):
+        raise ModelError(f"reslab has no class {class_path!r}") from None
+    if not (isinstance(cls, type) and issubclass(cls, reslab.models.Network)):
         raise ModelError(f"{class_path} is not a subclass of reslab.models.Network")
     return cls
 
 
-def _read_file(file: Path) -> Any:
+def _read_file(file: Path) -> "dict[str, Tensor]":
+    """Return the state dict in a file: the content, or the part of a training checkpoint."""
     import torch
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -200,27 +185,20 @@ def _read_file(file: Path) -> Any:
     if not file.is_file():
         raise ModelError(f"there is no weights file {file}")
     try:
-        if file.suffix == ".safetensors":
-            return load_file(file)
-        return torch.load(file, map_location="cpu", weights_only=True)
+        is_pickle = file.suffix != ".safetensors"
+        state = torch.load(file, map_location="cpu", weights_only=True) if is_pickle else load_file(file)
     except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError, OSError) as error:
         reason = str(error).split("WeightsUnpickler error: ")[-1].strip().split("\n")[0]
         raise ModelError(
             f"{file} is not a file of weights only; no code in it was run ({reason}). "
             "Save net.state_dict() with torch.save, or as .safetensors"
         ) from None
-
-
-def _tensors(content: Any, source: str | Path) -> "dict[str, Tensor]":
-    """Return the state dict inside a file's content, such as a training checkpoint."""
-    import torch
-
     for key in ("state_dict", "model"):
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
-    if not isinstance(content, Mapping) or not all(isinstance(value, torch.Tensor) for value in content.values()):
-        raise ModelError(f"{source} holds no state dict (names and tensors): save net.state_dict()")
-    return dict(content)
+        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
+            state = state[key]
+    if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise ModelError(f"{file} holds no state dict (names and tensors): save net.state_dict()")
+    return dict(state)
 
 
 def _rename(net: "nn.Module", state: "dict[str, Tensor]") -> "tuple[dict[str, Tensor], list[str]]":
@@ -229,7 +207,10 @@ def _rename(net: "nn.Module", state: "dict[str, Tensor]") -> "tuple[dict[str, Te
 
     prefix = "model." if isinstance(net, LibraryNetwork) else ""
     own = {key.removeprefix(prefix): value.shape for key, value in net.state_dict().items()}
-    state = max(_unwrapped(state), key=lambda candidate: len(candidate.keys() & own.keys()))  # the first of equals
+    candidates = [state]
+    while any(map(WRAPPERS.match, candidates[-1])):
+        candidates.append({WRAPPERS.sub("", key): value for key, value in candidates[-1].items()})
+    state = max(candidates, key=lambda candidate: len(candidate.keys() & own.keys()))  # the first of equals
     shapes = {key: value.shape for key, value in state.items()}
     if isinstance(net, LibraryNetwork) and shapes != own:
         state = net.convert_state(state)
@@ -237,18 +218,10 @@ def _rename(net: "nn.Module", state: "dict[str, Tensor]") -> "tuple[dict[str, Te
     return {prefix + key: value for key, value in state.items()}, resized
 
 
-def _unwrapped(state: "dict[str, Tensor]") -> "Iterator[dict[str, Tensor]]":
-    """Yield the state with its keys as they are, then with one wrapper's prefix less each time."""
-    while True:
-        yield state
-        shorter = {WRAPPERS.sub("", key): value for key, value in state.items()}
-        if shorter.keys() == state.keys() or len(shorter) < len(state):
-            return
-        state = shorter
-
-
 def _keep_new_layers(net: "Network", state: "dict[str, Tensor]", source: str) -> list[str]:
     """Put the network's own head or first convolution into the state where the class or channel count differs."""
+    from reslab.models.network import params
+
     own, messages = net.state_dict(), []
     heads = {*net.head.modules()}
     prefixes = tuple(f"{name}." for name, module in net.named_modules() if module in heads)
@@ -260,58 +233,48 @@ def _keep_new_layers(net: "Network", state: "dict[str, Tensor]", source: str) ->
         state |= {key: own[key] for key in ours}
         fate = "new" if net.num_classes else "left out"
         messages.append(f"the head is {fate}: {classes} classes in {source}, {net.num_classes} in this network")
-    for key in _stem_keys(net):
-        shape, wanted = state.get(key, own[key]).shape, own[key].shape
-        if shape != wanted and (shape[:1], shape[2:]) == (wanted[:1], wanted[2:]):
+    stem = params(next(iter(net.layer_groups().values())))
+    for key, p in net.named_parameters():  # one first convolution, or several side by side
+        loaded = state.get(key, p).shape
+        is_first = p in stem and p.ndim == 4 and p.shape[1] == net.in_channels
+        if is_first and loaded != p.shape and (loaded[:1], loaded[2:]) == (p.shape[:1], p.shape[2:]):
             state[key] = own[key]
-            messages.append(f"the stem is new: {shape[1]} channels in {source}, {wanted[1]} in this network")
+            messages.append(f"the stem is new: {loaded[1]} channels in {source}, {net.in_channels} in this network")
     return messages
 
 
-def _stem_keys(net: "Network") -> list[str]:
-    """Return the keys of the first convolution's weight, or of several side by side."""
-    from torch import nn
-
-    first = next(iter(net.layer_groups().values()))
-    inside = {module for layer in first if isinstance(layer, nn.Module) for module in layer.modules()}
-    convs = {name: m for name, m in net.named_modules() if isinstance(m, nn.Conv2d) and m in inside}
-    return [f"{name}.weight" for name, conv in convs.items() if conv.in_channels == net.in_channels]
-
-
-def _load(net: "nn.Module", state: "dict[str, Tensor]", source: str | Path) -> None:
+def _load(net: "nn.Module", state: "dict[str, Tensor]", source: str) -> None:
     own = net.state_dict()
-    # Files of before 2018 have no num_batches_tracked; torch fills it in.
-    missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
-    unexpected = [key for key in state if key not in own]
-    shapes = [
-        f"{key} {list(state[key].shape)} in the file, {list(own[key].shape)} in the network"
-        for key in own
-        if key in state and state[key].shape != own[key].shape
-    ]
-    if missing or unexpected or shapes:
-        name = f"{type(net).__name__} {getattr(net, 'name', '')}".strip()
-        lines = [f"{source} does not fit this network", f"file: {_size(state)}", f"network: {name}, {_size(own)}"]
-        for kind, keys in (("missing in the file", missing), ("only in the file", unexpected), ("other shape", shapes)):
+    differences = {
+        # Files of before 2018 have no num_batches_tracked; torch fills it in.
+        "missing in the file": [k for k in own if k not in state and not k.endswith("num_batches_tracked")],
+        "only in the file": [k for k in state if k not in own],
+        "other shape": [
+            f"{k} {list(state[k].shape)} in the file, {list(v.shape)} in the network"
+            for k, v in own.items()
+            if k in state and state[k].shape != v.shape
+        ],
+    }
+    if any(differences.values()):
+        lines = [f"{source} does not fit this network"]
+        for name, tensors in (("file", state), (f"network ({type(net).__name__})", own)):
+            lines.append(f"{name}: {len(tensors)} tensors, {sum(v.numel() for v in tensors.values()):,} values")
+        for kind, keys in differences.items():
             if keys:
-                more = ", …" if len(keys) > SHOWN_KEYS else ""
-                lines.append(f"{kind} ({len(keys)}): {', '.join(keys[:SHOWN_KEYS])}{more}")
+                lines.append(f"{kind} ({len(keys)}): {textwrap.shorten(', '.join(keys), 200, placeholder=' …')}")
         raise ModelError("\n  ".join(lines))
     net.load_state_dict(state)
 
 
-def _size(state: "Mapping[str, Tensor]") -> str:
-    return f"{len(state)} tensors, {sum(value.numel() for value in state.values()):,} values"
-
-
-def _download(net: "nn.Module", name: str) -> Any:
+def _download(net: "nn.Module", name: str) -> "dict[str, Tensor]":
     """Return torchvision's weights by their enum's name, from torch.hub's cache or the network."""
     known = _published(net)
     if name not in known:
-        none = "; there are none for it by name: give a file or a run directory"
-        raise ModelError(f"no weights for this network are called {name!r}{nearest(name, known) if known else none}")
+        hint = nearest(name, known) if known else "; there are none for it by name: give a file or a run directory"
+        raise ModelError(f"no weights for this network are called {name!r}{hint}")
     weight = known[name]
     try:
-        return weight.get_state_dict(progress=True, check_hash=True, map_location="cpu", weights_only=True)
+        return dict(weight.get_state_dict(progress=True, check_hash=True, map_location="cpu", weights_only=True))
     except (OSError, RuntimeError, pickle.UnpicklingError) as error:
         raise ModelError(
             f"{weight} could not be downloaded ({error}). Download {weight.url} yourself, and give the file"
@@ -322,28 +285,23 @@ def _published(net: "nn.Module") -> dict[str, Any]:
     """Return torchvision's weights for this kind of network, by the names a user may give."""
     from torchvision.models import get_model_weights
 
-    from reslab.models.resnet import ResNet
-    from reslab.models.torchvision import TorchvisionNetwork
-
     fits: dict[str, bool] = {}  # name in torchvision: whether the network is just this one
-    if isinstance(net, TorchvisionNetwork):
+    if isinstance(net, reslab.models.TorchvisionNetwork):
         fits = {net.name: True}
-    elif isinstance(net, ResNet):
-        for variant, kwargs in VARIANTS.items():
-            if kwargs["stem"] == "imagenet":
-                fits[variant] = all(getattr(net, key) == value for key, value in kwargs.items())
+    elif isinstance(net, reslab.models.ResNet):
+        imagenet = {name: kwargs for name, kwargs in VARIANTS.items() if kwargs["stem"] == "imagenet"}
+        fits = {name: all(getattr(net, k) == v for k, v in kwargs.items()) for name, kwargs in imagenet.items()}
     known: dict[str, Any] = {}
-    for variant, same in fits.items():
-        enum = get_model_weights(variant)
+    for name, same in fits.items():
+        enum = get_model_weights(name)
         known |= {f"{enum.__name__}.{version}": weight for version, weight in enum.__members__.items()}
         known |= enum.__members__ if same else {}
     return known
 
 
-def nearest(name: str, names: Iterable[str]) -> str:
-    """Return the end of a message on an unknown name: up to three similar names, or all of them."""
-    names = list(names)
+def nearest(name: str, names: Collection[str]) -> str:
+    """Return the end of a message on an unknown name: up to three similar names, or the first of them."""
     close = difflib.get_close_matches(name, names, n=3)
     if close:
         return f": did you mean {' or '.join(close)}?"
-    return f"; there are {', '.join(names[:40])}{', …' if len(names) > 40 else ''}"
+    return f"; there are {textwrap.shorten(', '.join(names), 600, placeholder=' …')}"
