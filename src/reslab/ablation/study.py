@@ -92,6 +92,16 @@ class Study:
         return {key: getattr(self, key) for key in keys}
 
 
+def change_text(key: str, there: Any, here: Any) -> str:
+    """Return "KEY: value in the baseline → value in the arm"."""
+    return f"{key}: {_short_text(there)} → {_short_text(here)}"
+
+
+def _short_text(value: Any) -> str:
+    text = "null" if value is None else f"{value:.10g}" if isinstance(value, float) else str(value)
+    return text if len(text) <= 80 else text[:79] + "…"
+
+
 def find_study(name: str) -> Path:
     """Return the path of a study file, given its path or its name in configs/ablation."""
     path = Path(name)
