@@ -31,13 +31,10 @@ Report = Mapping[str, Any]
 
 
 def draw_figures(report: Report, values: pd.DataFrame, curves: Mapping[str, pd.DataFrame], folder: Path) -> list[Path]:
-    """Draw all figures that have data into `folder`, remove the others, and return the paths of the PNGs.
+    """Draw all figures of report.json that have data into `folder`, and return the paths of the PNGs.
 
-    Args:
-        report: Content of report.json.
-        values: The metric with one row per arm and one column per seed; NaN where there is none.
-        curves: The logged metric by arm, with one row per step and one column per seed.
-        folder: Output directory, created if missing.
+    `values` is the metric with one row per arm and one column per seed, NaN where there is none; `curves` the logged
+    metric by arm, with one row per step and one column per seed. An existing figure without data is removed.
     """
     unit = Unit.of(report)
     folder.mkdir(parents=True, exist_ok=True)
@@ -107,8 +104,8 @@ def effects(report: Report, unit: Unit) -> Figure | None:
     for effect in (*report.get("effects", []), *report.get("interactions", [])):
         name = " × ".join(f"{factor.rpartition('.')[2]}: {a} → {b}" for factor, a, b in effect["levels"])
         color = VAL if len(effect["levels"]) == 1 else MUTED
-        interval = _interval(effect, "delta", "ci", unit)
-        rows.append(Row(name, np.empty(0), interval, unit.signed(effect["delta"]), color))
+        text = unit.signed(effect["delta"])
+        rows.append(Row(name, np.empty(0), _interval(effect, "delta", "ci", unit), text, color))
     return _dot_plot(rows, f"{report['metric']}: effect{unit.difference_unit}", margin=0) if rows else None
 
 

@@ -15,11 +15,9 @@ def describe(study: Study, out: Path) -> str:
     seeds = ", ".join(map(str, study.seeds))
     better = "higher" if study.mode == "max" else "lower"
     weights = "last" if study.test_weights == "last" else "best validated"
-    margin = (
-        f"differences within ±{study.margin:g} do not matter"
-        if study.margin
-        else ("no margin, so no arm can be called equivalent")
-    )
+    margin = "no margin, so no arm can be called equivalent"
+    if study.margin is not None:
+        margin = f"differences within ±{study.margin:g} do not matter"
     recorded = read_plan(out).get("hash")
     earlier = "nothing run yet" if recorded is None else f"holds runs of another plan, {recorded[:12]}…"
     lines = [

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,8 @@ def write_report(study: Study, out: Path) -> Path:
         UserError: cells have finished, but none logged the study's metric.
     """
     out.mkdir(parents=True, exist_ok=True)
-    current = states(study, out)
+    order = list(study.arms)
+    current = sorted(states(study, out), key=lambda state: order.index(state.cell.arm))
     table = results(study, current)
     report = analyse(study, out, current)
     report["curve"], curves = _curves(study, current)
@@ -64,17 +65,12 @@ def log_summary(study: Study, out: Path) -> None:
     report = json.loads((out / "report.json").read_text(encoding="utf-8"))
     identity = hashlib.sha256(f"{study.name} {study.hash}".encode()).hexdigest()[:16]
     tracker = WandB(**options)
-    keys = ("question", "plan", "metric", "mode", "margin", "test_weights", "baseline", "seeds")
-    about = {key: report[key] for key in keys}
+    about = {"plan": report["plan"], **study.about()}
     tracker.start(out, f"study-{identity}", f"{study.name} report", about, group=study.name, job_type="report")
-    arms = pd.DataFrame([{"arm": name, **_flat(arm)} for name, arm in report["arms"].items()])
-    tables = {"arms": arms, "cells": pd.read_csv(out / "results.csv")}
+    arms = pd.DataFrame.from_dict(report["arms"], "index").drop(columns=["levels", "changes", "cells"])
+    tables = {"arms": arms.rename_axis("arm").reset_index(), "cells": pd.read_csv(out / "results.csv")}
     means = {f"{name}/{report['metric']}": arm["mean"] for name, arm in report["arms"].items()}
     tracker.finish(means, [*sorted((out / "figures").glob("*.png")), out / "report.html"], tables)
-
-
-def _flat(arm: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in arm.items() if not isinstance(value, dict | list)}
 
 
 def _wandb_options(study: Study) -> dict[str, Any] | None:
@@ -85,9 +81,6 @@ def _wandb_options(study: Study) -> dict[str, Any] | None:
             if isinstance(logger, dict) and str(logger.get("class_path", "")).rpartition(".")[2] == "WandB":
                 return dict(logger.get("init_args") or {})
     return None
-
-
-# Learning curves
 
 
 def _curves(study: Study, current: Sequence[State]) -> tuple[str, dict[str, pd.DataFrame]]:

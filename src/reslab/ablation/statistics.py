@@ -47,7 +47,7 @@ class Why(StrEnum):
 
 
 class Reason(NamedTuple):
-    """One reason, with the numbers or cells it is about."""
+    """One reason, with the number or cells it is about."""
 
     why: Why
     number: int | None = None
@@ -67,30 +67,19 @@ class Summary:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One arm compared with the baseline, paired by seed; differences are arm minus baseline.
+    """One arm compared with the baseline, paired by seed; differences are arm minus baseline."""
 
-    Attributes:
-        n: Number of seeds that both have.
-        delta, sd: Mean and standard deviation of the differences.
-        delta_ci_low, delta_ci_high: t interval of the mean difference, not adjusted for the number of arms.
-        p: Paired t test, two-sided.
-        p_holm: p adjusted over the arms (Holm 1979).
-        p_equivalence: Two one-sided t tests against ±margin (Schuirmann 1987), adjusted over the arms likewise.
-        hedges_g, min_detectable_delta: See the functions of these names.
-        verdict: None if it is refused.
-    """
-
-    n: int
-    delta: float | None = None
-    sd: float | None = None
-    delta_ci_low: float | None = None
+    n: int  # seeds that both have
+    delta: float | None = None  # mean of the differences
+    sd: float | None = None  # of the differences
+    delta_ci_low: float | None = None  # t interval of the mean difference, not adjusted for the number of arms
     delta_ci_high: float | None = None
-    p: float | None = None
-    p_holm: float | None = None
-    p_equivalence: float | None = None
+    p: float | None = None  # paired t test, two-sided
+    p_holm: float | None = None  # adjusted over the arms (Holm 1979)
+    p_equivalence: float | None = None  # two one-sided t tests against ±margin (Schuirmann 1987), adjusted likewise
     hedges_g: float | None = None
     min_detectable_delta: float | None = None
-    verdict: Verdict | None = None
+    verdict: Verdict | None = None  # None if it is refused
     reasons: tuple[Reason, ...] = ()
 
 
@@ -98,23 +87,18 @@ class Comparison:
 class Effect:
     """Effect of one level, averaged over all other factors, paired by seed.
 
-    Attributes:
-        levels: (factor, reference, level): one for a main effect, two for an interaction.
-        n: Number of seeds.
-        delta, sd: Mean and standard deviation over the seeds of level minus reference; for an interaction, of the
-            first factor's effect at the second's level minus its effect at the second's reference.
-        ci_low, ci_high: t interval of delta, not adjusted.
-        p, p_holm: t test, two-sided; adjusted over all main effects, or over all interactions (Holm 1979).
+    A main effect is level minus reference; an interaction is the first factor's effect at the second's level, minus its
+    effect at the second's reference.
     """
 
-    levels: Levels
-    n: int
-    delta: float
+    levels: Levels  # (factor, reference, level): one for a main effect, two for an interaction
+    n: int  # seeds
+    delta: float  # mean over the seeds
     sd: float
-    ci_low: float | None
+    ci_low: float | None  # t interval of delta, not adjusted
     ci_high: float | None
-    p: float | None
-    p_holm: float | None
+    p: float | None  # t test, two-sided
+    p_holm: float | None  # adjusted over all main effects, or over all interactions (Holm 1979)
 
 
 @dataclass(frozen=True)
@@ -153,8 +137,7 @@ def compare(
     in every seed is inconclusive, because the metric is then too coarse to show the spread.
 
     Args:
-        baseline: Metric of the baseline (n,), finite.
-        arms: Metric of each arm (n,), finite, with the seeds in the same order.
+        baseline, arms: Metric (n,), finite, with the seeds in the same order.
         margin: Differences below it do not matter. None: equivalence is not tested.
         mode: Whether a large ("max") or a small ("min") metric is good.
         family: Number of arms of the study, if more than are passed here. The others count as p = 1, so their results
@@ -195,8 +178,8 @@ def compare_by_seed(
     which seeds are missing may not be chance.
 
     Args:
-        results: Metric by arm and seed, for every arm of the study. A finished cell without a finite value (it
-            diverged) is NaN; a cell without a result is left out.
+        results: Metric by arm and seed, for every arm of the study. A diverged cell is NaN; one without a result is
+            left out.
         baseline: Name of the baseline arm.
         seeds: All seeds of the study; results of other seeds are ignored.
         margin, mode: See `compare`.
@@ -242,8 +225,7 @@ def seeds_needed(sd: float, delta: float, alpha: float = ALPHA) -> int | None:
 def seeds_needed_for_equivalence(sd: float, delta: float, margin: float, alpha: float = ALPHA) -> int | None:
     """Return the fewest seeds with which two one-sided tests show a true `delta` to be within ±margin at 80 % power.
 
-    The power is bounded from below by that of the two separate tests. None if more than MAX_SEEDS, or if delta is
-    outside.
+    This power is a lower bound, from that of the two separate tests. None if more than MAX_SEEDS, or delta is outside.
     """
     if abs(delta) >= margin:
         return None
@@ -267,10 +249,8 @@ def factor_effects(
 ) -> Effects:
     """Return main effects and pairwise interactions of a factor study; refused unless the full grid has results.
 
-    Args:
-        factors: Labels of each factor; the first is the reference.
-        results: Metric by labels (one of each factor, in their order) and seed, as for `compare_by_seed`.
-        seeds: All seeds of the study.
+    `factors` holds the labels of each factor, first the reference; `results` the metric by labels (one of each factor,
+    in their order) and seed, as for `compare_by_seed`.
     """
     grid = {labels: results.get(labels, {}) for labels in product(*factors.values())}
     if reasons := _refusal({" × ".join(labels): of for labels, of in grid.items()}, seeds):
@@ -413,15 +393,11 @@ def _verdict(
 
 
 def _remedy(c: Any, margin: float | None, family: int) -> Reason:
-    """Return how many more seeds would settle it if the observed difference and sd were the true ones.
-
-    At alpha / family, which is what Holm requires of the smallest p: enough whatever the other arms show.
-    """
-    alpha = ALPHA / family
-    choices = [(Why.SEPARATE, seeds_needed(c.sd, c.delta, alpha=alpha))]
+    """Return how many more seeds would settle it if the observed difference and sd were the true ones."""
+    alpha = ALPHA / family  # what Holm requires of the smallest p: enough whatever the other arms show
+    choices = [(Why.SEPARATE, seeds_needed(c.sd, c.delta, alpha))]
     if margin is not None and abs(c.delta) < margin:
-        n = seeds_needed_for_equivalence(c.sd, c.delta, margin, alpha=alpha)
-        choices.insert(0, (Why.EQUIVALENCE, n))
+        choices.insert(0, (Why.EQUIVALENCE, seeds_needed_for_equivalence(c.sd, c.delta, margin, alpha)))
     why, n = min(choices, key=lambda choice: choice[1] or math.inf)
     return Reason(why, n and n - c.n)
 

@@ -93,13 +93,11 @@ def explain(
 ) -> str:
     """Return the reasons of a comparison, or of missing effects, as text; empty if there are none."""
     numbers = {"margin": unit.exact(margin or 0), "size": unit.exact(abs(delta or 0)), "p": equals(p_holm or 0)}
-    return "; ".join(
-        REASONS[r.why].format(cells=named(r.cells), number=r.number, more=_more(r.number), **numbers) for r in reasons
-    )
-
-
-def _more(seeds: int | None) -> str:
-    return f"more than {MAX_SEEDS:,} seeds" if seeds is None else f"about {count(seeds, 'more seed')}"
+    texts = []
+    for r in reasons:
+        more = f"about {count(r.number, 'more seed')}" if r.number is not None else f"more than {MAX_SEEDS:,} seeds"
+        texts.append(REASONS[r.why].format(cells=named(r.cells), number=r.number, more=more, **numbers))
+    return "; ".join(texts)
 
 
 def equals(p: float) -> str:
@@ -111,28 +109,28 @@ def equals(p: float) -> str:
 def row(name: str, arm: Mapping[str, Any], report: Mapping[str, Any], unit: Unit) -> dict[str, Any]:
     """Return the cells of an arm's row in the tables."""
     planned = len(report["seeds"])
-    texts = {
+    return {
         "name": name,
         "bold": name in best(report),
-        "baseline": name == report["baseline"],
+        "baseline": name == report["baseline"],  # the cells from `delta` to `verdict` are empty
         "n": str(arm["n"]) if arm["n"] == planned else f"{arm['n']} of {planned}",
         "mean": unit.number(arm["mean"]),
         "sd": unit.number(arm["sd"]),
         "interval": interval(arm, "ci", unit),
+        "delta": unit.signed(arm.get("delta")),
+        "delta_interval": interval(arm, "delta_ci", unit, signed=True),
+        "p": probability(arm.get("p_holm")),
+        "g": Unit(percent=False, decimals=2).number(arm.get("hedges_g")),
+        "detectable": unit.number(arm.get("min_detectable_delta")),
+        "verdict": arm.get("verdict") or "no verdict",
         "changes": [change_text(*change) for change in arm["changes"]],
         "seconds": arm["wall_seconds"],
     }
-    if not texts["baseline"]:
-        texts |= {"delta": unit.signed(arm["delta"]), "delta_interval": interval(arm, "delta_ci", unit, signed=True)}
-        texts |= {"p": probability(arm["p_holm"]), "detectable": unit.number(arm["min_detectable_delta"])}
-        texts["g"] = "–" if arm["hedges_g"] is None else f"{arm['hedges_g']:.2f}".replace("-", "−")
-        texts["verdict"] = arm["verdict"] or "no verdict"
-    return texts
 
 
 def interval(group: Mapping[str, Any], ends: str, unit: Unit, signed: bool = False) -> str:
     """Return the interval of a group of numbers as text."""
-    low, high = group[f"{ends}_low"], group[f"{ends}_high"]
+    low, high = group.get(f"{ends}_low"), group.get(f"{ends}_high")
     write = unit.signed if signed else unit.number
     return "–" if low is None else f"{write(low)} to {write(high)}"
 
