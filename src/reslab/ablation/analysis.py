@@ -1,6 +1,8 @@
 """Results of a study's cells as report.json holds them. Imports no torch."""
 
+import contextlib
 import difflib
+import json
 import math
 import shlex
 from collections import Counter
@@ -28,20 +30,20 @@ HARDWARE = ("cpu", "gpus", "threads", "world_size")  # of the manifest's `enviro
 SOFTWARE = ("python", "packages", "cuda", "cudnn", "determinism")
 FINGERPRINT = ("files", "split", "classes")  # of the manifest's `data`
 Report = dict[str, Any]
+BySeed = dict[str, dict[int, float]]  # the metric by arm and seed
 
 
 def analyse(study: Study, out: Path, states: Sequence[State]) -> Report:
-    """Return the content of report.json: plain values, None where there is none.
+    """Return the content of report.json: plain values, None where there is none; `states` ordered by arm.
 
     Raises:
         UserError: cells have finished, but none logged the study's metric.
     """
-    order = list(study.arms)
-    states = sorted(states, key=lambda state: order.index(state.cell.arm))
     values = of_metric(study, results(study, states))
     done = [state for state in states if state.status == "complete"]
-    faults = dict(_data_faults(study, states))
-    arms, unit = _arms(study, states, values, faults)
+    faults = dict(_data_faults(study, done))
+    by_seed = _by_seed(states, values, faults)
+    arms, unit = _arms(study, states, values, by_seed, faults)
     report: Report = {
         "study": study.name,
         "plan": _plan(study, out, states),
@@ -60,30 +62,25 @@ def analyse(study: Study, out: Path, states: Sequence[State]) -> Report:
         "code": _groups(done, lambda manifest: _subset(manifest.get("git"), CODE)),
         **_hours(study, states),
         "arms": arms,
-        **_effects(study, states, values, faults, unit),
+        **_effects(study, by_seed, faults, unit),
         "per_image": _per_image(study, done),
     }
     report["warnings"] = list(_warnings(report, study, out, values))
-    return _plain(report)
+    # As JSON has it: None for a number that is not finite.
+    return json.loads(json.dumps(report, default=str), parse_constant=lambda constant: None)
 
 
 def results(study: Study, states: Sequence[State]) -> pd.DataFrame:
-    """Return one row per planned cell, by arm in the file's order: arm, seed, status, factor levels, final metrics."""
-    by_cell = {(state.cell.arm, state.cell.seed): state for state in states}
+    """Return one row per planned cell, as ordered in `states`: arm, seed, status, factor levels, final metrics."""
     rows, metrics = [], []
-    for arm in study.arms.values():
-        for seed in study.seeds:
-            state = by_cell[arm.name, seed]
-            rows.append({"arm": arm.name, "seed": seed, "status": state.status, **arm.levels})
-            metrics.append(_numbers(state))
+    for state in states:
+        arm = study.arms[state.cell.arm]
+        final = state.manifest.get("results") if state.status == "complete" else None
+        items = final.items() if isinstance(final, dict) else ()
+        rows.append({"arm": arm.name, "seed": state.cell.seed, "status": state.status, **arm.levels})
+        metrics.append({name: v for name, v in items if isinstance(v, int | float) and math.isfinite(v)})
     names = sorted({name for cell in metrics for name in cell})
     return pd.DataFrame(rows).join(pd.DataFrame(metrics, columns=names, dtype=float))
-
-
-def _numbers(state: State) -> dict[str, float]:
-    final = state.manifest.get("results") if state.status == "complete" else None
-    items = final.items() if isinstance(final, dict) else ()
-    return {name: float(value) for name, value in items if isinstance(value, int | float) and math.isfinite(value)}
 
 
 def of_metric(study: Study, table: pd.DataFrame) -> pd.DataFrame:
@@ -118,11 +115,8 @@ def _plan(study: Study, out: Path, states: Sequence[State]) -> Report:
     return {"hash": study.hash, "recorded": recorded, "matches": recorded == study.hash and not mismatched}
 
 
-# Arms
-
-
 def _arms(
-    study: Study, states: Sequence[State], values: pd.DataFrame, faults: Mapping[str, str]
+    study: Study, states: Sequence[State], values: pd.DataFrame, by_seed: BySeed, faults: Mapping[str, str]
 ) -> tuple[dict[str, Report], Unit]:
     arms: dict[str, Report] = {}
     for name, arm in study.arms.items():
@@ -137,39 +131,34 @@ def _arms(
             "samples_per_second": _mean(own, "samples_per_second"),
         }
     unit = Unit.of({"metric": study.metric, "arms": arms})
-    by_seed = _by_seed(states, values, faults)
     for name, c in compare_by_seed(by_seed, study.baseline, study.seeds, study.margin, study.mode).items():
         arms[name] |= {RENAMED.get(key, key): value for key, value in vars(c).items() if key != "reasons"}
         arms[name]["reason"] = faults.get(name) or explain(c.reasons, unit, study.margin, c.delta, c.p_holm)
     return arms, unit
 
 
-def _by_seed(states: Sequence[State], values: pd.DataFrame, faults: Mapping[str, str]) -> dict[str, dict[int, float]]:
+def _by_seed(states: Sequence[State], values: pd.DataFrame, faults: Mapping[str, str]) -> BySeed:
     """Return the metric by arm and seed: NaN for a diverged cell, nothing for one without a comparable result."""
     metric = values.to_dict("index")
-    by_seed: dict[str, dict[int, float]] = {state.cell.arm: {} for state in states}
-    for cell, status in ((state.cell, state.status) for state in states if state.cell.arm not in faults):
-        value = metric[cell.arm][cell.seed]
-        if status == "diverged" or not math.isnan(value):
-            by_seed[cell.arm][cell.seed] = value
+    by_seed: BySeed = {state.cell.arm: {} for state in states}
+    for state in states:
+        arm, seed = state.cell.arm, state.cell.seed
+        if arm not in faults and (state.status == "diverged" or not math.isnan(metric[arm][seed])):
+            by_seed[arm][seed] = metric[arm][seed]
     return by_seed
 
 
-def _effects(
-    study: Study, states: Sequence[State], values: pd.DataFrame, faults: Mapping[str, str], unit: Unit
-) -> Report:
+def _effects(study: Study, by_seed: BySeed, faults: Mapping[str, str], unit: Unit) -> Report:
     """Return main effects and pairwise interactions of a factor study."""
     if not study.factors:
         return {}
     if faults:
         return {"effects": [], "interactions": [], "effects_reason": "the arms were not trained on the same data"}
-    by_seed = _by_seed(states, values, faults)
     by_labels = {tuple(arm.levels.values()): by_seed[name] for name, arm in study.arms.items()}
     effects = factor_effects(study.factors, by_labels, study.seeds)
     main, pairs = ([asdict(effect) for effect in group] for group in (effects.main, effects.interactions))
-    why = explain(effects.reasons, unit)
-    reason = f"effects are averages over the full grid: {why}" if why else ""
-    return {"effects": main, "interactions": pairs, "effects_reason": reason}
+    why = "effects are averages over the full grid: " if effects.reasons else ""
+    return {"effects": main, "interactions": pairs, "effects_reason": why + explain(effects.reasons, unit)}
 
 
 def _mean(states: Sequence[State], key: str) -> float | None:
@@ -178,20 +167,13 @@ def _mean(states: Sequence[State], key: str) -> float | None:
     return float(np.mean(numbers)) if numbers else None
 
 
-def _data_faults(study: Study, states: Sequence[State]) -> Iterator[tuple[str, str]]:
+def _data_faults(study: Study, done: Sequence[State]) -> Iterator[tuple[str, str]]:
     """Yield each arm whose data differ from the baseline's, with the reason: such arms are not compared."""
-    data: dict[str, list[dict[str, Any]]] = {name: [] for name in study.arms}
-    for state in states:
-        if state.status == "complete":
-            data[state.cell.arm].append(_subset(state.manifest.get("data"), FINGERPRINT))
     for name in study.arms:
-        both = data[study.baseline] + data[name]
+        both = [_subset(s.manifest.get("data"), FINGERPRINT) for s in done if s.cell.arm in (study.baseline, name)]
         keys = {key for one in both for key, _, _ in differences(both[0], one)}
         if keys and name != study.baseline:
             yield name, f"its cells and the baseline's used different data: {', '.join(sorted(keys))} in manifest.json"
-
-
-# Across cells
 
 
 def _subset(group: Any, keys: Sequence[str]) -> dict[str, Any]:
@@ -200,14 +182,11 @@ def _subset(group: Any, keys: Sequence[str]) -> dict[str, Any]:
 
 def _groups(states: Sequence[State], of: Callable[[Mapping[str, Any]], dict[str, Any]]) -> list[Report]:
     """Group cells by a part of their manifests, the largest group first."""
-    groups: list[Report] = []
+    groups: dict[str, Report] = {}
     for state in states:
         part = of(state.manifest)
-        group = next((group for group in groups if group["is"] == part), None)
-        if group is None:
-            groups.append(group := {"is": part, "cells": []})
-        group["cells"].append(state.cell.name)
-    return sorted(groups, key=lambda group: -len(group["cells"]))
+        groups.setdefault(json.dumps(part), {"is": part, "cells": []})["cells"].append(state.cell.name)
+    return sorted(groups.values(), key=lambda group: -len(group["cells"]))
 
 
 def _hours(study: Study, states: Sequence[State]) -> Report:
@@ -229,10 +208,8 @@ def _warnings(report: Report, study: Study, out: Path, values: pd.DataFrame) -> 
     if not plan["recorded"]:
         yield "There is no readable plan.json, so nothing shows that these runs were planned before they ran."
     elif plan["recorded"] != plan["hash"]:
-        yield (
-            "The study file has changed since the runs were planned: "
-            f"its hash is {plan['hash'][:12]}, the plan's is {plan['recorded'][:12]}."
-        )
+        hashes = f"its hash is {plan['hash'][:12]}, the plan's is {plan['recorded'][:12]}"
+        yield f"The study file has changed since the runs were planned: {hashes}."
     if mismatched := [state["cell"] for state in report["missing"] if state["status"] == "mismatched"]:
         yield f"These runs do not match the plan and are not counted: {named(mismatched)}."
     if faults := [name for name, arm in report["arms"].items() if arm["data_differ"]]:
@@ -246,20 +223,11 @@ def _warnings(report: Report, study: Study, out: Path, values: pd.DataFrame) -> 
     if others := unplanned_runs(study, out):
         yield f"The study directory holds other runs, which are not counted: {named(others)}."
     for circumstance in ("hardware", "software", "code"):
-        yield from _differing(circumstance, report[circumstance])
-
-
-def _differing(circumstance: str, groups: Sequence[Report]) -> Iterator[str]:
-    """Yield a sentence if cells ran under different circumstances: which ones, and which cells are in the minority."""
-    if len(groups) < 2:
-        return
-    first, *odd = groups
-    keys = sorted({key for group in odd for key, _, _ in differences(first["is"], group["is"])})
-    cells = named([cell for group in odd for cell in group["cells"]])
-    yield f"Not all cells ran with the same {circumstance}: {', '.join(keys)} differ in {cells}."
-
-
-# Per image
+        if odd := report[circumstance][1:]:  # all groups but the largest
+            most = report[circumstance][0]["is"]
+            keys = sorted({key for group in odd for key, _, _ in differences(most, group["is"])})
+            where = named([cell for group in odd for cell in group["cells"]])
+            yield f"Not all cells ran with the same {circumstance}: {', '.join(keys)} differ in {where}."
 
 
 def _per_image(study: Study, states: Sequence[State]) -> dict[str, Report]:
@@ -280,21 +248,18 @@ def _correct(study: Study, states: Sequence[State], arm: str) -> Correct | str:
     cells = [state.cell for state in states if state.cell.arm == arm]
     if len(cells) < len(study.seeds):
         return f"{arm} has cells without a result"
-    images, rows = None, []
+    images, correct = [], []
     for cell in cells:
-        try:
+        predictions = None
+        with contextlib.suppress(OSError, ValueError, KeyError, BadZipFile):
             predictions = read_predictions(cell.folder)
-        except (OSError, ValueError, KeyError, BadZipFile):
-            predictions = None
         if predictions is None:
             return f"{cell.name} has no readable predictions.npz"
-        identity = np.stack([predictions.index, predictions.label], axis=1)
-        if images is not None and not np.array_equal(images, identity):
+        images.append(np.stack([predictions.index, predictions.label], axis=1))
+        if not np.array_equal(images[0], images[-1]):
             return f"{cell.name} was not tested on the same images as the other cells"
-        images = identity
-        rows.append(predictions.prediction == predictions.label)
-    assert images is not None
-    return images, np.stack(rows)
+        correct.append(predictions.prediction == predictions.label)
+    return images[0], np.stack(correct)
 
 
 def _bootstrap(baseline: Correct | str, arm: Correct | str) -> Report:
@@ -305,14 +270,3 @@ def _bootstrap(baseline: Correct | str, arm: Correct | str) -> Report:
     delta, low, high = paired_bootstrap(arm[1], baseline[1], RESAMPLES, np.random.default_rng(0))
     seeds, images = arm[1].shape
     return {"seeds": seeds, "images": images, "delta": delta, "ci_low": low, "ci_high": high}
-
-
-def _plain(value: Any) -> Any:
-    """Return the value as JSON accepts it: None for a number that is not finite."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
-    if isinstance(value, float):
-        return float(value) if math.isfinite(value) else None
-    return value if isinstance(value, str | int | None) else str(value)

@@ -22,15 +22,11 @@ PLAN, ARM, LOG = "plan.json", "arm.yaml", "log.txt"
 
 @dataclass(frozen=True)
 class Cell:
-    """One arm with one seed.
-
-    Attributes:
-        folder: Run directory, <out>/<arm>/seed-<seed>.
-    """
+    """One arm with one seed."""
 
     arm: str
     seed: int
-    folder: Path
+    folder: Path  # run directory, <out>/<arm>/seed-<seed>
 
     @property
     def name(self) -> str:
@@ -38,12 +34,12 @@ class Cell:
 
     @property
     def config(self) -> Path:
-        """Return the path of the arm's resolved config, written before the first cell runs."""
+        """The arm's resolved config, written before the first cell runs."""
         return self.folder.parent / ARM
 
     @property
     def log(self) -> Path:
-        """Return the path of the output of all attempts."""
+        """Output of all attempts."""
         return self.folder / LOG
 
 
@@ -53,19 +49,12 @@ FINAL = ("complete", "unreadable", "mismatched")  # cells that are not run
 
 @dataclass(frozen=True)
 class State:
-    """State of a cell's run directory; only `complete` cells have results.
-
-    Attributes:
-        status: The manifest's status, or `missing`, `unreadable` (the manifest is damaged), or `mismatched` (the run
-            has another config or seed than the study's cell).
-        detail: The reason, in one line.
-        manifest: The run's manifest, or {}.
-    """
+    """State of a cell's run directory; only `complete` cells have results."""
 
     cell: Cell
-    status: Status
-    detail: str
-    manifest: Config
+    status: Status  # of the manifest, or `missing`, `unreadable` (damaged), or `mismatched` (other config or seed)
+    detail: str  # the reason, in one line
+    manifest: Config  # or {}
 
 
 def cells(study: Study, out: Path) -> list[Cell]:
@@ -74,13 +63,7 @@ def cells(study: Study, out: Path) -> list[Cell]:
 
 
 def states(study: Study, out: Path, configs: Mapping[str, Config] | None = None) -> list[State]:
-    """Return the state of every cell, in the order of `cells`.
-
-    Args:
-        study: The study.
-        out: Study directory.
-        configs: Resolved config of each arm; default: those written by the last `ablate run`.
-    """
+    """Return the state of every cell, given each arm's resolved config; default: as the last `ablate run` wrote it."""
     if configs is None:
         configs = {arm: read_config(out / arm / ARM) for arm in study.arms}
     return [state(study, cell, configs[cell.arm]) for cell in cells(study, out)]
@@ -126,10 +109,9 @@ def _other_config(study: Study, folder: RunFolder, planned: Config) -> str:
 def _last_line(cell: Cell) -> str:
     """Return the last line of a cell's log: why it did not start, if it left no manifest."""
     try:
-        lines = cell.log.read_text(encoding="utf-8", errors="replace").split("\n")
+        return cell.log.read_text(encoding="utf-8", errors="replace").rstrip().rpartition("\n")[2]
     except OSError:
         return ""
-    return next((line for line in reversed(lines) if line.strip()), "")
 
 
 def unplanned_runs(study: Study, out: Path) -> list[str]:
@@ -152,7 +134,7 @@ def write_plan(study: Study, out: Path) -> None:
     """Write plan.json: the cells to run, and the hash that identifies the study."""
     plan: dict[str, Any] = {"name": study.name, "hash": study.hash, **study.about()}
     plan["arms"] = {arm.name: {"levels": arm.levels, "changes": arm.changes} for arm in study.arms.values()}
-    plan["cells"] = [{"arm": c.arm, "seed": c.seed, "folder": f"{c.name}"} for c in cells(study, out)]
+    plan["cells"] = [{"arm": c.arm, "seed": c.seed, "folder": c.name} for c in cells(study, out)]
     write_text(out / PLAN, json.dumps(plan, indent=2, default=str) + "\n")
 
 

@@ -1,9 +1,9 @@
 """Figures of a study: arms, differences, learning curves, cost. Imports no torch."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib as mpl
 import numpy as np
@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator
 
 from reslab.ablation.wording import Unit
-from reslab.runs.figures import INK, MUTED, STYLE, TEST, VAL, WIDTH, _save, _spread, shorten
+from reslab.runs.figures import INK, MUTED, STYLE, TEST, VAL, WIDTH, _end_labels, _save, _spread, shorten
 
 COLORS = {"better": "#009E73", "worse": TEST, "equivalent": VAL, "inconclusive": MUTED, None: MUTED}
 LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")  # with more arms, each gets its own panel
@@ -31,13 +31,10 @@ Report = Mapping[str, Any]
 
 
 def draw_figures(report: Report, values: pd.DataFrame, curves: Mapping[str, pd.DataFrame], folder: Path) -> list[Path]:
-    """Draw all figures that have data into `folder`, remove the others, and return the paths of the PNGs.
+    """Draw all figures of report.json that have data into `folder`, and return the paths of the PNGs.
 
-    Args:
-        report: Content of report.json.
-        values: The metric with one row per arm and one column per seed; NaN where there is none.
-        curves: The logged metric by arm, with one row per step and one column per seed.
-        folder: Output directory, created if missing.
+    `values` is the metric with one row per arm and one column per seed, NaN where there is none; `curves` the logged
+    metric by arm, with one row per step and one column per seed. An existing figure without data is removed.
     """
     unit = Unit.of(report)
     folder.mkdir(parents=True, exist_ok=True)
@@ -52,12 +49,21 @@ def draw_figures(report: Report, values: pd.DataFrame, curves: Mapping[str, pd.D
         return [path for name in CAPTIONS for path in _save(figures[name], folder / f"{name}.png")]
 
 
+class Row(NamedTuple):
+    """One row of a dot plot: the seeds (n,), then center and ends of an interval (3,); NaN where there is none."""
+
+    name: str
+    seeds: np.ndarray
+    interval: np.ndarray
+    text: str
+    color: str
+
+
 def label(name: str, width: int = 22) -> str:
     """Wrap a name onto at most two lines, at a separator if possible."""
     if len(name) <= width:
         return name
-    cuts = [match.end() for match in re.finditer(r"[+_.,= -]", name[:width])]
-    cut = cuts[-1] if cuts else width
+    cut = max((match.end() for match in re.finditer(r"[+_.,= -]", name[:width])), default=width)
     return f"{name[:cut]}\n{shorten(name[cut:], width)}"
 
 
@@ -65,89 +71,79 @@ def arms(report: Report, values: pd.DataFrame, unit: Unit) -> Figure | None:
     """Draw one row per arm; None if no cell has finished."""
     if values.isna().all(axis=None):
         return None
-    names, points = list(report["arms"]), values.to_numpy() * unit.factor
-    intervals = _intervals(report["arms"].values(), "mean", "ci", unit)
-    figure, ax = _rows(names, report["baseline"], points, intervals)
-    for row, (name, arm) in enumerate(report["arms"].items()):
-        color = INK if name == report["baseline"] else VAL
-        _row(ax, row, points[row], intervals[row], color)
-        _beside(ax, row, _mean_and_sd(arm, unit, len(report["seeds"])), color if arm["n"] else TEST)
-    ax.set_xlabel(unit.axis(report["metric"]))
-    return figure
-
-
-def _mean_and_sd(arm: Mapping[str, Any], unit: Unit, planned: int) -> str:
-    if not arm["n"]:
-        return "nothing finished"
-    text = unit.number(arm["mean"]) + (f" ± {unit.number(arm['sd'])}" if arm["sd"] is not None else "")
-    return text if arm["n"] == planned else f"{text}\n{arm['n']} of {planned} seeds"
+    rows, planned = [], len(report["seeds"])
+    for name, arm in report["arms"].items():
+        text = unit.number(arm["mean"]) + (f" ± {unit.number(arm['sd'])}" if arm["sd"] is not None else "")
+        if arm["n"] < planned:
+            text = f"{text}\n{arm['n']} of {planned} seeds" if arm["n"] else "nothing finished"
+        color = TEST if not arm["n"] else INK if name == report["baseline"] else VAL
+        seeds = values.loc[name].to_numpy() * unit.factor
+        rows.append(Row(name, seeds, _interval(arm, "mean", "ci", unit), text, color))
+    return _dot_plot(rows, unit.axis(report["metric"]), strong=report["baseline"])
 
 
 def differences(report: Report, values: pd.DataFrame, unit: Unit) -> Figure | None:
     """Draw one row per arm except the baseline; None if no seed can be compared."""
-    others = {name: arm for name, arm in report["arms"].items() if name != report["baseline"]}
-    paired = (values - values.loc[report["baseline"]]).loc[list(others)]
-    paired.loc[[name for name, arm in others.items() if arm["delta"] is None]] = np.nan  # trained on other data
-    if paired.isna().all(axis=None):
+    paired = (values - values.loc[report["baseline"]]) * unit.factor
+    rows = []
+    for name, arm in report["arms"].items():
+        if name != report["baseline"]:
+            compared = arm["delta"] is not None  # else trained on other data
+            seeds = paired.loc[name].to_numpy() if compared else np.full(len(paired.columns), np.nan)
+            text = f"{unit.signed(arm['delta'])} " * compared + (arm["verdict"] or "no verdict")
+            rows.append(Row(name, seeds, _interval(arm, "delta", "delta_ci", unit), text, COLORS[arm["verdict"]]))
+    if np.isnan([row.seeds for row in rows]).all():
         return None
-    points, intervals = paired.to_numpy() * unit.factor, _intervals(others.values(), "delta", "delta_ci", unit)
-    margin = (report["margin"] or 0) * unit.factor
-    figure, ax = _rows(list(others), None, np.append(points, [-margin, 0, margin]), intervals)
-    if margin:
-        ax.axvspan(-margin, margin, color="#DDDDDD", alpha=0.6, lw=0, zorder=0)
-    ax.axvline(0, color=INK, lw=1, zorder=1)
-    for row, arm in enumerate(others.values()):
-        color, verdict = COLORS[arm["verdict"]], arm["verdict"] or "no verdict"
-        _row(ax, row, points[row], intervals[row], color)
-        _beside(ax, row, verdict if arm["delta"] is None else f"{unit.signed(arm['delta'])} {verdict}", color)
-    ax.set_xlabel(f"{report['metric']}: difference from {shorten(report['baseline'], 24)}{unit.difference_unit}")
-    return figure
+    xlabel = f"{report['metric']}: difference from {shorten(report['baseline'], 24)}{unit.difference_unit}"
+    return _dot_plot(rows, xlabel, margin=(report["margin"] or 0) * unit.factor)
 
 
 def effects(report: Report, unit: Unit) -> Figure | None:
     """Draw one row per main effect, then one per interaction; None unless the study has a complete grid."""
-    both = [*report.get("effects", []), *report.get("interactions", [])]
-    if not both:
-        return None
-    names = [" × ".join(f"{factor.rpartition('.')[2]}: {a} → {b}" for factor, a, b in e["levels"]) for e in both]
-    intervals = _intervals(both, "delta", "ci", unit)
-    figure, ax = _rows(names, None, np.append(intervals[:, 0], 0), intervals)
-    ax.axvline(0, color=INK, lw=1, zorder=1)
-    for row, effect in enumerate(both):
+    rows = []
+    for effect in (*report.get("effects", []), *report.get("interactions", [])):
+        name = " × ".join(f"{factor.rpartition('.')[2]}: {a} → {b}" for factor, a, b in effect["levels"])
         color = VAL if len(effect["levels"]) == 1 else MUTED
-        _row(ax, row, np.empty(0), intervals[row], color)
-        _beside(ax, row, unit.signed(effect["delta"]), color)
-    ax.set_xlabel(f"{report['metric']}: effect{unit.difference_unit}")
-    return figure
+        text = unit.signed(effect["delta"])
+        rows.append(Row(name, np.empty(0), _interval(effect, "delta", "ci", unit), text, color))
+    return _dot_plot(rows, f"{report['metric']}: effect{unit.difference_unit}", margin=0) if rows else None
 
 
-def _intervals(groups: Iterable[Mapping[str, Any]], center: str, ends: str, unit: Unit) -> np.ndarray:
-    """Return center, low and high end of each group (n, 3), NaN where there is none."""
-    return np.array([(g[center], g[f"{ends}_low"], g[f"{ends}_high"]) for g in groups], float) * unit.factor
+def _interval(group: Mapping[str, Any], center: str, ends: str, unit: Unit) -> np.ndarray:
+    return np.array([group[center], group[f"{ends}_low"], group[f"{ends}_high"]], float) * unit.factor
 
 
-def _rows(names: Sequence[str], strong: str | None, points: np.ndarray, intervals: np.ndarray) -> tuple[Figure, Axes]:
-    """Return axes with an empty row for each name, the first on top.
+def _dot_plot(rows: Sequence[Row], xlabel: str, strong: str = "", margin: float | None = None) -> Figure:
+    """Draw rows, the first on top; the name of row `strong` is bold.
 
-    The x axis fits all points, and the intervals (n, 3) only as far as the points stay readable.
+    With a margin, 0 is marked, and the band within ±margin. The x axis fits all seeds, and the intervals only as far as
+    the seeds stay readable.
     """
-    figure = Figure(figsize=(WIDTH, ROW * len(names) + 0.75), layout="constrained")
+    figure = Figure(figsize=(WIDTH, ROW * len(rows) + 0.75), layout="constrained")
     ax = figure.subplots()
-    ax.set_yticks(range(len(names)), [label(name) for name in names], fontsize=9, linespacing=0.95)
-    for tick, name in zip(ax.get_yticklabels(), names, strict=True):
-        tick.set(color=INK, weight="bold" if name == strong else "normal")
-    ax.set_ylim(len(names) - 0.4, -0.6)
+    ax.set_yticks(range(len(rows)), [label(row.name) for row in rows], fontsize=9, linespacing=0.95)
+    for tick, row in zip(ax.get_yticklabels(), rows, strict=True):
+        tick.set(color=INK, weight="bold" if row.name == strong else "normal")
+    ax.set_ylim(len(rows) - 0.4, -0.6)
     ax.grid(axis="y", visible=False)
     ax.spines["left"].set_visible(False)
     ax.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
-    ax.set_xlim(*_limits(points, intervals, 1.2))
-    return figure, ax
+    intervals = np.stack([row.interval for row in rows])
+    marks = [] if margin is None else [-margin, 0, margin]
+    ax.set_xlim(*_limits(np.concatenate([intervals[:, 0], marks, *(row.seeds for row in rows)]), intervals))
+    if margin is not None:
+        ax.axvspan(-margin, margin, color="#DDDDDD", alpha=0.6, lw=0, zorder=0)
+        ax.axvline(0, color=INK, lw=1, zorder=1)
+    for i, row in enumerate(rows):
+        _draw_row(ax, i, row)
+    ax.set_xlabel(xlabel)
+    return figure
 
 
-def _limits(points: np.ndarray, intervals: np.ndarray, stretch: float) -> tuple[float, float]:
-    """Return axis limits that hold all points, and intervals up to `stretch` times the points' range beyond them."""
+def _limits(points: np.ndarray, intervals: np.ndarray) -> tuple[float, float]:
+    """Return axis limits that hold all points, and intervals (n, 3) up to 1.2 times the points' range beyond them."""
     low, high = np.nanmin(points), np.nanmax(points)
-    room = stretch * (high - low) or 0.01 * abs(high) or 1.0
+    room = 1.2 * (high - low) or 0.01 * abs(high) or 1.0
     ends = intervals[np.isfinite(intervals).all(1)]
     if len(ends):
         low, high = min(low, max(ends.min(), low - room)), max(high, min(ends.max(), high + room))
@@ -155,23 +151,20 @@ def _limits(points: np.ndarray, intervals: np.ndarray, stretch: float) -> tuple[
     return low - pad, high + pad
 
 
-def _row(ax: Axes, row: int, points: np.ndarray, interval: np.ndarray, color: str) -> None:
-    """Draw seeds (n,) as dots, one below the other, and an interval (3,); an arrow marks an end outside the axis."""
-    center, low, high = interval
-    heights = row + np.linspace(-0.22, 0.22, len(points)) if len(points) > 1 else np.full(len(points), row)
-    ax.plot(points, heights, "o", color=color, ms=4, alpha=0.45, mew=0, zorder=2)
-    if np.isfinite([low, high]).all():
-        left, right = ax.get_xlim()
-        ax.plot([max(low, left), min(high, right)], [row, row], color=color, lw=2, zorder=3)
-        for outside, edge, arrow in ((low < left, left, "<"), (high > right, right, ">")):
-            if outside:
-                ax.plot(edge, row, arrow, color=color, ms=7, clip_on=False, zorder=4)
-    ax.plot(center, row, "D", color=color, ms=6.5, mec="white", zorder=5)
-
-
-def _beside(ax: Axes, row: int, text: str, color: str) -> None:
-    place = ax.get_yaxis_transform()
-    ax.text(1.04, row, text, transform=place, va="center", fontsize=9, color=color, weight="bold", linespacing=0.95)
+def _draw_row(ax: Axes, y: int, row: Row) -> None:
+    """Draw seeds as dots, one below the other, and the interval; an arrow marks an end outside the axis."""
+    center, low, high = row.interval
+    spread = 0.22 if len(row.seeds) > 1 else 0
+    heights = y + np.linspace(-spread, spread, len(row.seeds))
+    ax.plot(row.seeds, heights, "o", color=row.color, ms=4, alpha=0.45, mew=0, zorder=2)
+    left, right = ax.get_xlim()
+    ax.plot(np.clip([low, high], left, right), [y, y], color=row.color, lw=2, zorder=3)
+    for outside, edge, arrow in ((low < left, left, "<"), (high > right, right, ">")):
+        if outside:
+            ax.plot(edge, y, arrow, color=row.color, ms=7, clip_on=False, zorder=4)
+    ax.plot(center, y, "D", color=row.color, ms=6.5, mec="white", zorder=5)
+    style: dict[str, Any] = {"va": "center", "fontsize": 9, "weight": "bold", "linespacing": 0.95}
+    ax.text(1.04, y, row.text, transform=ax.get_yaxis_transform(), color=row.color, **style)
 
 
 def learning_curves(report: Report, curves: Mapping[str, pd.DataFrame], unit: Unit) -> Figure | None:
@@ -194,11 +187,7 @@ def _together(report: Report, curves: Mapping[str, pd.DataFrame], unit: Unit, cl
     _frame(ax, curves, unit, 6)
     for name, frame in curves.items():
         _curve(ax, frame, colors[name])
-    ends = {name: frame.mean(axis=1).iloc[-1] for name, frame in curves.items()}
-    heights = ax.transAxes.inverted().transform(ax.transData.transform([(0, y) for y in ends.values()]))[:, 1]
-    style: dict[str, Any] = {"va": "center", "fontsize": 9, "weight": "bold", "linespacing": 0.95}
-    for name, height in zip(ends, _spread(heights, 0.11), strict=True):
-        ax.text(1.03, height, label(name, 18), transform=ax.transAxes, color=colors[name], **style)
+    _end_labels(ax, [(f.mean(axis=1).iloc[-1], label(name, 18), colors[name]) for name, f in curves.items()])
     if lacking := [name for name in report["arms"] if name not in curves]:
         ax.set_title(f"nothing finished: {shorten(', '.join(lacking), 60)}", fontsize=9, color=TEST, weight="normal")
     ax.set(xlabel=clock, ylabel=unit.axis(report["curve"]))
@@ -256,12 +245,11 @@ def cost(report: Report, unit: Unit) -> Figure | None:
     scale, clock = next((unit for unit in units if seconds.max() >= 2 * unit[0]), units[-1])
     figure = Figure(figsize=(WIDTH, max(3.0, 0.3 * len(timed) + 0.8)), layout="constrained")
     ax = figure.subplots()
-    rows = _intervals(timed.values(), "mean", "ci", unit)
-    ax.set_ylim(*_limits(rows[:, 0], rows, 1.0))
-    x, log = seconds / scale, seconds.max() > 10 * seconds.min()
-    pad = 0.08 * np.ptp(x) or 0.05 * x.max()
-    ax.set_xlim(x.min() / 1.3 if log else x.min() - pad, x.max() * 1.3 if log else x.max() + pad)
-    if log:
+    rows = np.stack([_interval(arm, "mean", "ci", unit) for arm in timed.values()])
+    ax.set_ylim(*_limits(rows[:, 0], rows))
+    x = seconds / scale
+    ax.set_xlim(x.min() / 1.3, x.max() * 1.3)
+    if x.max() > 10 * x.min():
         ax.set_xscale("log")
         ax.xaxis.set_major_formatter("{x:g}")
         ax.xaxis.set_minor_locator(NullLocator())

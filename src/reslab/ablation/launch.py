@@ -10,15 +10,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
 import yaml
 
-from reslab.ablation.cells import ARM, FINAL, Cell, State, read_config, state, states, write_plan
+from reslab.ablation.cells import ARM, Cell, State, states, write_plan
 from reslab.ablation.progress import StudyProgress
 from reslab.ablation.resolve import Loader
 from reslab.ablation.study import Study
@@ -35,15 +34,10 @@ _libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 @dataclass(frozen=True)
 class LocalResources:
-    """How the cells share this machine.
+    """How the cells share this machine."""
 
-    Args:
-        jobs: Number of concurrent runs; default: as many as the GPUs hold, 1 on CPU.
-        jobs_per_gpu: Number of runs that share a GPU.
-    """
-
-    jobs: int | None = None
-    jobs_per_gpu: int = 1
+    jobs: int | None = None  # concurrent runs; default: as many as the GPUs hold, 1 on CPU
+    jobs_per_gpu: int = 1  # runs that share a GPU
 
     def slots(self, study: Study) -> list[dict[str, str]]:
         """Return the environment variables of each concurrent run: its share of the GPUs and CPU threads."""
@@ -54,10 +48,8 @@ class LocalResources:
         sets = [",".join(gpus[i : i + each]) for i in range(0, len(gpus) - each + 1, each)] * self.jobs_per_gpu
         jobs = self.jobs or len(sets) or 1
         if gpus and jobs > len(sets):
-            raise UserError(
-                f"--jobs {jobs}: {len(gpus)} GPUs hold {len(sets)} concurrent runs of {each}; "
-                "use --jobs-per-gpu to let several runs share a GPU"
-            )
+            limit = f"{len(gpus)} GPUs hold {len(sets)} concurrent runs of {each}"
+            raise UserError(f"--jobs {jobs}: {limit}; use --jobs-per-gpu to let several runs share a GPU")
         threads = max(1, available_cores() // (jobs * each))
         shared = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(threads)}
         return [{**shared, **({"CUDA_VISIBLE_DEVICES": sets[i]} if gpus else {})} for i in range(jobs)]
@@ -73,14 +65,10 @@ def visible_gpus() -> list[str]:
     return [str(i) for i, line in enumerate(line for line in listing.split("\n") if line.startswith("GPU "))]
 
 
-# Checks before anything runs
-
-
 def prepare(study: Study, out: Path) -> list[State]:
     """Check every arm against the typed config, write plan and arms, and return the states of all cells.
 
-    Raises:
-        UserError: an arm is invalid, or a cell's directory holds another run.
+    Raise UserError if an arm is invalid, or a cell's directory holds another run.
     """
     configs = typed_configs(study)
     current = states(study, out, {arm: yaml.load(text, Loader) for arm, text in configs.items()})
@@ -106,28 +94,14 @@ def typed_configs(study: Study) -> dict[str, str]:
             try:
                 experiment = Experiment(["--config", str(file)])
                 _, model, _ = experiment.build()
-                _check_metric(study.metric, model.metric_names)
+                if study.metric not in model.metric_names:
+                    near = difflib.get_close_matches(study.metric, model.metric_names, 3, 0.4) or model.metric_names
+                    raise UserError(f"metric {study.metric!r} is not logged; nearest: {', '.join(near)}")
             except UserError as error:
                 message = "\n".join(line for line in str(error).split("\n") if scratch not in line)
                 raise UserError(f"{study.path}: arm {arm.name}: {message}") from error
-            text = experiment.dump()
-            if same := [other for other, there in configs.items() if _unnamed(there) == _unnamed(text)]:
-                raise UserError(f"{study.path}: arm {arm.name} is the same as {same[0]}: it changes nothing")
-            configs[arm.name] = text
+            configs[arm.name] = experiment.dump()
     return configs
-
-
-def _check_metric(metric: str, logged: Sequence[str]) -> None:
-    if metric not in logged:
-        near = difflib.get_close_matches(metric, logged, 3, 0.4) or logged
-        raise UserError(f"metric {metric!r} is not logged; nearest: {', '.join(near)}")
-
-
-def _unnamed(text: str) -> str:
-    """Return the config without the arm's name."""
-    config = yaml.load(text, Loader)
-    config["run"].update(name=None, job_type=None)
-    return yaml.safe_dump(config)
 
 
 def command(cell: Cell) -> list[str]:
@@ -136,17 +110,13 @@ def command(cell: Cell) -> list[str]:
     return [sys.executable, "-m", "reslab", "fit", *options, "--run.tags", f"[seed {cell.seed}]"]
 
 
-# Running
-
-
 def run_local(study: Study, out: Path, resources: LocalResources, retries: int = 1) -> int:
     """Run the unfinished cells of a study on this machine.
 
     Args:
-        study: The study.
-        out: Study directory.
+        study, out: The study and its directory.
         resources: How many cells run at once, and on what.
-        retries: How often a failed cell is retried.
+        retries: How often a failed cell is retried; wrong usage and divergence would happen again.
 
     Returns:
         Exit status: 0 if every cell is complete, 1 if not, 75 if it was interrupted and can be resumed.
@@ -154,10 +124,9 @@ def run_local(study: Study, out: Path, resources: LocalResources, retries: int =
     folder = RunFolder(out)
     slots = resources.slots(study)
     folder.probe()
-    with folder.lock(), StudyProgress(study, prepare(study, out), len(slots)) as progress:
-        pool = Pool(progress, slots, retries)
-        with pool.forward_signals():
-            pool.run()
+    with folder.lock(), StudyProgress(study, prepare(study, out), retries, len(slots)) as progress:
+        pool = Pool(progress, slots)
+        pool.run()
     status = progress.exit_status()
     return Exit.PREEMPTED if status and pool.stopped else status
 
@@ -165,15 +134,15 @@ def run_local(study: Study, out: Path, resources: LocalResources, retries: int =
 class Pool:
     """Waiting and running cells; `slots` holds the environment variables of each concurrent run."""
 
-    def __init__(self, progress: StudyProgress, slots: list[dict[str, str]], retries: int) -> None:
-        self.progress, self.free, self.retries = progress, list(slots), retries
+    def __init__(self, progress: StudyProgress, slots: list[dict[str, str]]) -> None:
+        self.progress, self.free = progress, list(slots)
         self.waiting = progress.to_run()
         self.running: dict[Cell, tuple[subprocess.Popen[bytes], dict[str, str]]] = {}
-        self.tries: Counter[Cell] = Counter()
         self.stopped = False
 
     def run(self) -> None:
-        """Run until no cell is left or, after a signal, until the running cells have saved and exited."""
+        """Run until no cell is left; after a stop signal, until the running cells, which get it too, have exited."""
+        before = {number: signal.signal(number, self._stop) for number in STOP_SIGNALS}
         try:
             while self.running or (self.waiting and not self.stopped):
                 self._start()
@@ -182,14 +151,6 @@ class Pool:
                 time.sleep(POLL)
         finally:  # leave no processes behind if this one fails
             self._signal(signal.SIGTERM)
-
-    @contextlib.contextmanager
-    def forward_signals(self) -> Iterator[None]:
-        """Forward stop signals to the running cells, which then save and exit; start no others."""
-        before = {number: signal.signal(number, self._stop) for number in STOP_SIGNALS}
-        try:
-            yield
-        finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
@@ -211,25 +172,16 @@ class Pool:
             self.waiting.remove(cell)
             slot = self.free.pop(0)
             self.running[cell] = start(cell, slot), slot
-            self.tries[cell] += 1
-            self.progress.started(cell, f" (try {self.tries[cell]})" if self.tries[cell] > 1 else "")
+            self.progress.started(cell)
 
     def _reap(self) -> None:
         for cell, (process, slot) in list(self.running.items()):
-            if process.poll() is None:
-                continue
-            del self.running[cell]
-            self.free.append(slot)
-            ended = state(self.progress.study, cell, read_config(cell.config))
-            retry = self._should_retry(ended, process.returncode)
-            self.progress.ended(ended, "; will be retried" if retry else "")
-            if retry:
-                self.waiting.append(cell)
-
-    def _should_retry(self, ended: State, exit_status: int) -> bool:
-        # Wrong usage and divergence would happen again.
-        final = exit_status in (Exit.OK, Exit.USAGE) or ended.status in (*FINAL, "diverged")
-        return not final and not self.stopped and self.tries[ended.cell] <= self.retries
+            if process.poll() is not None:
+                del self.running[cell]
+                self.free.append(slot)
+                may_retry = not self.stopped and process.returncode not in (Exit.OK, Exit.USAGE)
+                if self.progress.ended(cell, may_retry):
+                    self.waiting.append(cell)
 
 
 def start(cell: Cell, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
@@ -243,7 +195,7 @@ def start(cell: Cell, environment: Mapping[str, str]) -> subprocess.Popen[bytes]
             stderr=log,
             env={**os.environ, **environment, **previous_threads(cell)},
             start_new_session=True,
-            preexec_fn=_die_with_parent,
+            preexec_fn=lambda: _libc and _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL),
         )
 
 
@@ -254,8 +206,3 @@ def previous_threads(cell: Cell) -> dict[str, str]:
         if not environment["gpus"]:
             return {"OMP_NUM_THREADS": str(environment["threads"])}
     return {}
-
-
-def _die_with_parent() -> None:
-    if _libc is not None:
-        _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

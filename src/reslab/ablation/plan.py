@@ -2,10 +2,9 @@
 
 import os
 from pathlib import Path
-from typing import Any
 
 from reslab.ablation.cells import State, read_plan, seconds_per_cell, states
-from reslab.ablation.study import Arm, Study
+from reslab.ablation.study import Arm, Study, change_text
 from reslab.runs.manifest import duration
 
 
@@ -16,36 +15,31 @@ def describe(study: Study, out: Path) -> str:
     seeds = ", ".join(map(str, study.seeds))
     better = "higher" if study.mode == "max" else "lower"
     weights = "last" if study.test_weights == "last" else "best validated"
+    margin = "no margin, so no arm can be called equivalent"
+    if study.margin is not None:
+        margin = f"differences within ±{study.margin:g} do not matter"
+    recorded = read_plan(out).get("hash")
+    earlier = "nothing run yet" if recorded is None else f"holds runs of another plan, {recorded[:12]}…"
     lines = [
         f"study      {study.name}: {study.question}",
         f"file       {os.path.relpath(study.path)}",
         f"cells      {len(study.arms)} arms × {len(study.seeds)} seeds ({seeds}) = {len(current)}; {done} done",
-        f"metric     {study.metric} ({better} is better) of the {weights} weights; {_margin(study)}",
+        f"metric     {study.metric} ({better} is better) of the {weights} weights; {margin}",
         *(f"factor     {key}: {', '.join(labels)}" for key, labels in study.factors.items()),
         "arms",
         *(f"  {line}" for arm in study.arms.values() for line in _arm(arm, study)),
         f"cost       {_cost(study, current)}",
-        f"directory  {out}{_earlier(study, out)}",
+        f"directory  {out}" + (f" ({earlier})" if recorded != study.hash else ""),
         f"plan       {study.hash}",
     ]
     return "\n".join(lines)
 
 
-def _margin(study: Study) -> str:
-    if study.margin is None:
-        return "no margin, so no arm can be called equivalent"
-    return f"differences within ±{study.margin:g} do not matter"
-
-
 def _arm(arm: Arm, study: Study) -> list[str]:
     if arm.name == study.baseline:
         return [f"{arm.name}  (baseline)"]
-    changes = [f"{key}: {_short(there)} → {_short(here)}" for key, there, here in arm.changes]
+    changes = [change_text(*change) for change in arm.changes]
     return [f"{arm.name}  {changes[0]}"] if len(changes) == 1 else [arm.name, *(f"    {line}" for line in changes)]
-
-
-def _short(value: Any) -> str:
-    return "null" if value is None else str(value)
 
 
 def _cost(study: Study, current: list[State]) -> str:
@@ -53,14 +47,6 @@ def _cost(study: Study, current: list[State]) -> str:
     left = [each[s.cell.arm] for s in current if s.status != "complete"]
     if None in left:
         return "unknown until a cell has finished; set `minutes` in the study file to state it"
-    measured = any(s.status == "complete" for s in current)
-    source = "measured on the finished cells" if measured else "as stated in the study file"
+    source = "as stated in the study file" if len(left) == len(current) else "measured on the finished cells"
     total = sum(seconds for seconds in left if seconds)
     return f"{len(left)} cells to run, {duration(total)} one after the other ({source})"
-
-
-def _earlier(study: Study, out: Path) -> str:
-    recorded = read_plan(out).get("hash")
-    if recorded is None:
-        return " (nothing run yet)"
-    return "" if recorded == study.hash else f" (holds runs of another plan, {recorded[:12]}…)"

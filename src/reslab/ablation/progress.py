@@ -4,14 +4,13 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
-from statistics import fmean
 from typing import Any
 
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from reslab.ablation.cells import FINAL, Cell, State, read_config, seconds_per_cell
+from reslab.ablation.cells import FINAL, Cell, State, read_config, seconds_per_cell, state
 from reslab.ablation.study import Study
 from reslab.errors import Exit
 from reslab.runs.folder import RunFolder
@@ -26,16 +25,16 @@ class StudyProgress:
     """Keep the states of a study's cells, and print them as they change.
 
     Args:
-        study: The study.
         current: State of every cell at the start.
+        retries: How often a failed cell is retried.
         jobs: Number of concurrent runs, to estimate the time left; None if unknown.
     """
 
-    def __init__(self, study: Study, current: Sequence[State], jobs: int | None = None) -> None:
-        self.study, self.jobs = study, jobs
+    def __init__(self, study: Study, current: Sequence[State], retries: int, jobs: int | None = None) -> None:
+        self.study, self.retries, self.jobs = study, retries, jobs
         self.states = {s.cell: s for s in current}
         self.running: dict[Cell, float] = {}  # start times
-        self._overhead: list[float] = []  # seconds that finished cells took beyond their own wall time, to start
+        self._tries: Counter[Cell] = Counter()  # that ended
         self._drawn = 0.0
         self._live = Live(console=Console(), auto_refresh=False) if sys.stdout.isatty() else None
 
@@ -58,14 +57,19 @@ class StudyProgress:
 
     def started(self, cell: Cell, note: str = "") -> None:
         self.running[cell] = time.monotonic()
-        self._report(f"{cell.name}: started{note}")
+        again = f" (try {self._tries[cell] + 1})" if self._tries[cell] else ""
+        self._report(f"{cell.name}: started{note}{again}")
 
-    def ended(self, state: State, note: str = "") -> None:
-        since = self.running.pop(state.cell, None)
-        if since and state.status == "complete" and len(state.manifest["attempts"]) == 1:
-            self._overhead.append(time.monotonic() - since - state.manifest["wall_seconds"])
-        self.states[state.cell] = state
-        self._report(f"{state.cell.name}: {self._outcome(state)}{note}")
+    def ended(self, cell: Cell, may_retry: bool, how: str = "") -> bool:
+        """Report how a cell ended; return whether to retry it, if it `may_retry` and would not end the same again."""
+        ended = state(self.study, cell, read_config(cell.config))
+        self._tries[cell] += 1
+        retry = may_retry and ended.status not in (*FINAL, "diverged") and self._tries[cell] <= self.retries
+        self.running.pop(cell, None)
+        self.states[cell] = ended
+        note = (how if ended.status != "complete" else "") + ("; will be retried" if retry else "")
+        self._report(f"{cell.name}: {self._outcome(ended)}{note}")
+        return retry
 
     def refresh(self, now: bool = False) -> None:
         """Redraw the table, at most once per second unless `now`."""
@@ -90,12 +94,11 @@ class StudyProgress:
     def _time_left(self) -> str:
         """Return the estimated time left, from finished cells of the same arm; empty if unknown."""
         cost = seconds_per_cell(self.study, list(self.states.values()))
-        now, overhead = time.monotonic(), fmean(self._overhead) if self._overhead else 0.0
-        left, cells = 0.0, self.to_run()
+        now, left, cells = time.monotonic(), 0.0, self.to_run()
         for cell in cells:
             if (seconds := cost[cell.arm]) is None:
                 return ""
-            left += max(seconds + overhead - (now - self.running.get(cell, now)), 0)
+            left += max(seconds - (now - self.running.get(cell, now)), 0)
         return f"; about {duration(left / min(self.jobs, len(cells)))} left" if self.jobs and cells else ""
 
     def _table(self) -> Table:

@@ -2,14 +2,14 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from reslab.ablation import wording
-from reslab.ablation.analysis import Report, analyse, of_metric, results
+from reslab.ablation.analysis import analyse, of_metric, results
 from reslab.ablation.cells import State, states
 from reslab.ablation.figures import CAPTIONS, draw_figures
 from reslab.ablation.study import Study
@@ -30,20 +30,23 @@ def write_report(study: Study, out: Path) -> Path:
         UserError: cells have finished, but none logged the study's metric.
     """
     out.mkdir(parents=True, exist_ok=True)
-    current = states(study, out)
+    order = list(study.arms)
+    current = sorted(states(study, out), key=lambda state: order.index(state.cell.arm))
     table = results(study, current)
     report = analyse(study, out, current)
     report["curve"], curves = _curves(study, current)
     write_text(out / "results.csv", table.to_csv(index=False, lineterminator="\n"))
     write_text(out / "report.json", json.dumps(report, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
     draw_figures(report, of_metric(study, table), curves, out / "figures")
-    texts = _texts(report, table)
-    texts |= {"figures": embed(out / "figures", CAPTIONS), "alt": wording.alternatives(report, texts["unit"])}
+    unit = Unit.of(report)
+    arms = [wording.row(name, arm, report, unit) for name, arm in report["arms"].items()]
+    texts = {"report": report, "unit": unit, "arms": arms, "best": wording.best(report)}
+    texts |= {"points": Unit(percent=True, decimals=2), "figures": embed(out / "figures", CAPTIONS)}
+    texts["cells"] = table.reindex(columns=["arm", "seed", "status", study.metric]).to_numpy().tolist()
     environment = templates(Path(__file__).parent)
-    environment.filters |= {"tex": wording.tex, "md": wording.markdown, "duration": duration}
+    environment.filters |= {"tex": wording.tex, "md": wording.markdown, "duration": duration, "equals": wording.equals}
     environment.filters |= {"named": wording.named, "counted": wording.count}
     environment.filters |= {"interval": wording.interval, "probability": wording.probability}
-    texts["judged"] = environment.get_template("judged.j2").render(texts).splitlines()
     for name in ("report.md", "table.tex", "report.html"):
         write_text(out / name, environment.get_template(f"{name}.j2").render(texts))
     return out / "report.html"
@@ -62,17 +65,12 @@ def log_summary(study: Study, out: Path) -> None:
     report = json.loads((out / "report.json").read_text(encoding="utf-8"))
     identity = hashlib.sha256(f"{study.name} {study.hash}".encode()).hexdigest()[:16]
     tracker = WandB(**options)
-    keys = ("question", "plan", "metric", "mode", "margin", "test_weights", "baseline", "seeds")
-    about = {key: report[key] for key in keys}
+    about = {"plan": report["plan"], **study.about()}
     tracker.start(out, f"study-{identity}", f"{study.name} report", about, group=study.name, job_type="report")
-    arms = pd.DataFrame([{"arm": name, **_flat(arm)} for name, arm in report["arms"].items()])
-    tables = {"arms": arms, "cells": pd.read_csv(out / "results.csv")}
+    arms = pd.DataFrame.from_dict(report["arms"], "index").drop(columns=["levels", "changes", "cells"])
+    tables = {"arms": arms.rename_axis("arm").reset_index(), "cells": pd.read_csv(out / "results.csv")}
     means = {f"{name}/{report['metric']}": arm["mean"] for name, arm in report["arms"].items()}
     tracker.finish(means, [*sorted((out / "figures").glob("*.png")), out / "report.html"], tables)
-
-
-def _flat(arm: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in arm.items() if not isinstance(value, dict | list)}
 
 
 def _wandb_options(study: Study) -> dict[str, Any] | None:
@@ -83,9 +81,6 @@ def _wandb_options(study: Study) -> dict[str, Any] | None:
             if isinstance(logger, dict) and str(logger.get("class_path", "")).rpartition(".")[2] == "WandB":
                 return dict(logger.get("init_args") or {})
     return None
-
-
-# Learning curves
 
 
 def _curves(study: Study, current: Sequence[State]) -> tuple[str, dict[str, pd.DataFrame]]:
@@ -101,24 +96,3 @@ def _curves(study: Study, current: Sequence[State]) -> tuple[str, dict[str, pd.D
         if curves:
             return metric, {arm: pd.concat(curves[arm], axis=1) for arm in study.arms if arm in curves}
     return f"val/{name}", {}
-
-
-# Texts
-
-
-def _texts(report: Report, table: pd.DataFrame) -> dict[str, Any]:
-    """Return the variables of the templates: the report's numbers as text."""
-    unit = Unit.of(report)
-    others = [(name, arm) for name, arm in report["arms"].items() if name != report["baseline"]]
-    cells = table.reindex(columns=["arm", "seed", "status", report["metric"]])
-    return {
-        "report": report,
-        "unit": unit,
-        "arms": [wording.row(name, arm, report, unit) for name, arm in report["arms"].items()],
-        "answers": [(arm["verdict"], wording.sentence(name, arm, report, unit)) for name, arm in others],
-        "points": Unit(percent=True, decimals=2),
-        "hardware": [(wording.hardware(group["is"]), group["cells"]) for group in report["hardware"]],
-        "code": [(wording.code(group["is"]), group["cells"]) for group in report["code"]],
-        "best": wording.best(report),
-        "cells": list(cells.itertuples(index=False, name=None)),
-    }

@@ -13,7 +13,7 @@ from reslab.ablation.signatures import CONFIG, Parameter, parameters
 from reslab.errors import UserError
 
 Config = dict[str, Any]
-CLASS_KEYS = ["class_path", "init_args", "dict_kwargs"]  # jsonargparse's, for an object built from the config
+CLASS_KEYS = ["class_path", "init_args", "dict_kwargs"]  # of an object built from the config
 
 
 class Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
@@ -62,17 +62,13 @@ def loaded(value: Any, folder: Path) -> Any:
     return value
 
 
-def nested(key: str, value: Any) -> Config:
-    """Return a config with one dotted key."""
-    for part in reversed(key.split(".")):
-        value = {part: value}
-    return value
-
-
 def change(config: Config, changes: Config, folder: Path) -> Config:
     """Return the config with some dotted keys changed; paths of YAML files are relative to `folder`."""
     for key, value in changes.items():
-        config = merge(config, nested(key, loaded(value, folder)))
+        nested = loaded(value, folder)
+        for part in reversed(key.split(".")):
+            nested = {part: nested}
+        config = merge(config, nested)
     return config
 
 

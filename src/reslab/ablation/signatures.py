@@ -55,10 +55,9 @@ def _file(module: str) -> Path | None:
     """Return the file of a module without importing it or its packages."""
     top, *rest = module.split(".")
     spec = importlib.util.find_spec(top)
-    if spec is None or not spec.submodule_search_locations:
-        return None
-    path = Path(next(iter(spec.submodule_search_locations)), *rest)
-    candidates = (path.with_suffix(".py"), path / "__init__.py")
+    folders = spec.submodule_search_locations if spec else None
+    paths = [Path(folder, *rest) for folder in folders or ()]
+    candidates = [file for path in paths for file in (path.with_suffix(".py"), path / "__init__.py")]
     return next((file for file in candidates if file.exists()), None)
 
 
@@ -90,33 +89,25 @@ def _find(module: str, name: str, depth: int = 8) -> tuple[str, ast.ClassDef] | 
 
 
 def _accepted(module: str, node: ast.ClassDef) -> Parameters:
+    own: Parameters = {}
+    inherits = True
     init = next((n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"), None)
     if init is not None:
-        own = _arguments(module, init.args)
-        return {**_inherited(module, node), **own} if init.args.kwarg else own
-    if _is_dataclass(node):
+        positional = [*init.args.posonlyargs, *init.args.args]
+        defaults = [None] * (len(positional) - len(init.args.defaults)) + init.args.defaults + init.args.kw_defaults
+        named = zip([*positional, *init.args.kwonlyargs], defaults, strict=True)
+        own = {a.arg: _parameter(module, a.annotation, default) for a, default in named}
+        inherits = init.args.kwarg is not None
+    elif _is_dataclass(node):
         fields = [n for n in node.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)]
         own = {n.target.id: _parameter(module, n.annotation, n.value) for n in fields}  # type: ignore[union-attr]
-        return {**_inherited(module, node), **own}
-    return _inherited(module, node)
+    bases = (_find(module, base.id) for base in node.bases if isinstance(base, ast.Name)) if inherits else ()
+    base = next((source for source in bases if source is not None), None)
+    return {**(_accepted(*base) if base else {}), **own}
 
 
 def _is_dataclass(node: ast.ClassDef) -> bool:
     return any("dataclass" in ast.unparse(decorator) for decorator in node.decorator_list)
-
-
-def _inherited(module: str, node: ast.ClassDef) -> Parameters:
-    for base in node.bases:
-        if isinstance(base, ast.Name) and (source := _find(module, base.id)) is not None:
-            return _accepted(*source)
-    return {}
-
-
-def _arguments(module: str, args: ast.arguments) -> Parameters:
-    positional = [*args.posonlyargs, *args.args]
-    defaults = [None] * (len(positional) - len(args.defaults)) + args.defaults + args.kw_defaults
-    named = zip([*positional, *args.kwonlyargs], defaults, strict=True)
-    return {a.arg: _parameter(module, a.annotation, default) for a, default in named}
 
 
 def _parameter(module: str, annotation: ast.expr | None, default: ast.expr | None) -> Parameter:

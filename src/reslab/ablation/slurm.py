@@ -10,17 +10,17 @@ import os
 import secrets
 import subprocess
 import time
-from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from reslab.ablation import launch
-from reslab.ablation.cells import FINAL, Cell, read_config, state
+from reslab.ablation.cells import Cell
 from reslab.ablation.progress import StudyProgress
 from reslab.ablation.resolve import read_mapping
 from reslab.ablation.study import Study
+from reslab.ablation.wording import count
 from reslab.errors import Exit, UserError
 from reslab.files import write_text
 from reslab.runs.folder import RunFolder
@@ -35,29 +35,18 @@ ENDED = (
 
 @dataclass(frozen=True)
 class Cluster:
-    """Resources that the job of a cell requests; nodes and tasks follow the cell's trainer.num_nodes and devices.
-
-    Args:
-        partition: Default: Slurm's.
-        minutes: Time limit; a cell that takes longer is requeued and resumed.
-        gpus: GPUs per node; default: trainer.devices if the accelerator is a GPU, else none.
-        cpus: CPUs per process, for its threads and loader workers.
-        memory: GB per node; default: Slurm's.
-        sbatch: Other options of sbatch, such as {"account": "vision", "exclusive": true}.
-    """
+    """Resources that the job of a cell requests; nodes and tasks follow the cell's trainer.num_nodes and devices."""
 
     partition: str | None = None
-    minutes: int = 240
-    gpus: int | None = None
-    cpus: int = 1
-    memory: int | None = None
-    sbatch: dict[str, Any] = field(default_factory=dict)
+    minutes: int = 240  # time limit; a cell that takes longer is requeued and resumed
+    gpus: int | None = None  # per node; default: trainer.devices if the accelerator is a GPU, else none
+    cpus: int = 1  # per process, for its threads and loader workers
+    memory: int | None = None  # GB per node
+    sbatch: dict[str, Any] = field(default_factory=dict)  # others, such as {"account": "vision", "exclusive": true}
 
     def __post_init__(self) -> None:
         if self.minutes < 5:
-            raise UserError(
-                f"Slurm: minutes must be at least 5, got {self.minutes}: a job saves {NOTICE} s before its end"
-            )
+            raise UserError(f"minutes must be at least 5, got {self.minutes}: a job saves {NOTICE} s before its end")
 
     @classmethod
     def read(cls, file: str | None, **flags: Any) -> "Cluster":
@@ -95,10 +84,10 @@ class SlurmError(UserError):
 
 
 class Job(NamedTuple):
-    """A cell's job: its number for scancel, and its state in Slurm's terms."""
+    """A cell's job."""
 
-    number: str
-    state: str
+    number: str  # for scancel
+    state: str  # in Slurm's terms
 
 
 def exec_into(command: list[str], log: str, environment: Mapping[str, str]) -> None:
@@ -110,53 +99,8 @@ def exec_into(command: list[str], log: str, environment: Mapping[str, str]) -> N
     os.execve(command[0], command, {**os.environ, **environment})
 
 
-def submit(study: Study, out: Path, todo: Iterable[Cell], cluster: Cluster, limit: int | None = None) -> None:
-    """Submit cells as a job array, or as several if they need different numbers of nodes or tasks.
-
-    Args:
-        study: The study.
-        out: Study directory.
-        todo: The cells.
-        cluster, limit: See `run_slurm`.
-
-    Raises:
-        SlurmError: Slurm or submitit is not installed, or a job is rejected.
-    """
-    arrays: dict[str, tuple[dict[str, Any], list[Cell]]] = {}
-    for cell in todo:
-        parameters = cluster.parameters(study.arms[cell.arm].config.get("trainer", {}))
-        arrays.setdefault(json.dumps(parameters), (parameters, []))[1].append(cell)
-    for parameters, cells in arrays.values():
-        if limit:
-            parameters["array_parallelism"] = limit
-        _submit_array(f"{study.name}.{secrets.token_hex(3)}", out / "slurm", cells, parameters, cluster.cpus)
-
-
-def _submit_array(name: str, folder: Path, cells: list[Cell], parameters: dict[str, Any], cpus: int) -> None:
-    try:
-        import submitit
-        from submitit.core.utils import FailedJobError, FailedSubmissionError
-    except ImportError as error:
-        raise SlurmError("--launcher slurm requires submitit: pip install 'reslab[slurm]'") from error
-    threads = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(cpus)}
-    environments = [{**threads, **launch.previous_threads(cell)} for cell in cells]
-    folder.mkdir(exist_ok=True)
-    # Written before the jobs, which are found by their name: if this process dies, none is submitted twice.
-    write_text(folder / f"{name}.json", json.dumps([cell.name for cell in cells]))
-    try:
-        executor = submitit.SlurmExecutor(folder / name)
-        executor.update_parameters(job_name=name, **parameters)
-        executor.map_array(exec_into, map(launch.command, cells), [str(cell.log) for cell in cells], environments)
-    except (FailedJobError, FailedSubmissionError, RuntimeError) as error:
-        raise SlurmError(f"Slurm rejected the jobs: {error}") from error
-
-
 def jobs(out: Path) -> dict[str, Job]:
-    """Return the newest job of each cell by cell name, as far as Slurm remembers.
-
-    Raises:
-        SlurmError: Slurm is not installed or does not respond.
-    """
+    """Return the newest job of each cell by cell name, as far as Slurm remembers."""
     squeue = ["squeue", "--me", "--array", "--states=all", "--noheader", "--sort=i", "--format=%j|%i|%K|%T"]
     try:
         listing = subprocess.run(squeue, capture_output=True, text=True, check=True).stdout
@@ -180,10 +124,9 @@ def run_slurm(
     """Submit the unfinished cells of a study, and wait for them.
 
     Args:
-        study: The study.
-        out: Study directory, on a file system shared by all nodes.
+        study, out: The study and its directory, on a file system shared by all nodes.
         cluster: Resources of each job.
-        limit: How many cells of an array may run at once; default: all.
+        limit: How many cells of a job array may run at once; default: all.
         retries: How often a failed cell is submitted again while this process waits.
         detach: Return after submitting.
 
@@ -192,8 +135,8 @@ def run_slurm(
     """
     folder = RunFolder(out)
     folder.probe()
-    with folder.lock(), StudyProgress(study, launch.prepare(study, out)) as progress:
-        queue = Queue(progress, out, cluster, limit, retries)
+    with folder.lock(), StudyProgress(study, launch.prepare(study, out), retries) as progress:
+        queue = Queue(progress, out, cluster, limit)
         status = Exit.OK
         try:
             queue.fill()
@@ -202,25 +145,26 @@ def run_slurm(
                 return progress.exit_status()
         except KeyboardInterrupt:
             status = Exit.PREEMPTED
-    print(queue.detach_message(), flush=True)
+    numbers = {job.number.partition("_")[0] for job in jobs(out).values() if job.state not in ENDED}
+    cancel = f"To cancel them: scancel {' '.join(sorted(numbers))}"
+    print(f"The jobs keep running. To wait for them: the same command without --detach. {cancel}", flush=True)
     return status
 
 
 class Queue:
     """Unfinished cells and their jobs; arguments as for `run_slurm`."""
 
-    def __init__(self, progress: StudyProgress, out: Path, cluster: Cluster, limit: int | None, retries: int) -> None:
-        self.progress, self.out, self.cluster, self.limit, self.retries = progress, out, cluster, limit, retries
+    def __init__(self, progress: StudyProgress, out: Path, cluster: Cluster, limit: int | None) -> None:
+        self.progress, self.out, self.cluster, self.limit = progress, out, cluster, limit
         self.todo = progress.to_run()
-        self.tries = Counter(self.todo)
 
     def fill(self) -> None:
         """Submit the cells that have no job yet, from this process or an earlier one."""
         known = jobs(self.out)
         new = [cell for cell in self.todo if cell.name not in known or known[cell.name].state in ENDED]
-        submit(self.progress.study, self.out, new, self.cluster, self.limit)
-        cells, others = f"{len(new)} cell{'s' * (len(new) != 1)}", len(self.todo) - len(new)
-        print(f"submitted to Slurm: {cells}; {others} already submitted", flush=True)
+        self._submit(new)
+        others = len(self.todo) - len(new)
+        print(f"submitted to Slurm: {count(len(new), 'cell')}; {others} already submitted", flush=True)
 
     def wait(self) -> None:
         """Wait until no cell has a job."""
@@ -234,36 +178,50 @@ class Queue:
             self.progress.refresh()
             time.sleep(POLL)
 
-    def detach_message(self) -> str:
-        """Return how to wait for the jobs, and how to cancel them."""
-        alive = [job for job in jobs(self.out).values() if job.state not in ENDED]
-        numbers = {job.number.partition("_")[0] for job in alive}
-        cancel = f"To cancel them: scancel {' '.join(sorted(numbers))}"
-        return f"The jobs keep running. To wait for them: the same command without --detach. {cancel}"
-
     def _update(self, known: Mapping[str, Job]) -> None:
         again = []
         for cell in list(self.todo):
             job = known.get(cell.name)
             if job is None or job.state in ENDED:
                 self.todo.remove(cell)
-                again += [cell] if self._ended(cell, job) else []
+                # Slurm forgets an array task that is cancelled before it starts.
+                cancelled = job is None or job.state == "CANCELLED"
+                how = f"job {job.number}: {job.state.lower()}" if job else "its job is gone"
+                if self.progress.ended(cell, not cancelled, f" ({how})"):
+                    again.append(cell)
             elif job.state == "PENDING":  # not started yet, or requeued
                 self.progress.running.pop(cell, None)
             elif cell not in self.progress.running:
                 self.progress.started(cell, f" as job {job.number}")
-        submit(self.progress.study, self.out, again, self.cluster, self.limit)
-        self.tries.update(again)
+        self._submit(again)
         self.todo += again
 
-    def _ended(self, cell: Cell, job: Job | None) -> bool:
-        """Report how a cell ended; return whether to submit it again."""
-        ended = state(self.progress.study, cell, read_config(cell.config))
-        # Slurm forgets an array task that is cancelled before it starts.
-        cancelled = job is None or job.state == "CANCELLED"
-        final = cancelled or ended.status in (*FINAL, "diverged")
-        retry = not final and self.tries[cell] <= self.retries
-        how = f"job {job.number}: {job.state.lower()}" if job else "its job is gone"
-        note = f" ({how})" if ended.status != "complete" else ""
-        self.progress.ended(ended, note + ("; will be retried" if retry else ""))
-        return retry
+    def _submit(self, cells: list[Cell]) -> None:
+        """Submit cells as a job array, or as several if they need different numbers of nodes or tasks."""
+        arrays: dict[str, list[Cell]] = {}
+        limit = {"array_parallelism": self.limit} if self.limit else {}
+        for cell in cells:
+            trainer = self.progress.study.arms[cell.arm].config.get("trainer", {})
+            arrays.setdefault(json.dumps(self.cluster.parameters(trainer) | limit), []).append(cell)
+        for parameters, of_array in arrays.items():
+            name = f"{self.progress.study.name}.{secrets.token_hex(3)}"
+            _submit_array(name, self.out / "slurm", of_array, json.loads(parameters), self.cluster.cpus)
+
+
+def _submit_array(name: str, folder: Path, cells: list[Cell], parameters: dict[str, Any], cpus: int) -> None:
+    try:
+        import submitit
+        from submitit.core.utils import FailedJobError, FailedSubmissionError
+    except ImportError as error:
+        raise SlurmError("--launcher slurm requires submitit: pip install 'reslab[slurm]'") from error
+    threads = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(cpus)}
+    environments = [{**threads, **launch.previous_threads(cell)} for cell in cells]
+    folder.mkdir(exist_ok=True)
+    # Written before the jobs, which are found by their name: if this process dies, none is submitted twice.
+    write_text(folder / f"{name}.json", json.dumps([cell.name for cell in cells]))
+    try:
+        executor = submitit.SlurmExecutor(folder / name)
+        executor.update_parameters(job_name=name, **parameters)
+        executor.map_array(exec_into, map(launch.command, cells), [str(cell.log) for cell in cells], environments)
+    except (FailedJobError, FailedSubmissionError, RuntimeError) as error:
+        raise SlurmError(f"Slurm rejected the jobs: {error}") from error

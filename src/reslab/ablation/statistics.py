@@ -24,9 +24,10 @@ Levels = tuple[tuple[str, str, str], ...]
 
 MIN_SEEDS = 3  # with 2 seeds, a 95 % interval is 25 standard errors long
 MAX_SEEDS = 1000  # the most seeds that a recommendation counts
+ALPHA = 0.05  # level of the verdicts; intervals cover 1 - ALPHA
+POWER = 0.8
 ROUNDING = 1e-6  # metrics are float32: smaller relative differences are rounding, not spread
 BLOCK = 1000  # bootstrap resamples in memory at once
-POWER = 0.8
 
 
 class Why(StrEnum):
@@ -46,7 +47,7 @@ class Why(StrEnum):
 
 
 class Reason(NamedTuple):
-    """One reason, with the numbers or cells it is about."""
+    """One reason, with the number or cells it is about."""
 
     why: Why
     number: int | None = None
@@ -66,32 +67,19 @@ class Summary:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One arm compared with the baseline, paired by seed; differences are arm minus baseline.
+    """One arm compared with the baseline, paired by seed; differences are arm minus baseline."""
 
-    Attributes:
-        n: Number of seeds that both have.
-        delta, sd: Mean and standard deviation of the differences.
-        delta_ci_low, delta_ci_high: t interval of the mean difference, not adjusted for the number of arms.
-        p: Paired t test, two-sided.
-        p_holm: p adjusted over the arms (Holm 1979).
-        p_equivalence: Two one-sided t tests against ±margin (Schuirmann 1987), adjusted over the arms likewise.
-        hedges_g: See `hedges_g`.
-        min_detectable_delta: See `min_detectable_delta`.
-        verdict: None if it is refused.
-        reasons: Why the verdict is refused, inconclusive or qualified; empty if there is nothing to add.
-    """
-
-    n: int
-    delta: float | None = None
-    sd: float | None = None
-    delta_ci_low: float | None = None
+    n: int  # seeds that both have
+    delta: float | None = None  # mean of the differences
+    sd: float | None = None  # of the differences
+    delta_ci_low: float | None = None  # t interval of the mean difference, not adjusted for the number of arms
     delta_ci_high: float | None = None
-    p: float | None = None
-    p_holm: float | None = None
-    p_equivalence: float | None = None
+    p: float | None = None  # paired t test, two-sided
+    p_holm: float | None = None  # adjusted over the arms (Holm 1979)
+    p_equivalence: float | None = None  # two one-sided t tests against ±margin (Schuirmann 1987), adjusted likewise
     hedges_g: float | None = None
     min_detectable_delta: float | None = None
-    verdict: Verdict | None = None
+    verdict: Verdict | None = None  # None if it is refused
     reasons: tuple[Reason, ...] = ()
 
 
@@ -99,23 +87,18 @@ class Comparison:
 class Effect:
     """Effect of one level, averaged over all other factors, paired by seed.
 
-    Attributes:
-        levels: (factor, reference, level): one for a main effect, two for an interaction.
-        n: Number of seeds.
-        delta, sd: Mean and standard deviation over the seeds of level minus reference; for an interaction, of the
-            first factor's effect at the second's level minus its effect at the second's reference.
-        ci_low, ci_high: t interval of delta, not adjusted.
-        p, p_holm: t test, two-sided; adjusted over all main effects, or over all interactions (Holm 1979).
+    A main effect is level minus reference; an interaction is the first factor's effect at the second's level, minus its
+    effect at the second's reference.
     """
 
-    levels: Levels
-    n: int
-    delta: float
+    levels: Levels  # (factor, reference, level): one for a main effect, two for an interaction
+    n: int  # seeds
+    delta: float  # mean over the seeds
     sd: float
-    ci_low: float | None
+    ci_low: float | None  # t interval of delta, not adjusted
     ci_high: float | None
-    p: float | None
-    p_holm: float | None
+    p: float | None  # t test, two-sided
+    p_holm: float | None  # adjusted over all main effects, or over all interactions (Holm 1979)
 
 
 @dataclass(frozen=True)
@@ -127,16 +110,7 @@ class Effects:
     reasons: tuple[Reason, ...] = ()
 
 
-class _Rule(NamedTuple):
-    """How verdicts are reached over a family of arms."""
-
-    margin: float | None
-    mode: Mode
-    alpha: float
-    family: int
-
-
-def summarise(values: npt.ArrayLike, confidence: float = 0.95) -> Summary:
+def summarise(values: npt.ArrayLike) -> Summary:
     """Return mean, sd and t interval of finite values (n,); sd and interval require n >= 2."""
     x = np.asarray(values, float)
     if x.ndim != 1 or not np.isfinite(x).all():
@@ -144,7 +118,7 @@ def summarise(values: npt.ArrayLike, confidence: float = 0.95) -> Summary:
     if len(x) < 2:
         return Summary(len(x), *x.tolist())
     mean, sd = x.mean(), x.std(ddof=1)
-    half = special.stdtrit(len(x) - 1, (1 + confidence) / 2) * sd / math.sqrt(len(x))
+    half = special.stdtrit(len(x) - 1, 1 - ALPHA / 2) * sd / math.sqrt(len(x))
     return Summary(len(x), *map(float, (mean, sd, mean - half, mean + half)))
 
 
@@ -153,7 +127,6 @@ def compare(
     arms: Mapping[str, npt.ArrayLike],
     margin: float | None = None,
     mode: Mode = "max",
-    alpha: float = 0.05,
     family: int | None = None,
 ) -> dict[str, Comparison]:
     """Compare every arm with the baseline, paired by position; a verdict requires at least 3 seeds.
@@ -164,11 +137,9 @@ def compare(
     in every seed is inconclusive, because the metric is then too coarse to show the spread.
 
     Args:
-        baseline: Metric of the baseline (n,), finite.
-        arms: Metric of each arm (n,), finite, with the seeds in the same order.
+        baseline, arms: Metric (n,), finite, with the seeds in the same order.
         margin: Differences below it do not matter. None: equivalence is not tested.
         mode: Whether a large ("max") or a small ("min") metric is good.
-        alpha: Level of the verdicts; intervals cover 1 - alpha.
         family: Number of arms of the study, if more than are passed here. The others count as p = 1, so their results
             cannot withdraw a verdict when they come in.
 
@@ -185,12 +156,12 @@ def compare(
         raise ValueError("baseline and arms must be finite values (n,) of the same seeds in the same order")
     if len(base) < MIN_SEEDS:
         few = (Reason(Why.FEW_SEEDS, len(base)),)
-        return {arm: _refused(x - base, few, alpha) for arm, x in zip(arms, values, strict=True)}
+        return {arm: _refused(x - base, few) for arm, x in zip(arms, values, strict=True)}
     if not values:
         return {}
     x = np.array(values)
-    tests = _t_tests(x - base, np.maximum(abs(x).max(axis=1), abs(base).max()), alpha, margin)
-    return dict(zip(arms, _judged(tests, _Rule(margin, mode, alpha, family or len(arms))), strict=True))
+    tests = _t_tests(x - base, np.maximum(abs(x).max(axis=1), abs(base).max()), margin)
+    return dict(zip(arms, _judged(tests, margin, mode, family or len(arms)), strict=True))
 
 
 def compare_by_seed(
@@ -199,7 +170,6 @@ def compare_by_seed(
     seeds: Sequence[int],
     margin: float | None = None,
     mode: Mode = "max",
-    alpha: float = 0.05,
 ) -> dict[str, Comparison]:
     """`compare` for an unfinished study: an arm gets its verdict once it and the baseline have every seed.
 
@@ -208,22 +178,22 @@ def compare_by_seed(
     which seeds are missing may not be chance.
 
     Args:
-        results: Metric by arm and seed, for every arm of the study. A finished cell without a finite value (it
-            diverged) is NaN; a cell without a result is left out.
+        results: Metric by arm and seed, for every arm of the study. A diverged cell is NaN; one without a result is
+            left out.
         baseline: Name of the baseline arm.
         seeds: All seeds of the study; results of other seeds are ignored.
-        margin, mode, alpha: See `compare`.
+        margin, mode: See `compare`.
     """
     family = [arm for arm in results if arm != baseline]
     refusals = {arm: _refusal({name: results[name] for name in (baseline, arm)}, seeds) for arm in family}
     values = {arm: np.array([of.get(seed, np.nan) for seed in seeds], float) for arm, of in results.items()}
     complete = {arm: values[arm] for arm in family if not refusals[arm]}
     # Without a complete arm the baseline may have holes, which `compare` rejects.
-    judged = compare(values[baseline], complete, margin, mode, alpha, len(family)) if complete else {}
+    judged = compare(values[baseline], complete, margin, mode, len(family)) if complete else {}
     for arm in family:
         if arm not in judged:
             differences = values[arm] - values[baseline]
-            judged[arm] = _refused(differences[np.isfinite(differences)], refusals[arm], alpha)
+            judged[arm] = _refused(differences[np.isfinite(differences)], refusals[arm])
     return {arm: judged[arm] for arm in family}
 
 
@@ -238,27 +208,24 @@ def hedges_g(delta: Any, sd: Any, n: int) -> Any:
     return delta / sd * math.exp(special.gammaln(df / 2) - special.gammaln((df - 1) / 2)) / math.sqrt(df / 2)
 
 
-def min_detectable_delta(sd: Any, n: int, power: float = POWER, alpha: float = 0.05) -> Any:
-    """Return the smallest true difference that one two-sided paired t test of n seeds finds with this power.
+def min_detectable_delta(sd: Any, n: int, alpha: float = ALPHA) -> Any:
+    """Return the smallest true difference that one two-sided paired t test of n seeds finds at 80 % power.
 
     `sd` is that of the paired differences. By the inverse of the noncentral t distribution (Cohen 1988, ch. 2), without
     the chance of finding the difference with the wrong sign. The sd of few seeds is uncertain, and so is the result.
     """
-    return sd * special.nctdtrinc(n - 1, 1 - power, -special.stdtrit(n - 1, alpha / 2)) / math.sqrt(n)
+    return sd * special.nctdtrinc(n - 1, 1 - POWER, -special.stdtrit(n - 1, alpha / 2)) / math.sqrt(n)
 
 
-def seeds_needed(sd: float, delta: float, power: float = POWER, alpha: float = 0.05) -> int | None:
+def seeds_needed(sd: float, delta: float, alpha: float = ALPHA) -> int | None:
     """Return the fewest seeds whose `min_detectable_delta` is at most |delta|; None if more than MAX_SEEDS."""
-    return _fewest_seeds(lambda n: min_detectable_delta(sd, n, power, alpha) <= abs(delta))
+    return _fewest_seeds(lambda n: min_detectable_delta(sd, n, alpha) <= abs(delta))
 
 
-def seeds_needed_for_equivalence(
-    sd: float, delta: float, margin: float, power: float = POWER, alpha: float = 0.05
-) -> int | None:
-    """Return the fewest seeds with which two one-sided tests show a true `delta` to be within ±margin at this power.
+def seeds_needed_for_equivalence(sd: float, delta: float, margin: float, alpha: float = ALPHA) -> int | None:
+    """Return the fewest seeds with which two one-sided tests show a true `delta` to be within ±margin at 80 % power.
 
-    The power is bounded from below by that of the two separate tests. None if more than MAX_SEEDS, or if delta is
-    outside.
+    This power is a lower bound, from that of the two separate tests. None if more than MAX_SEEDS, or delta is outside.
     """
     if abs(delta) >= margin:
         return None
@@ -267,7 +234,7 @@ def seeds_needed_for_equivalence(
     def enough(n: int) -> bool:
         # scipy's noncentral t returns NaN, or takes seconds, where the chance of a miss is negligible.
         misses = special.nctdtr(n - 1, np.minimum(distance * math.sqrt(n), 1000), -special.stdtrit(n - 1, alpha))
-        return bool(np.nan_to_num(misses).sum() <= 1 - power)
+        return bool(np.nan_to_num(misses).sum() <= 1 - POWER)
 
     return _fewest_seeds(enough)
 
@@ -278,56 +245,47 @@ def _fewest_seeds(enough: Callable[[int], bool]) -> int | None:
 
 
 def factor_effects(
-    factors: Mapping[str, Sequence[str]],
-    results: Mapping[tuple[str, ...], Mapping[int, float]],
-    seeds: Sequence[int],
-    alpha: float = 0.05,
+    factors: Mapping[str, Sequence[str]], results: Mapping[tuple[str, ...], Mapping[int, float]], seeds: Sequence[int]
 ) -> Effects:
     """Return main effects and pairwise interactions of a factor study; refused unless the full grid has results.
 
-    Args:
-        factors: Labels of each factor; the first is the reference.
-        results: Metric by labels (one of each factor, in their order) and seed, as for `compare_by_seed`.
-        seeds: All seeds of the study.
-        alpha: Intervals cover 1 - alpha.
+    `factors` holds the labels of each factor, first the reference; `results` the metric by labels (one of each factor,
+    in their order) and seed, as for `compare_by_seed`.
     """
     grid = {labels: results.get(labels, {}) for labels in product(*factors.values())}
     if reasons := _refusal({" × ".join(labels): of for labels, of in grid.items()}, seeds):
         return Effects([], [], reasons)
     values = np.array([[of[seed] for seed in seeds] for of in grid.values()])
     values = values.reshape(*(len(labels) for labels in factors.values()), len(seeds))
-    return Effects(main_effects(factors, values, alpha), interactions(factors, values, alpha))
+    return Effects(main_effects(factors, values), interactions(factors, values))
 
 
-def main_effects(factors: Mapping[str, Sequence[str]], values: Floats, alpha: float = 0.05) -> list[Effect]:
+def main_effects(factors: Mapping[str, Sequence[str]], values: Floats) -> list[Effect]:
     """Compare each level of each factor with its first; `values` has one axis per factor, then one of seeds."""
     steps: dict[Levels, Floats] = {}
     for axis, (name, labels) in enumerate(factors.items()):
-        means = _averaged(values, [axis])  # (labels, seeds)
+        means = values.mean(axis=tuple(other for other in range(len(factors)) if other != axis))  # (labels, seeds)
         for label, mean in zip(labels[1:], means[1:], strict=True):
             steps[((name, labels[0], label),)] = mean - means[0]
-    return _effects(steps, abs(values).max(), alpha)
+    return _effects(steps, abs(values).max())
 
 
-def interactions(factors: Mapping[str, Sequence[str]], values: Floats, alpha: float = 0.05) -> list[Effect]:
+def interactions(factors: Mapping[str, Sequence[str]], values: Floats) -> list[Effect]:
     """For every two factors and their levels, test how much one's effect depends on the other; `values` as above."""
     steps: dict[Levels, Floats] = {}
     for (i, (first, a)), (j, (second, b)) in combinations(enumerate(factors.items()), 2):
-        means = _averaged(values, [i, j])  # (labels of the first, labels of the second, seeds)
+        # (labels of the first, labels of the second, seeds)
+        means = values.mean(axis=tuple(other for other in range(len(factors)) if other not in (i, j)))
         for k, m in product(range(1, len(a)), range(1, len(b))):
             difference = (means[k, m] - means[0, m]) - (means[k, 0] - means[0, 0])
             steps[(first, a[0], a[k]), (second, b[0], b[m])] = difference
-    return _effects(steps, abs(values).max(), alpha)
+    return _effects(steps, abs(values).max())
 
 
 def paired_bootstrap(
-    correct_a: npt.ArrayLike,
-    correct_b: npt.ArrayLike,
-    resamples: int,
-    rng: np.random.Generator,
-    confidence: float = 0.95,
+    correct_a: npt.ArrayLike, correct_b: npt.ArrayLike, resamples: int, rng: np.random.Generator
 ) -> tuple[float, float, float]:
-    """Return the accuracy of arm a minus that of arm b, with an interval over seeds and test images.
+    """Return the accuracy of arm a minus that of arm b, and the ends of its interval over seeds and test images.
 
     Seeds and images are resampled with replacement, independently of each other and the same for both arms (pigeonhole
     bootstrap, Owen 2007); the interval is made of percentiles. It covers other test images, which `compare` does not.
@@ -338,10 +296,6 @@ def paired_bootstrap(
         correct_a, correct_b: Whether each seed of an arm classifies each test image correctly (S, M), aligned.
         resamples: 10,000 give two digits of the interval's ends.
         rng: Source of the resampling: the same seed gives the same interval.
-        confidence: Nominal coverage.
-
-    Returns:
-        The difference and the ends of its interval.
     """
     a, b = np.asarray(correct_a, np.int8), np.asarray(correct_b, np.int8)
     if a.ndim != 2 or a.shape != b.shape:
@@ -357,7 +311,7 @@ def paired_bootstrap(
         of_seeds = rng.multinomial(seeds, np.full(seeds, 1 / seeds), size)  # (size, S)
         of_images = rng.multinomial(images, counts / images, size)  # (size, K)
         drawn.append(((of_seeds @ patterns) * of_images).sum(axis=1) / (seeds * images))
-    low, high = np.quantile(np.concatenate(drawn), [(1 - confidence) / 2, (1 + confidence) / 2])
+    low, high = np.quantile(np.concatenate(drawn), [ALPHA / 2, 1 - ALPHA / 2])
     return float(difference.mean()), float(low), float(high)
 
 
@@ -374,7 +328,7 @@ class _Tests(NamedTuple):
     p_equivalence: Floats
 
 
-def _t_tests(d: Floats, scale: npt.ArrayLike, alpha: float, margin: float | None) -> _Tests:
+def _t_tests(d: Floats, scale: npt.ArrayLike, margin: float | None = None) -> _Tests:
     """Test the rows of differences `d` (A, n) between values of magnitude `scale` (A,).
 
     With se = sd / sqrt(n), a t test compares |mean| / se with Student's t of n - 1 degrees of freedom. The larger p of
@@ -385,7 +339,7 @@ def _t_tests(d: Floats, scale: npt.ArrayLike, alpha: float, margin: float | None
     constant = (np.ptp(d, axis=1) <= rounding) & ~identical
     mean, sd = d.mean(axis=1), d.std(axis=1, ddof=1)
     se = sd / math.sqrt(d.shape[1])
-    half = special.stdtrit(df, 1 - alpha / 2) * se
+    half = special.stdtrit(df, 1 - ALPHA / 2) * se
     with np.errstate(divide="ignore", invalid="ignore"):  # se is 0 in rows without spread
         p = np.where(identical, 1.0, 2 * special.stdtr(df, -abs(mean) / se))
         shifted = (abs(mean) - (np.nan if margin is None else margin)) / se
@@ -406,12 +360,12 @@ def _holm(p: Floats, family: int) -> Floats:
     return np.where(np.isnan(p), np.nan, adjusted[: len(p)])
 
 
-def _judged(tests: _Tests, rule: _Rule) -> list[Comparison]:
+def _judged(tests: _Tests, margin: float | None, mode: Mode, family: int) -> list[Comparison]:
     spread = np.where(tests.identical | np.isnan(tests.p), np.nan, tests.sd)
-    columns = [*tests[2:7], _holm(tests.p, rule.family), _holm(tests.p_equivalence, rule.family)]
-    columns += [hedges_g(tests.delta, spread, tests.n), min_detectable_delta(spread, tests.n, alpha=rule.alpha)]
+    columns = [*tests[2:7], _holm(tests.p, family), _holm(tests.p_equivalence, family)]
+    columns += [hedges_g(tests.delta, spread, tests.n), min_detectable_delta(spread, tests.n)]
     rows = [Comparison(tests.n, *map(_number, row)) for row in zip(*columns, strict=True)]
-    verdicts = [_verdict(row, same, rule) for row, same in zip(rows, tests.identical.tolist(), strict=True)]
+    verdicts = [_verdict(c, same, margin, mode, family) for c, same in zip(rows, tests.identical, strict=True)]
     return [replace(row, verdict=v, reasons=why) for row, (v, why) in zip(rows, verdicts, strict=True)]
 
 
@@ -419,39 +373,37 @@ def _number(value: float) -> Any:
     return None if math.isnan(value) else float(value)
 
 
-def _verdict(c: Any, identical: bool, rule: _Rule) -> tuple[Verdict, tuple[Reason, ...]]:
+def _verdict(
+    c: Any, identical: bool, margin: float | None, mode: Mode, family: int
+) -> tuple[Verdict, tuple[Reason, ...]]:
     if identical:
         same = Reason(Why.IDENTICAL)
-        return ("inconclusive", (same, Reason(Why.NO_MARGIN))) if rule.margin is None else ("equivalent", (same,))
+        return ("inconclusive", (same, Reason(Why.NO_MARGIN))) if margin is None else ("equivalent", (same,))
     if c.p is None:
         return "inconclusive", (Reason(Why.CONSTANT),)
-    significant = c.p_holm < rule.alpha
-    if c.p_equivalence is not None and c.p_equivalence < rule.alpha:
+    significant = c.p_holm < ALPHA
+    if c.p_equivalence is not None and c.p_equivalence < ALPHA:
         return "equivalent", (Reason(Why.NEGLIGIBLE),) if significant else ()
     if significant:
-        small = rule.margin is not None and min(abs(c.delta_ci_low), abs(c.delta_ci_high)) < rule.margin
-        better = (c.delta > 0) == (rule.mode == "max")
+        small = margin is not None and min(abs(c.delta_ci_low), abs(c.delta_ci_high)) < margin
+        better = (c.delta > 0) == (mode == "max")
         return "better" if better else "worse", (Reason(Why.MAYBE_NEGLIGIBLE),) if small else ()
-    adjusted = (Reason(Why.ADJUSTED, rule.family),) if c.p < rule.alpha else ()
-    return "inconclusive", (*adjusted, _remedy(c, rule))
+    adjusted = (Reason(Why.ADJUSTED, family),) if c.p < ALPHA else ()
+    return "inconclusive", (*adjusted, _remedy(c, margin, family))
 
 
-def _remedy(c: Any, rule: _Rule) -> Reason:
-    """Return how many more seeds would settle it if the observed difference and sd were the true ones.
-
-    At alpha / family, which is what Holm requires of the smallest p: enough whatever the other arms show.
-    """
-    alpha = rule.alpha / rule.family
-    choices = [(Why.SEPARATE, seeds_needed(c.sd, c.delta, alpha=alpha))]
-    if rule.margin is not None and abs(c.delta) < rule.margin:
-        n = seeds_needed_for_equivalence(c.sd, c.delta, rule.margin, alpha=alpha)
-        choices.insert(0, (Why.EQUIVALENCE, n))
+def _remedy(c: Any, margin: float | None, family: int) -> Reason:
+    """Return how many more seeds would settle it if the observed difference and sd were the true ones."""
+    alpha = ALPHA / family  # what Holm requires of the smallest p: enough whatever the other arms show
+    choices = [(Why.SEPARATE, seeds_needed(c.sd, c.delta, alpha))]
+    if margin is not None and abs(c.delta) < margin:
+        choices.insert(0, (Why.EQUIVALENCE, seeds_needed_for_equivalence(c.sd, c.delta, margin, alpha)))
     why, n = min(choices, key=lambda choice: choice[1] or math.inf)
     return Reason(why, n and n - c.n)
 
 
-def _refused(differences: Floats, reasons: tuple[Reason, ...], alpha: float) -> Comparison:
-    s = summarise(differences, 1 - alpha)
+def _refused(differences: Floats, reasons: tuple[Reason, ...]) -> Comparison:
+    s = summarise(differences)
     return Comparison(s.n, s.mean, s.sd, s.ci_low, s.ci_high, reasons=reasons)
 
 
@@ -460,21 +412,16 @@ def _refusal(results: Mapping[str, Mapping[int, float]], seeds: Sequence[int]) -
     cells = {f"{arm}/seed-{seed}": of.get(seed) for arm, of in results.items() for seed in seeds}
     missing = tuple(cell for cell, value in cells.items() if value is None)
     diverged = tuple(cell for cell, value in cells.items() if value is not None and not math.isfinite(value))
-    reasons = [Reason(Why.MISSING, cells=missing)] if missing else []
-    reasons += [Reason(Why.DIVERGED, cells=diverged)] if diverged else []
+    both = ((Why.MISSING, missing), (Why.DIVERGED, diverged))
+    reasons = [Reason(why, cells=named) for why, named in both if named]
     reasons += [Reason(Why.FEW_SEEDS, len(seeds))] if len(seeds) < MIN_SEEDS else []
     return tuple(reasons)
 
 
-def _averaged(values: Floats, axes: Sequence[int]) -> Floats:
-    """Return means over all factors but those of `axes`; the last axis, the seeds, stays."""
-    return values.mean(axis=tuple(axis for axis in range(values.ndim - 1) if axis not in axes))
-
-
-def _effects(steps: Mapping[Levels, Floats], scale: float, alpha: float) -> list[Effect]:
+def _effects(steps: Mapping[Levels, Floats], scale: float) -> list[Effect]:
     """Test each step, one value per seed (S,)."""
     if not steps:
         return []
-    tests = _t_tests(np.array(list(steps.values())), scale, alpha, None)
+    tests = _t_tests(np.array(list(steps.values())), scale)
     columns = zip(*tests[2:7], _holm(tests.p, len(steps)), strict=True)
     return [Effect(levels, tests.n, *map(_number, row)) for levels, row in zip(steps, columns, strict=True)]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from reslab.ablation.statistics import MAX_SEEDS, MIN_SEEDS, Reason, Why
+from reslab.ablation.study import change_text
 
 REASONS = {
     Why.MISSING: "no result for {cells}; `reslab ablate run` runs the missing cells",
@@ -91,87 +92,47 @@ def explain(
     p_holm: float | None = None,
 ) -> str:
     """Return the reasons of a comparison, or of missing effects, as text; empty if there are none."""
-    numbers = {"margin": unit.exact(margin or 0), "size": unit.exact(abs(delta or 0)), "p": _equals(p_holm or 0)}
-    return "; ".join(
-        REASONS[r.why].format(cells=named(r.cells), number=r.number, more=_more(r.number), **numbers) for r in reasons
-    )
+    numbers = {"margin": unit.exact(margin or 0), "size": unit.exact(abs(delta or 0)), "p": equals(p_holm or 0)}
+    texts = []
+    for r in reasons:
+        more = f"about {count(r.number, 'more seed')}" if r.number is not None else f"more than {MAX_SEEDS:,} seeds"
+        texts.append(REASONS[r.why].format(cells=named(r.cells), number=r.number, more=more, **numbers))
+    return "; ".join(texts)
 
 
-def _more(seeds: int | None) -> str:
-    return f"more than {MAX_SEEDS:,} seeds" if seeds is None else f"about {count(seeds, 'more seed')}"
-
-
-# Sentences
-
-
-def sentence(name: str, arm: Mapping[str, Any], report: Mapping[str, Any], unit: Unit) -> str:
-    """Return the verdict on an arm with the evidence for it."""
-    baseline, verdict, evidence = report["baseline"], arm["verdict"], _evidence(arm, unit)
-    if verdict is None:
-        so_far = f" So far: {evidence}." if evidence else ""
-        return f"No verdict on {name} vs. {baseline}: {arm['reason']}.{so_far}"
-    if verdict == "equivalent":
-        claim = f"{name} is equivalent to {baseline} within ±{unit.exact(report['margin'])}"
-    elif verdict == "inconclusive":
-        claim = f"{name} vs. {baseline} is inconclusive"
-    else:
-        claim = f"{name} is {verdict} than {baseline}"
-    return f"{claim}: {evidence}" + (f"; {arm['reason']}." if arm["reason"] else ".")
-
-
-def _evidence(arm: Mapping[str, Any], unit: Unit) -> str:
-    if arm["delta"] is None:
-        return ""
-    parts = [unit.difference(arm["delta"])]
-    if arm["delta_ci_low"] is not None:
-        parts.append(f"95 % interval {unit.signed(arm['delta_ci_low'])} to {unit.signed(arm['delta_ci_high'])}")
-    if arm["verdict"] == "equivalent" and arm["p_equivalence"] is not None:
-        parts.append(f"p_Holm {_equals(arm['p_equivalence'])} (two one-sided tests)")
-    elif arm["p_holm"] is not None:
-        parts.append(f"p_Holm {_equals(arm['p_holm'])}")
-    return ", ".join([*parts, f"n = {arm['n_pairs']}"])
-
-
-def _equals(p: float) -> str:
+def equals(p: float) -> str:
+    """Return "= 0.012" or "< 0.0001"."""
     text = probability(p)
     return text if text.startswith("<") else f"= {text}"
-
-
-# Tables
 
 
 def row(name: str, arm: Mapping[str, Any], report: Mapping[str, Any], unit: Unit) -> dict[str, Any]:
     """Return the cells of an arm's row in the tables."""
     planned = len(report["seeds"])
-    texts = {
+    return {
         "name": name,
         "bold": name in best(report),
-        "baseline": name == report["baseline"],
+        "baseline": name == report["baseline"],  # the cells from `delta` to `verdict` are empty
         "n": str(arm["n"]) if arm["n"] == planned else f"{arm['n']} of {planned}",
         "mean": unit.number(arm["mean"]),
         "sd": unit.number(arm["sd"]),
         "interval": interval(arm, "ci", unit),
-        "changes": [f"{key}: {_short(there)} → {_short(here)}" for key, there, here in arm["changes"]],
+        "delta": unit.signed(arm.get("delta")),
+        "delta_interval": interval(arm, "delta_ci", unit, signed=True),
+        "p": probability(arm.get("p_holm")),
+        "g": Unit(percent=False, decimals=2).number(arm.get("hedges_g")),
+        "detectable": unit.number(arm.get("min_detectable_delta")),
+        "verdict": arm.get("verdict") or "no verdict",
+        "changes": [change_text(*change) for change in arm["changes"]],
         "seconds": arm["wall_seconds"],
     }
-    if not texts["baseline"]:
-        texts |= {"delta": unit.signed(arm["delta"]), "delta_interval": interval(arm, "delta_ci", unit, signed=True)}
-        texts |= {"p": probability(arm["p_holm"]), "detectable": unit.number(arm["min_detectable_delta"])}
-        texts["g"] = "–" if arm["hedges_g"] is None else f"{arm['hedges_g']:.2f}".replace("-", "−")
-        texts["verdict"] = arm["verdict"] or "no verdict"
-    return texts
 
 
 def interval(group: Mapping[str, Any], ends: str, unit: Unit, signed: bool = False) -> str:
     """Return the interval of a group of numbers as text."""
-    low, high = group[f"{ends}_low"], group[f"{ends}_high"]
+    low, high = group.get(f"{ends}_low"), group.get(f"{ends}_high")
     write = unit.signed if signed else unit.number
     return "–" if low is None else f"{write(low)} to {write(high)}"
-
-
-def _short(value: Any) -> str:
-    text = "none" if value is None else f"{value:.10g}" if isinstance(value, float) else str(value)
-    return text if len(text) <= 80 else text[:79] + "…"
 
 
 def best(report: Mapping[str, Any]) -> set[str]:
@@ -180,35 +141,6 @@ def best(report: Mapping[str, Any]) -> set[str]:
     if better := {name for name, verdict in verdicts.items() if verdict == "better"}:
         return better
     return {report["baseline"]} if verdicts and set(verdicts.values()) == {"worse"} else set()
-
-
-def hardware(machine: Mapping[str, Any]) -> str:
-    """Return one line on the hardware of a cell."""
-    gpus = machine["gpus"] or []
-    kinds = [f"{gpus.count(kind)} × {kind}" for kind in sorted(set(gpus))]
-    width = [f"threads: {machine['threads']}", f"processes: {machine['world_size']}"]
-    return ", ".join([*kinds, machine["cpu"] or "unknown CPU", *width])
-
-
-def code(git: Mapping[str, Any]) -> str:
-    """Return one line on the code of a cell."""
-    if not git["sha"]:
-        return "not recorded: not run from a git repository"
-    return f"commit {git['sha'][:12]}" + (", with uncommitted changes" if git["dirty"] else "")
-
-
-def alternatives(report: Mapping[str, Any], unit: Unit) -> dict[str, str]:
-    """Return the alt texts of the figures."""
-    rows = [row(name, arm, report, unit) for name, arm in report["arms"].items()]
-    means = "; ".join(f"{r['name']} {r['mean']} (95 % interval {r['interval']})" for r in rows)
-    deltas = "; ".join(f"{r['name']} {r['delta']} ({r['verdict']})" for r in rows if not r["baseline"])
-    return {
-        "arms": f"Dot plot of {report['metric']} by arm: {means}.",
-        "differences": f"Differences from {report['baseline']}: {deltas}.",
-        "learning_curves": f"Learning curves of {report['curve']}, one per arm, with a band over the seeds.",
-        "cost": f"{report['metric']} against the wall time of a cell, one point per arm.",
-        "effects": "Main effects of the factors with their 95 % intervals.",
-    }
 
 
 def named(cells: Sequence[str]) -> str:
