@@ -222,6 +222,18 @@ def test_value_out_of_range_is_reported_with_the_allowed_range(
 
 
 @pytest.mark.parametrize(
+    ("text", "start"),
+    [
+        ("data: {batch_size: 0}", "data.batch_size must be"),
+        ("run: {checkpoint_every_minutes: 0}", "run.checkpoint_every_minutes must be"),
+        ("data: {augment: {crop_padding: -1}}", "data.augment.crop_padding: augment: crop_padding and cutout must be"),
+    ],
+)
+def test_message_begins_with_its_key_once(tmp_path: Path, text: str, start: str) -> None:
+    assert refusal(tmp_path, text).startswith(start)
+
+
+@pytest.mark.parametrize(
     ("option", "key", "nearest"),
     [
         ("--trainer.max_epoch=12", "trainer.max_epoch", "trainer.max_epochs"),  # abbreviations are not accepted

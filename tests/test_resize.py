@@ -106,7 +106,7 @@ def test_evaluation_is_resized_and_cropped_as_configured(pets):
     ("config", "message"),
     [
         ({"test_size": 0}, r"data\.resize\.test_size must be at least 1"),
-        ({"test_size": 64, "test_resize": 60}, "test_resize 60 is below test_size 64"),
+        ({"test_size": 64, "test_resize": 60}, "test_resize 60 is below the test size 64"),
         ({"test_resize": 20}, "test_resize 20 is below the test size 32"),
         ({"scaled_decode": 0.0}, "must be above 0"),
     ],
@@ -182,7 +182,7 @@ def test_prefetch_to_gpu_keeps_batches_unchanged_without_a_sync(pets):
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     sampler = [(epoch, np.arange(12)) for epoch in range(20)]
-    batches = data_of(pets)._train_batches()
+    batches = data_of(pets).train_dataloader().dataset
     options: dict[str, Any] = {"batch_size": None, "sampler": sampler, "pin_memory": True, "num_workers": 1}
     loader = LazyLoader(batches, device=torch.device("cuda"), **options)
     torch.cuda.set_sync_debug_mode("error")

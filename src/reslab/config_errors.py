@@ -76,8 +76,12 @@ def located(message: str, known_keys: Sequence[str], args: Sequence[str], base: 
     own = [line for line in re.findall(r"^\s*- (.+)$", message, re.MULTILINE) if not line.startswith("Expected a")]
     message = own[0] if own else message
     key = key_in(message, known_keys)
-    found = list(places(key, args, base)) if key else []
-    return "\n".join([f"{key}: {message}" if key else message, *(f"  set in: {p}" for p in found[-1:])])
+    if key is None:
+        return message
+    rest, name = f": {message}", _first(r"^([\w.]+)[ :]", message)
+    if name and f".{key}".endswith(f".{name}"):  # the message begins with its key, or with the key's last parts
+        rest = message.removeprefix(name)
+    return "\n".join([key + rest, *(f"  set in: {place}" for place in [*places(key, args, base)][-1:])])
 
 
 def _first(pattern: str, text: str) -> str | None:

@@ -5,10 +5,11 @@ an image and its mirror image. Images are (N, H, W, C), which permuted is the ch
 prefer. Only `transforms` work image by image, in the loader's workers.
 """
 
+import random
 from dataclasses import dataclass, field
 from functools import lru_cache
 from math import exp, log, sqrt
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +22,6 @@ from torchvision.transforms import v2
 from reslab.data import order
 from reslab.errors import UserError
 
-ERASED_AREA, ERASED_RATIO = (0.02, 0.33), (0.3, 3.3)  # of the box of random erasing (Zhong et al. 2020, section 4)
 UNIT = 1 << 24  # fixed-point scale of mixup's lambda: float32 represents lambda and 1 - lambda exactly
 
 
@@ -39,14 +39,13 @@ class Augment:
             (DeVries & Taylor 2017); 0 for none.
         erasing: Probability of setting a box of random size, place and shape to the mean (Zhong et al. 2020).
         mixup: Alpha of mixup (Zhang et al. 2018), 0 for none. Pairs of images in a batch, and their labels, are blended
-            with one lambda per batch, from Beta(alpha, alpha). With cutmix too, each batch uses one of them at random.
+            with one lambda per batch, from Beta(alpha, alpha). If cutmix is set too, each batch uses one of the two.
         cutmix: Alpha of CutMix (Yun et al. 2019), 0 for none. A rectangle of the other image of the pair is pasted in;
             its share of the area, and of the label, is 1 - Beta(alpha, alpha).
-        transforms: Transforms of torchvision.transforms.v2 that keep an image's size, such as TrivialAugmentWide,
-            RandAugment or ColorJitter. Applied in this order, image by image, after the random crop of image files and
-            before everything else here. Slower than everything else here: set `num_workers`.
-        repeats: How often each image occurs in an epoch, with separate augmentations. The epoch keeps its length and so
-            has fewer distinct images by this factor (Hoffer et al. 2020).
+        transforms: Transforms of torchvision.transforms.v2 that keep an image's size, such as RandAugment. Applied in
+            this order, image by image, before everything else but the crop of image files. Slow: set `num_workers`.
+        repeats: How often each image occurs in an epoch, with separate augmentations. An epoch keeps its length and has
+            fewer distinct images (Hoffer et al. 2020).
         scale: For image files: range of the random crop's share of the image's area (Inception crop).
         ratio: For image files: range of the random crop's width divided by its height.
     """
@@ -75,11 +74,7 @@ class Augment:
 
     @property
     def mixes(self) -> bool:
-        return bool(self.mixup or self.cutmix)
-
-    @property
-    def active(self) -> bool:
-        return bool(self.crop_padding or self.cutout or self.erasing or self.flip != "none")
+        return self.mixup > 0 or self.cutmix > 0
 
     def params(self, seed: int, epoch: int, indices: npt.NDArray[np.int64], size: int) -> npt.NDArray[np.int32]:
         """Return the parameters of images of side `size` in an epoch: int32 (N, 9), or (N, 0) if nothing is done.
@@ -87,7 +82,7 @@ class Augment:
         Columns: offsets dy, dx of the crop; flip (0 or 1); centre cy, cx of the cutout; top, left, height and width of
         the erased box.
         """
-        if not self.active:
+        if self.flip == "none" and not (self.crop_padding or self.cutout or self.erasing):
             return np.empty((len(indices), 0), np.int32)
         offsets = 2 * self.crop_padding + 1
         u = order.uniforms(seed, epoch, indices, 5).astype(np.float64)
@@ -113,12 +108,9 @@ class Augment:
         return np.array([0, *box], np.int32)
 
     def transform(self, images: Tensor, seed: int, epoch: int, indices: npt.NDArray[np.int64]) -> None:
-        """Apply `transforms` to each of the images, uint8 (N, H, W, C), in place.
+        """Apply `transforms` to each of the images, uint8 (N, H, W, C), in place; a UserError if a size changes.
 
         They are applied to PIL images: twice as fast as torch, and the pixels do not depend on the number of threads.
-
-        Raises:
-            UserError: A transform returns something other than an image of the same size.
         """
         if not self.transforms:
             return
@@ -152,7 +144,10 @@ def crop(images: Tensor, dy: Tensor, dx: Tensor, padding: int, mode: Literal["ze
     """Pad (N, H, W, C) on every side, then crop (H, W) at offsets (dy, dx), int64 (N,) in [0, 2 × padding]."""
     n, h, w, c = images.shape
     if mode == "reflect":
-        padded = _mirror_pad(_mirror_pad(images, padding, 2), padding, 1)
+        padded = images
+        for dim, size in ((2, w), (1, h)):
+            before, after = padded.narrow(dim, 1, padding), padded.narrow(dim, size - padding - 1, padding)
+            padded = torch.cat((before.flip(dim), padded, after.flip(dim)), dim)
     else:
         padded = torch.nn.functional.pad(images, (0, 0, padding, padding, padding, padding))
     padded_h, padded_w = h + 2 * padding, w + 2 * padding
@@ -163,12 +158,6 @@ def crop(images: Tensor, dy: Tensor, dx: Tensor, padding: int, mode: Literal["ze
     y = dy[:, None] + torch.arange(h, device=images.device)
     starts = (image * padded_h + y) * padded_w + dx[:, None]
     return rows.index_select(0, starts.flatten()).view(n, h, w, c)
-
-
-def _mirror_pad(images: Tensor, padding: int, dim: int) -> Tensor:
-    before = images.narrow(dim, 1, padding).flip(dim)
-    after = images.narrow(dim, images.shape[dim] - padding - 1, padding).flip(dim)
-    return torch.cat((before, images, after), dim)
 
 
 def flip(images: Tensor, mirrored: Tensor) -> Tensor:
@@ -211,9 +200,8 @@ def mix(images: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
 
     Args:
         images: Normalised, float32; N is even.
-        params: int32 (5,): the weight of the image itself inside a box, in units of 1 / UNIT, and the box's top, left,
-            bottom and right. Outside of the box the image is unchanged. For mixup, the box is the whole image; for
-            CutMix, the weight is 0.
+        params: int32 (5,): the image's own weight inside a box, in units of 1 / UNIT (0 for CutMix), and the box's top,
+            left, bottom and right (the whole image for mixup).
 
     Returns:
         The mixed images, and lambda, float32 (): the image's own share of all pixels, which is the weight of its label.
@@ -244,7 +232,7 @@ def erased_boxes(u: npt.NDArray[np.float32], size: int, probability: float) -> n
     Computed from 23 uniform numbers per image: whether to erase, ten attempts at an area and an aspect ratio (as in
     `resized_crop_box`), and the place. The box is empty where nothing is erased.
     """
-    area, ratio = ERASED_AREA, ERASED_RATIO
+    area, ratio = (0.02, 0.33), (0.3, 3.3)  # Zhong et al. 2020, section 4
     areas = size**2 * (area[0] + (area[1] - area[0]) * u[:, 1:11].astype(np.float64))
     aspects = np.exp(np.log(ratio[0]) + np.log(ratio[1] / ratio[0]) * u[:, 11:21].astype(np.float64))
     sides = np.rint(np.sqrt([areas * aspects, areas / aspects])).astype(np.int64)  # (2, N, 10): heights, widths
@@ -272,3 +260,32 @@ def resized_crop_box(
     h0 = min(height, round(width / ratio[0]))
     w0 = min(width, round(height * ratio[1]))
     return (height - h0) // 2, (width - w0) // 2, h0, w0
+
+
+class TimmRandAugment(v2.Transform):
+    """timm's RandAugment for PIL images: its operations, magnitudes and probabilities differ from torchvision's.
+
+    Args:
+        config: timm's config string: rand-m7-mstd0.5-inc1 has magnitude 7 of 10 with a standard deviation of 0.5.
+        fill: Colour of the area that geometric operations uncover, one value per channel.
+    """
+
+    def __init__(self, config: str = "rand-m9-mstd0.5-inc1", fill: tuple[int, ...] = (124, 116, 104)) -> None:
+        super().__init__()
+        try:
+            from timm.data.auto_augment import rand_augment_transform
+        except ImportError:
+            raise UserError("data.augment.transforms: TimmRandAugment requires timm: pip install timm") from None
+        self.augment = rand_augment_transform(config, {"img_mean": tuple(fill)})
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        # timm uses the generators of Python and numpy: seed them from torch's generator, which is seeded per image.
+        python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+        seed = int(torch.randint(2**32, ()))
+        random.seed(seed)
+        np.random.seed(seed)  # noqa: NPY002
+        try:
+            return self.augment(inpt)
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)  # noqa: NPY002

@@ -1,7 +1,4 @@
-"""Batches: from a key to uint8 images, either indexed from arrays in memory or decoded from files.
-
-All are map-style datasets whose key is a whole batch, see `samplers`.
-"""
+"""Batches: map-style datasets that return a whole batch for a key (see `samplers`), from memory or from files."""
 
 import math
 from collections import deque
@@ -32,10 +29,10 @@ class Batch(NamedTuple):
         images: uint8 (N, H, W, C) from the loader; float32 (N, C, H, W) in channels_last for the network.
         labels: int64 (N,); -1 for padding, which metrics ignore.
         indices: int64 (N,), positions in the data set; -1 for padding.
-        augment_params: int32 (N, 9), see `Augment.params`; (N, 0) without augmentation. Integers, because Lightning's
-            half-precision plugins round every float tensor of a batch.
-        mix: From the loader, int32 (5,), see `Augment.mix_params`. For the network, the mixup lambda, float32 (): the
-            weight of `labels`; `swap_pairs(labels)` have the weight 1 - lambda. (0,) if images are not mixed.
+        augment_params: int32 (N, 9 or 0), see `Augment.params`. Integers, because Lightning's half-precision plugins
+            round every float tensor of a batch.
+        mix: From the loader, int32 (5 or 0,), see `Augment.mix_params`. For the network, the mixup lambda, float32 ():
+            the weight of `labels`; `swap_pairs(labels)` have the weight 1 - lambda.
     """
 
     images: Tensor
@@ -49,10 +46,6 @@ class Batch(NamedTuple):
         to_gpu = torch.device(device).type == "cuda"
         return Batch(*(tensor.to(device, non_blocking=to_gpu) for tensor in self))
 
-    def copy_from_shared(self) -> "Batch":
-        """Copy images out of a worker's shared buffer, which the worker will overwrite. Pinned images are copies."""
-        return self._replace(images=self.images.clone()) if self.images.is_shared() else self
-
 
 class FolderBatch(NamedTuple):
     """Images of a directory for prediction: `batch` holds the images at `paths`; `unreadable` are (path, reason)."""
@@ -63,13 +56,7 @@ class FolderBatch(NamedTuple):
 
 
 class ArrayBatches(Dataset[Batch]):
-    """Batches of in-memory arrays. Index i + n × copy is image i of n.
-
-    Args:
-        arrays: Images and labels.
-        augment: For training; None for evaluation.
-        seed: Seed of the augmentation.
-    """
+    """Batches of in-memory arrays, with augmentation parameters in training. Index i + n × copy is image i of n."""
 
     def __init__(self, arrays: Arrays, augment: Augment | None = None, seed: int = 0) -> None:
         self.arrays, self.augment, self.seed = arrays, augment or Augment(), seed
@@ -94,28 +81,6 @@ class ArrayBatches(Dataset[Batch]):
         return self._table
 
 
-class SharedBufferRing:
-    """A worker's image buffers, in memory shared with the main process and reused.
-
-    Touching the pages of newly allocated memory is slow. A buffer is reused only when its batch is no longer needed:
-    a worker is at most PREFETCH_FACTOR batches ahead of the batch that the main process is copying (see LazyLoader).
-    """
-
-    def __init__(self) -> None:
-        self._buffers = deque([torch.empty(0, dtype=torch.uint8)] * (PREFETCH_FACTOR + 1))
-
-    def __call__(self, shape: tuple[int, ...]) -> Tensor:
-        """Return an uninitialised uint8 tensor of this shape."""
-        size = math.prod(shape)
-        if get_worker_info() is None:
-            return torch.empty(shape, dtype=torch.uint8)
-        buffer = self._buffers.popleft()
-        if buffer.numel() < size:
-            buffer = torch.empty(size, dtype=torch.uint8).share_memory_()
-        self._buffers.append(buffer)
-        return buffer[:size].view(shape)
-
-
 @dataclass(eq=False, repr=False)
 class FileBatches(Dataset[Batch]):
     """Batches of image files, each decoded and cropped or resized to one size. Index i + n × copy is file i of n.
@@ -123,14 +88,11 @@ class FileBatches(Dataset[Batch]):
     Requires LazyLoader: workers reuse the memory of their images.
 
     Args:
-        files: The file table.
-        channels: 1 or 3.
-        apply_exif_orientation: Rotate images as their EXIF orientation says.
+        channels, apply_exif_orientation: See `decode_bytes`.
         sizes: Side of the images in each epoch; the last one applies to all later epochs.
         resize: Length of the shorter side before the central crop of evaluation.
         augment: For training: random resized crops, and the parameters of the other augmentations. None for evaluation.
-        seed: Seed of the augmentation.
-        scaled_decode: For the random crops, see ResizeConfig.
+        scaled_decode: See ResizeConfig.
     """
 
     files: Files
@@ -145,7 +107,7 @@ class FileBatches(Dataset[Batch]):
     def __post_init__(self) -> None:
         view = self.channels, self.apply_exif_orientation
         self._crop = RandomCrop(*view, self.augment, self.scaled_decode) if self.augment else None
-        self._buffers = SharedBufferRing()
+        self._buffers = deque([torch.empty(0, dtype=torch.uint8)] * (PREFETCH_FACTOR + 1))
 
     def __getitem__(self, key: BatchKey) -> Batch:
         indices, epoch, step = key
@@ -154,7 +116,7 @@ class FileBatches(Dataset[Batch]):
         params = augment.params(self.seed, epoch, indices, size)
         mix_params = augment.mix_params(self.seed, epoch, step, size)
         crops = order.uniforms(self.seed, epoch, indices, 22, order.RESIZED_CROP)
-        images = self._buffers((len(indices), size, size, self.channels))
+        images = self._uninitialised((len(indices), size, size, self.channels))
         rows = np.where(indices < 0, -1, indices % len(self.files))
         for out, row, u in zip(images, rows, crops, strict=True):
             if row < 0:  # padding
@@ -164,6 +126,20 @@ class FileBatches(Dataset[Batch]):
         augment.transform(images, self.seed, epoch, indices)
         labels = np.where(rows < 0, -1, self.files.labels[rows])
         return Batch(images, *map(torch.from_numpy, (labels, rows, params, mix_params)))
+
+    def _uninitialised(self, shape: tuple[int, ...]) -> Tensor:
+        """Return uint8 memory for a batch; in a worker it is shared with the main process, and the oldest is reused.
+
+        Touching the pages of new memory is slow. Reuse is safe, because a worker is at most PREFETCH_FACTOR batches
+        ahead of the batch that the main process is copying, see LazyLoader.
+        """
+        if get_worker_info() is None:
+            return torch.empty(shape, dtype=torch.uint8)
+        size, buffer = math.prod(shape), self._buffers.popleft()
+        if buffer.numel() < size:
+            buffer = torch.empty(size, dtype=torch.uint8).share_memory_()
+        self._buffers.append(buffer)
+        return buffer[:size].view(shape)
 
     def _load(self, path: Path, u: npt.NDArray[np.float32], size: int) -> Tensor:
         if self._crop is None:
@@ -176,8 +152,7 @@ class FolderBatches(Dataset[FolderBatch]):
     """Batches of unlabelled image files, preprocessed as in evaluation; the keys are those of FolderOrder."""
 
     def __init__(self, folder: Path, channels: int, size: int, resize: int, skip_unreadable: bool) -> None:
-        self.folder = folder
-        self.channels, self.size, self.resize = channels, size, resize
+        self.folder, self.channels, self.size, self.resize = folder, channels, size, resize
         self.skip_unreadable = skip_unreadable
 
     def __getitem__(self, key: tuple[int, list[str]]) -> FolderBatch:
@@ -196,5 +171,5 @@ class FolderBatches(Dataset[FolderBatch]):
                 readable.append(i)
         rows = torch.tensor(readable, dtype=torch.int64)
         no_params = torch.empty((len(rows), 0), dtype=torch.int32)
-        batch = Batch(images[rows], torch.full((len(rows),), -1), first + rows, no_params)
+        batch = Batch(images[rows], torch.full_like(rows, -1), first + rows, no_params)
         return FolderBatch(batch, [names[i] for i in readable], unreadable)

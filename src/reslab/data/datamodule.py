@@ -10,9 +10,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningDataModule, Trainer
-from torch import Tensor
-from torch.utils.data import DataLoader
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader, Dataset
 
 from reslab.data.augment import Augment, mix, normalize
 from reslab.data.batches import ArrayBatches, Batch, FileBatches, FolderBatch, FolderBatches
@@ -35,16 +34,14 @@ class ImageData(LightningDataModule):
     yourself in a loop without a Trainer.
 
     Args:
-        dataset: The data set; see configs/data.
+        dataset: See configs/data.
         root: Directory of the data sets (default: $RESLAB_DATA, else `data`).
         batch_size: Samples per optimizer step, over all devices and accumulated micro-batches.
         eval_batch_size: Samples per evaluation batch on one device (default: as in a training batch).
-        val_split: Fraction (below 1) or number of training images held out for validation, stratified by class;
-            0 for none.
+        val_split: Fraction (below 1) or number of training images held out for validation, by class; 0 for none.
         split_seed: Seed of the validation split, independent of the run's seed.
         seed: Seed of the order and the augmentation.
-        num_workers: Loader processes per device (default: 0 for data in memory; for image files, the CPU cores divided
-            by the devices of this machine).
+        num_workers: Loader processes per device (default: 0 for data in memory, CPU cores / devices for image files).
         augment: Augmentation of training images.
         resize: How image files are cropped and resized; not for data in memory.
         download: Download the data set if it is missing and can be downloaded.
@@ -70,8 +67,7 @@ class ImageData(LightningDataModule):
         for name, size in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
             if size is not None and size < 1:
                 raise UserError(f"data.{name} must be at least 1, got {size}")
-        self.dataset, self.augment, self.resize = dataset, augment, resize
-        self.classes = classes
+        self.dataset, self.augment, self.resize, self.classes = dataset, augment, resize, classes
         self.root = Path(root or os.environ.get("RESLAB_DATA") or "data").expanduser()
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.val_split, self.split_seed, self.seed = val_split, split_seed, seed
@@ -87,27 +83,22 @@ class ImageData(LightningDataModule):
 
     @property
     def channels(self) -> int:
-        return self.dataset.channels
+        return len(self.dataset.mean)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of the network's input in evaluation."""
-        return self.channels, self._test_size, self._test_size
+        return self.channels, self.image_size, self.image_size
 
     @property
     def image_size(self) -> int:
         """Side of the images in evaluation; networks with a fixed image size follow it."""
-        return self._test_size
-
-    @property
-    def _test_size(self) -> int:
         return self.resize.test_size or self.dataset.image_size
 
     @property
     def test_resize(self) -> int:
-        if self.resize.test_size is None and self.resize.test_resize is None:
-            return self.dataset.resize
-        return self.resize.test_resize or round(self._test_size * 256 / 224)
+        default = round(self.image_size * 256 / 224) if self.resize.test_size else self.dataset.resize
+        return self.resize.test_resize or default
 
     def prepare_data(self) -> None:
         self.dataset.prepare(self.root, self.download)
@@ -148,33 +139,26 @@ class ImageData(LightningDataModule):
 
     def _check_batch_size(self) -> None:
         accumulate, world, _ = self._parts
-        parts = accumulate * world
+        size, parts = self.batch_size, accumulate * world
         split = f"{world} devices × {accumulate} accumulated batches"
-        if self.batch_size % parts:
-            low = self.batch_size // parts * parts
-            raise UserError(
-                f"data.batch_size {self.batch_size} is not a multiple of {split}: "
-                f"use {f'{low} or ' if low else ''}{low + parts}"
-            )
-        if self.augment.mixes and self.batch_size // parts % 2:
-            raise UserError(
-                f"data.batch_size {self.batch_size} leaves an odd number of images for each of {split}, "
-                f"but mixup and cutmix mix pairs of images: use {self.batch_size + parts}"
-            )
-        train = len(self.split[0])
-        if self.batch_size > train:
-            raise UserError(
-                f"data.batch_size {self.batch_size} is larger than the number of training images ({train}): "
-                f"use at most {train // parts * parts}"
-            )
+        if rest := size % parts:
+            low = f"{size - rest} or " if size > parts else ""
+            problem = f"is not a multiple of {split}: use {low}{size - rest + parts}"
+        elif self.augment.mixes and size // parts % 2:
+            problem = f"leaves {split} an odd number of images each, but mixup and cutmix mix pairs: use {size + parts}"
+        elif size > (train := len(self.split[0])):
+            problem = f"is larger than the number of training images ({train}): use at most {train // parts * parts}"
+        else:
+            return
+        raise UserError(f"data.batch_size {size} {problem}")
 
     def _check_resize(self) -> None:
         if isinstance(self.train_data, Arrays) and self.resize != ResizeConfig():
             raise UserError("data.resize requires a data set of image files: the images of this one have a fixed size")
         if self.resize.scaled_decode and simplejpeg is None:
             raise UserError("data.resize.scaled_decode requires simplejpeg: pip install 'reslab[fast]', or remove it")
-        if self.test_resize < self._test_size:
-            raise UserError(f"data.resize.test_resize {self.test_resize} is below the test size {self._test_size}")
+        if self.test_resize < self.image_size:
+            raise UserError(f"data.resize.test_resize {self.test_resize} is below the test size {self.image_size}")
 
     @property
     def _parts(self) -> tuple[int, int, int]:
@@ -183,12 +167,12 @@ class ImageData(LightningDataModule):
             return 1, 1, 0
         return self.trainer.accumulate_grad_batches, self.trainer.world_size, self.trainer.global_rank
 
-    def _position(self, length: int) -> tuple[int, int] | None:
+    def _position(self) -> tuple[int, int] | None:
         # Lightning counts the batches taken and restores the count from a checkpoint, so the loader needs no state to
         # resume in the middle of an epoch.
         if self.trainer is None or not self.trainer.training:
             return None
-        return batches_taken(self.trainer), _limited(self.trainer, length)
+        return batches_taken(self.trainer), int(self.trainer.num_training_batches)
 
     def train_dataloader(self) -> DataLoader[Batch]:
         if self.trainer and self.trainer.overfit_batches:  # type: ignore[attr-defined]
@@ -197,14 +181,9 @@ class ImageData(LightningDataModule):
         warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before the epoch")
         repeats, n = self.augment.repeats, len(self.train_data)
         sampler = TrainOrder(self.split[0], self.seed, self.batch_size, *self._parts, repeats, n, self._position)
-        return self._loader(self._train_batches(), sampler)
+        return self._loader(self._batches(self.train_data, self._train_sizes(), self.augment), sampler)
 
-    def _train_batches(self) -> ArrayBatches | FileBatches:
-        return self._batches(self.train_data, self._train_sizes(), self.augment)
-
-    def _batches(
-        self, data: Arrays | Files, sizes: tuple[int, ...], augment: Augment | None = None
-    ) -> ArrayBatches | FileBatches:
+    def _batches(self, data: Arrays | Files, sizes: tuple[int, ...], augment: Augment | None = None) -> Dataset[Batch]:
         if isinstance(data, Arrays):
             return ArrayBatches(data, augment, self.seed)
         view = self.channels, self.dataset.apply_exif_orientation, sizes, self.test_resize
@@ -212,19 +191,17 @@ class ImageData(LightningDataModule):
 
     def _train_sizes(self) -> tuple[int, ...]:
         """Return the side of the images in each epoch; only the final one if no trainer knows the number of epochs."""
-        end = self.resize.train_size or self.dataset.image_size
-        if self.resize.progressive is None or self.trainer is None:
-            return (end,)
-        return self.resize.progressive.sizes(end, self._epochs(self.trainer))
-
-    def _epochs(self, trainer: Trainer) -> int:
-        accumulate = trainer.accumulate_grad_batches
+        final, trainer = self.resize.train_size or self.dataset.image_size, self.trainer
+        if self.resize.progressive is None or trainer is None:
+            return (final,)
+        accumulate, limit = trainer.accumulate_grad_batches, trainer.limit_train_batches
         batches = len(self.split[0]) // self.batch_size * accumulate
-        steps = max(_limited(trainer, batches) // accumulate, 1)
-        ends = [trainer.max_epochs or -1, -(-trainer.max_steps // steps)]
-        if not (ends := [end for end in ends if end > 0]):
+        taken = min(limit, batches) if isinstance(limit, int) else int(limit * batches)
+        steps = max(taken // accumulate, 1)
+        epochs = [n for n in (trainer.max_epochs or -1, -(-trainer.max_steps // steps)) if n > 0]
+        if not epochs:
             raise UserError("data.resize.progressive requires trainer.max_epochs or trainer.max_steps")
-        return min(ends)
+        return self.resize.progressive.sizes(final, min(epochs))
 
     def val_dataloader(self) -> DataLoader[Batch] | list[Any]:
         return self._eval_loader(self.train_data, self.split[1]) if len(self.split[1]) else []
@@ -238,15 +215,12 @@ class ImageData(LightningDataModule):
     def folder_dataloader(self, folder: str | Path, skip_unreadable: bool = False) -> DataLoader[FolderBatch]:
         """Return a loader of all image files below a directory, sorted by name, preprocessed as in evaluation.
 
-        Files are listed one directory at a time, so a directory tree of any size can be loaded.
-
-        Args:
-            folder: The directory.
-            skip_unreadable: Report unreadable files in `FolderBatch.unreadable` instead of raising a DataError.
+        Files are listed one directory at a time, so a directory tree of any size can be loaded. With `skip_unreadable`,
+        unreadable files are reported in `FolderBatch.unreadable` instead of raising a DataError.
         """
         if not Path(folder).is_dir():
             raise DataError(f"{folder} is not a directory or does not exist")
-        batches = FolderBatches(Path(folder), self.channels, self._test_size, self.test_resize, skip_unreadable)
+        batches = FolderBatches(Path(folder), self.channels, self.image_size, self.test_resize, skip_unreadable)
         return self._loader(batches, FolderOrder(Path(folder), self._eval_size))
 
     @property
@@ -256,8 +230,7 @@ class ImageData(LightningDataModule):
 
     def _eval_loader(self, data: Arrays | Files, indices: Ints) -> DataLoader[Batch]:
         _, world, rank = self._parts
-        batches = self._batches(data, (self._test_size,))
-        return self._loader(batches, EvalOrder(indices, self._eval_size, world, rank))
+        return self._loader(self._batches(data, (self.image_size,)), EvalOrder(indices, self._eval_size, world, rank))
 
     def _loader(self, batches: Any, sampler: Iterable[Any]) -> DataLoader[Any]:
         workers = self.num_workers
@@ -292,30 +265,19 @@ class ImageData(LightningDataModule):
     def fingerprint(self) -> dict[str, str]:
         """Return SHA-256 hashes of the data (pixels in memory; names, sizes and labels of files), split and classes."""
         train, val = self.split
-        return {
-            "files": _sha256(self.train_data.sha256 + self.test_data.sha256),
-            "split": _sha256(f"{train.tolist()} {val.tolist()}"),
-            "classes": _sha256("\n".join(self.class_names)),
+        texts = {
+            "files": self.train_data.sha256 + self.test_data.sha256,
+            "split": f"{train.tolist()} {val.tolist()}",
+            "classes": "\n".join(self.class_names),
         }
+        return {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
 
     def preview(self, n_images: int = 8, n_epochs: int = 8) -> tuple[np.ndarray, list[str]]:
         """Return training images as seen in the first epochs, uint8 (images, epochs, H, W, C), and their classes."""
-        batches, train = self._train_batches(), self.split[0]
+        batches, train = self.train_dataloader().dataset, self.split[0]
         rows = train[np.linspace(0, len(train) - 1, n_images + n_images % 2).astype(int)]  # even: may be mixed in pairs
         augmented = [self.on_after_batch_transfer(batches[BatchKey(rows, epoch)]).images for epoch in range(n_epochs)]
-        names = [self.class_names[label] for label in self.train_data.labels[rows]]
-        return torch.stack([self._to_uint8(images) for images in augmented], 1)[:n_images].numpy(), names[:n_images]
-
-    def _to_uint8(self, images: Tensor) -> Tensor:
         mean, std = (torch.tensor(x)[:, None, None] for x in (self.dataset.mean, self.dataset.std))
-        return ((images.float() * std + mean) * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 1)
-
-
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _limited(trainer: Trainer, batches: int) -> int:
-    """Return the number of micro-batches per epoch under trainer.limit_train_batches."""
-    limit = trainer.limit_train_batches
-    return min(limit, batches) if isinstance(limit, int) else int(limit * batches)
+        pixels = ((torch.stack(augmented, 1).float() * std + mean) * 255).round().clamp(0, 255).byte()
+        names = [self.class_names[label] for label in self.train_data.labels[rows]]
+        return pixels.permute(0, 1, 3, 4, 2)[:n_images].numpy(), names[:n_images]

@@ -1,12 +1,10 @@
 """Where images come from: digits, CIFAR-10/100, and directories of image files (ImageNet, Imagenette, your own).
 
-An `ImageSource` describes a data set and loads it into memory (`Arrays`) or as a table of its files (`Files`). Missing
-or damaged data are reported as a `DataError` with path and remedy, before the first step where possible.
+An `ImageSource` describes a data set and loads it into memory (`Arrays`) or as a table of its files (`Files`).
 """
 
 import hashlib
 import os
-import pickle
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -61,8 +59,8 @@ class ImageSource(ABC):
                     return Arrays(file["images"], file["labels"])
 
     and name the class in a config: `data: {dataset: {class_path: my_module.Sketches}}`. Arguments of `__init__` become
-    config keys under `init_args`. For image files, `load` returns a table of them: `file_table(directory, classes)` if
-    there is one directory per class. `prepare` downloads the data, if they can be downloaded.
+    config keys under `init_args`. For image files, `load` returns a table: `file_table(directory, classes)` if there is
+    one directory per class.
 
     Attributes:
         mean: Mean of each channel over the training images, in [0, 1]; one value for grey images, three for RGB.
@@ -78,25 +76,13 @@ class ImageSource(ABC):
     resize: int
     apply_exif_orientation: bool = True
 
-    @property
-    def channels(self) -> int:
-        return len(self.mean)
-
     @abstractmethod
     def classes(self, root: Path) -> list[str]:
-        """Return the names of the classes in the order of their labels, without loading images.
-
-        Args:
-            root: The data root, see `ImageData`; here and below.
-        """
+        """Return the names of the classes in the order of their labels, without loading images from the data root."""
 
     @abstractmethod
     def load(self, root: Path, split: Split) -> Arrays | Files:
-        """Return the images and labels of a split; "test" is the set that the final result is reported on.
-
-        Raises:
-            DataError: They are missing or damaged.
-        """
+        """Return a split ("test" is for the final result); raise a DataError if files are missing or damaged."""
 
     def prepare(self, root: Path, download: bool) -> None:  # noqa: B027 - optional
         """Download missing data if `download` is set; called once per machine, before `load`."""
@@ -125,10 +111,7 @@ class Digits(ImageSource):
 
 
 class CIFAR10(ImageSource):
-    """CIFAR-10 (Krizhevsky 2009) in ROOT/cifar-10-batches-py: 50,000 + 10,000 images, 32×32 RGB.
-
-    torchvision downloads it (170 MB) and checks the MD5 of every file.
-    """
+    """CIFAR-10 (Krizhevsky 2009) in ROOT/cifar-10-batches-py: 50,000 + 10,000 images, 32×32 RGB; 170 MB to download."""
 
     mean, std = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
     image_size = resize = 32
@@ -148,23 +131,22 @@ class CIFAR10(ImageSource):
             _download(lambda: self._torchvision(str(root), download=True), root)
 
     def load(self, root: Path, split: Split) -> Arrays:
-        missing = [path for path in self._files(root) if not path.exists()]
+        files, folder = self._files(root), self._torchvision.base_folder
+        missing = [path for path in files if not path.exists()]
         if missing:
             raise DataError(
-                f"{missing[0]} does not exist ({len(missing)} of {len(self._files(root))} files missing). "
-                f"Set --data.root or $RESLAB_DATA to the directory that contains {self._torchvision.base_folder}, "
+                f"{missing[0]} does not exist ({len(missing)} of {len(files)} files missing). "
+                f"Set --data.root or $RESLAB_DATA to the directory that contains {folder}, "
                 f"or remove what is left of it and download {self._torchvision.url} with --data.download true"
             )
         try:
             data = self._torchvision(str(root), train=split == "train")
-        except RuntimeError as error:
-            bad = [str(path) for path, md5 in self._files(root).items() if not check_integrity(str(path), md5)]
+        except RuntimeError:
+            damaged = [str(path) for path, md5 in files.items() if not check_integrity(str(path), md5)]
             raise DataError(
-                f"damaged (wrong MD5): {', '.join(bad) or error}. "
-                f"Remove {root / self._torchvision.base_folder} and download it again with --data.download true"
+                f"damaged (wrong MD5): {', '.join(damaged)}. "
+                f"Remove {root / folder} and download it again with --data.download true"
             ) from None
-        except (OSError, pickle.UnpicklingError) as error:
-            raise DataError(f"{root / self._torchvision.base_folder} cannot be read: {error}") from error
         return Arrays(np.ascontiguousarray(data.data), np.array(data.targets, np.int64))
 
 
@@ -197,8 +179,7 @@ class ImageFolder(ImageSource):
         image_size: Side of the network's input images.
         mean: Mean of each channel, in [0, 1]; a single value makes the images grey.
         std: Standard deviation of each channel.
-        apply_exif_orientation: Rotate images as their EXIF orientation says, which photos from phones need.
-            torchvision's ImageFolder does not.
+        apply_exif_orientation: Rotate images as their EXIF orientation says, unlike torchvision's ImageFolder.
     """
 
     def __init__(
@@ -218,34 +199,27 @@ class ImageFolder(ImageSource):
         self.mean, self.std, self.apply_exif_orientation = tuple(mean), tuple(std), apply_exif_orientation
 
     def classes(self, root: Path) -> list[str]:
-        return self._class_folders(root, "train")
+        return self._class_folders(root, "train")[1]
 
     def load(self, root: Path, split: Split) -> Files:
-        folders = self._class_folders(root, split)
-        if split == "test":
-            self._compare_classes(root, folders)
-        return file_table(self._directory(root, split), folders)
-
-    def _directory(self, root: Path, split: Split) -> Path:
-        return root / self.folder / (self.train if split == "train" else self.test)
-
-    def _class_folders(self, root: Path, split: Split) -> list[str]:
-        top = self._directory(root, split)
-        if not top.is_dir():
-            raise DataError(f"{top} does not exist. {self._remedy(root, top)}")
-        folders = sorted(entry.name for entry in os.scandir(top) if entry.is_dir() and entry.name[0] != ".")
-        if not folders:
-            raise DataError(f"{top} has no class directories. {self._remedy(root, top)}")
-        return folders
-
-    def _compare_classes(self, root: Path, test_folders: list[str]) -> None:
-        train, test = set(self._class_folders(root, "train")), set(test_folders)
-        if train != test:
+        top, folders = self._class_folders(root, split)
+        train, test = set(self._class_folders(root, "train")[1]), set(folders)
+        if split == "test" and train != test:
             raise DataError(
                 f"the class directories in {root / self.folder / self.train} and in {self.test} differ. "
                 f"Only in {self.train}: {_shorten(train - test)}. Only in {self.test}: {_shorten(test - train)}. "
                 "Both must have one directory per class, with the same names"
             )
+        return file_table(top, folders)
+
+    def _class_folders(self, root: Path, split: Split) -> tuple[Path, list[str]]:
+        top = root / self.folder / (self.train if split == "train" else self.test)
+        if not top.is_dir():
+            raise DataError(f"{top} does not exist. {self._remedy(root, top)}")
+        folders = sorted(entry.name for entry in os.scandir(top) if entry.is_dir() and entry.name[0] != ".")
+        if not folders:
+            raise DataError(f"{top} has no class directories. {self._remedy(root, top)}")
+        return top, folders
 
     def _remedy(self, root: Path, top: Path) -> str:
         return (
@@ -277,10 +251,7 @@ class Imagenette(ImageFolder):
     }
 
     def __init__(
-        self,
-        size: Literal["160px", "320px", "full"] = "160px",
-        folder: str | None = None,
-        image_size: int = 128,
+        self, size: Literal["160px", "320px", "full"] = "160px", folder: str | None = None, image_size: int = 128
     ) -> None:
         self.size = size
         self.archive = {"160px": "imagenette2-160", "320px": "imagenette2-320", "full": "imagenette2"}[size]
@@ -290,7 +261,7 @@ class Imagenette(ImageFolder):
         return list(self._names.values())
 
     def load(self, root: Path, split: Split) -> Files:
-        expected, folders = set(self._names), set(self._class_folders(root, split))
+        expected, folders = set(self._names), set(self._class_folders(root, split)[1])
         if folders != expected:
             raise DataError(
                 f"{root / self.folder} is not Imagenette: missing {_shorten(expected - folders)}, "
@@ -340,9 +311,9 @@ class ImageNet(ImageFolder):
         )
 
 
-def _shorten(names: set[str], limit: int = 10) -> str:
-    text = ", ".join(sorted(names)[:limit]) or "none"
-    return f"{text} and {len(names) - limit} more" if len(names) > limit else text
+def _shorten(names: set[str]) -> str:
+    text = ", ".join(sorted(names)[:10]) or "none"
+    return f"{text} and {len(names) - 10} more" if len(names) > 10 else text
 
 
 def _download(download: Callable[[], object], root: Path) -> None:

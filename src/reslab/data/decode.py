@@ -8,6 +8,7 @@ import io
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,6 @@ try:
 except ImportError:
     simplejpeg = None
 
-Box = tuple[int, int, int, int]  # top, left, height, width
 JPEG, PNG = b"\xff\xd8\xff", b"\x89PNG"
 COLORSPACE = {1: "GRAY", 3: "RGB"}  # of simplejpeg, by the number of channels
 MODE = {1: "L", 3: "RGB"}  # the same of Pillow
@@ -37,12 +37,10 @@ ROWS_BELOW = 16
 
 
 def decode_bytes(data: bytes, channels: int, apply_exif_orientation: bool = True) -> Tensor:
-    """Return the pixels of an image file, uint8 (C, H, W), in memory as (H, W, C).
+    """Return the pixels of an image file, given its content, as uint8 (C, H, W), in memory (H, W, C).
 
-    Args:
-        data: The content of a JPEG, a PNG, or any other file that Pillow can read.
-        channels: 1 or 3. Images with other channels, a palette, CMYK or transparency are converted.
-        apply_exif_orientation: Rotate the image as its EXIF orientation says.
+    Images with other than `channels` (1 or 3) channels, a palette, CMYK or transparency are converted. They are rotated
+    as their EXIF orientation says if `apply_exif_orientation` is set.
     """
     if jpeg_size(data, apply_exif_orientation):
         with suppress(ValueError):  # damaged or a rare kind: Pillow can read it or explains why not
@@ -51,15 +49,12 @@ def decode_bytes(data: bytes, channels: int, apply_exif_orientation: bool = True
     image.draft(MODE[channels], None)  # a colour JPEG as grey: its luminance, as simplejpeg decodes it
     if apply_exif_orientation:
         image = ImageOps.exif_transpose(image)
-    return tvf.pil_to_tensor(_convert(image, channels, is_png=data.startswith(PNG)))
-
-
-def _convert(image: Image.Image, channels: int, is_png: bool) -> Image.Image:
+    is_png = data.startswith(PNG)
     if is_png and image.mode in ("I", "I;16"):  # 16-bit grey: Pillow would clip it to 255
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if is_png and channels == 1 and image.mode in ("RGB", "RGBA", "P"):
-        return image.convert("RGB").convert("L", LIBPNG_GREY)
-    return image.convert(MODE[channels])
+        return tvf.pil_to_tensor(image.convert("RGB").convert("L", LIBPNG_GREY))
+    return tvf.pil_to_tensor(image.convert(MODE[channels]))
 
 
 def jpeg_size(data: bytes, apply_exif_orientation: bool) -> tuple[int, int] | None:
@@ -94,11 +89,7 @@ def as_data_error(path: Path) -> Iterator[None]:
 
 
 def decode(path: Path, channels: int, apply_exif_orientation: bool = True) -> Tensor:
-    """Return the pixels of the image file at `path`, see `decode_bytes`.
-
-    Raises:
-        DataError: The file cannot be read; the message has its path and the reason.
-    """
+    """Return the pixels of the image file at `path`, see `decode_bytes`; a DataError if it cannot be read."""
     with as_data_error(path):
         return decode_bytes(path.read_bytes(), channels, apply_exif_orientation)
 
@@ -113,7 +104,7 @@ def resize_and_crop(image: Tensor, resize: int, size: int) -> Tensor:
     return tvf.center_crop(tvf.resize(_as_batch(image), [resize], antialias=True), [size, size])[0]
 
 
-def resized_crop(image: Tensor, box: Box, size: int) -> Tensor:
+def resized_crop(image: Tensor, box: tuple[int, int, int, int], size: int) -> Tensor:
     """Crop a box from uint8 (C, H, W) and resize it to (C, size, size), as torchvision does."""
     top, left, height, width = box
     part = _as_batch(image)[..., top : top + height, left : left + width]
@@ -124,11 +115,7 @@ def resized_crop(image: Tensor, box: Box, size: int) -> Tensor:
 class RandomCrop:
     """A random crop of an image file, resized to a square, with the parameters of torchvision's RandomResizedCrop.
 
-    Args:
-        channels: 1 or 3.
-        apply_exif_orientation: Rotate images as their EXIF orientation says.
-        augment: Its `scale` and `ratio` are used.
-        scaled_decode: See ResizeConfig; None decodes at full size.
+    `augment` provides its scale and ratio; for `scaled_decode`, see ResizeConfig.
     """
 
     channels: int
@@ -137,6 +124,7 @@ class RandomCrop:
     scaled_decode: float | None = None
 
     def __post_init__(self) -> None:
+        self._box = partial(resized_crop_box, scale=self.augment.scale, ratio=self.augment.ratio)
         self._buffer = np.empty(0, np.uint8)  # reused: new memory for every image would cost a tenth of the time
 
     def __call__(self, data: bytes, u: npt.NDArray[np.float32], size: int) -> Tensor:
@@ -146,9 +134,6 @@ class RandomCrop:
                 return self._crop_jpeg(data, *jpeg, u, size)
         image = decode_bytes(data, self.channels, self.apply_exif_orientation)
         return resized_crop(image, self._box(u, *image.shape[-2:]), size)
-
-    def _box(self, u: npt.NDArray[np.float32], height: int, width: int) -> Box:
-        return resized_crop_box(u, height, width, self.augment.scale, self.augment.ratio)
 
     def _crop_jpeg(self, data: bytes, height: int, width: int, u: npt.NDArray[np.float32], size: int) -> Tensor:
         top, left, h, w = self._box(u, height, width)

@@ -1,7 +1,7 @@
 """Image files on disk: one walk over a directory, and the file table of a data set.
 
-Listing a directory of a million files takes minutes on some file systems, so the table of a large directory is cached:
-beside it or, if that is not writable, in the user's cache. All processes of a run share one copy, mapped into memory.
+Listing a million files takes minutes on some file systems, so the table of a large directory is cached: beside it or,
+if that is not writable, in the user's cache. All processes of a run share one copy, mapped into memory.
 
 A cached table is used only if its SHA-256 matches, no directory has another modification time (adding, removing or
 renaming a file changes it), and a thousand files, spread over the table, still have their sizes. A file that is
@@ -11,9 +11,10 @@ overwritten in place can go unnoticed: delete the cached table in that case.
 import hashlib
 import json
 import os
-import tempfile
+import secrets
 import time
-from collections.abc import Iterable, Iterator
+from array import array
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -43,23 +44,14 @@ class DataError(UserError):
 
 @dataclass(frozen=True, eq=False)
 class Files:
-    """A table of image files, as arrays instead of a million strings.
-
-    Attributes:
-        folder: The directory that the names are relative to.
-        names: All relative names, concatenated, uint8.
-        ends: Where each of the n names ends, int64 (n,).
-        sizes: Size of each file in bytes, int64 (n,).
-        labels: Class of each file, int64 (n,).
-        cache: The file that the arrays are mapped from, if any.
-    """
+    """A table of n image files below `folder`, as arrays instead of a million strings."""
 
     folder: Path
-    names: npt.NDArray[np.uint8]
-    ends: npt.NDArray[np.int64]
-    sizes: npt.NDArray[np.int64]
-    labels: npt.NDArray[np.int64]
-    cache: Path | None = None
+    names: npt.NDArray[np.uint8]  # all relative names, concatenated
+    ends: npt.NDArray[np.int64]  # (n,): where each name ends
+    sizes: npt.NDArray[np.int64]  # (n,), bytes
+    labels: npt.NDArray[np.int64]  # (n,)
+    cache: Path | None = None  # the file that the arrays are mapped from, if any
 
     def __len__(self) -> int:
         return len(self.ends)
@@ -84,8 +76,8 @@ class Files:
     def sha256(self) -> str:
         """SHA-256 of names, sizes and labels; hashing the content of a million files would take minutes."""
         digest = hashlib.sha256()
-        for array in self.arrays().values():
-            digest.update(array.data)
+        for column in self.arrays().values():
+            digest.update(column.data)
         return digest.hexdigest()
 
 
@@ -94,11 +86,7 @@ def image_names(top: Path, prefix: str = "", times: ModificationTimes | None = N
 
     An image file has one of IMG_EXTENSIONS, in upper or lower case, and does not start with a dot. Each directory is
     listed when it is reached; only the listings of the directories on the way to the current file are in memory.
-
-    Args:
-        top: The directory that the names are relative to.
-        prefix: "" or the relative name of a directory, with a slash at its end.
-        times: Receives the modification time of every directory.
+    `prefix` is "" or ends with a slash. `times` receives the modification time of every directory.
 
     Raises:
         DataError: A directory cannot be listed.
@@ -142,36 +130,25 @@ def file_table(top: Path, classes: list[str]) -> Files:
 
 def _list_files(top: Path, classes: list[str]) -> tuple[Files, ModificationTimes]:
     times = {"": top.stat().st_mtime_ns}
-    files = _table(top, (_list_class(top, name, times) for name in classes))
+    names, ends, sizes, labels = bytearray(), array("q"), array("q"), array("q")
+    for label, folder in enumerate(classes):
+        for image in image_names(top, f"{folder}/", times):
+            try:
+                sizes.append(os.stat(f"{top}/{image}").st_size)  # noqa: PTH116 - pathlib takes minutes for a million files
+            except OSError as error:  # such as a dangling symlink
+                raise DataError(f"{top / image} cannot be read ({error.strerror}): restore or remove it") from None
+            names += os.fsencode(image)
+            ends.append(len(names))
+            labels.append(label)
+        if not labels or labels[-1] != label:
+            raise DataError(f"{top / folder} contains no images ({', '.join(IMG_EXTENSIONS)}): add some or remove it")
+    files = Files(top, np.frombuffer(names, np.uint8), np.array(ends), np.array(sizes), np.array(labels))
     empty = np.flatnonzero(files.sizes == 0)
     if len(empty):
         raise DataError(
             f"{len(empty)} image files are empty (0 bytes), the first is {files.path(empty[0])}: restore or remove them"
         )
     return files, times
-
-
-def _list_class(top: Path, name: str, times: ModificationTimes) -> list[tuple[bytes, int]]:
-    if files := [(os.fsencode(image), _size(f"{top}/{image}")) for image in image_names(top, f"{name}/", times)]:
-        return files
-    raise DataError(f"{top / name} contains no images ({', '.join(IMG_EXTENSIONS)}): add some or remove it")
-
-
-def _size(path: str) -> int:
-    try:
-        return os.stat(path).st_size  # noqa: PTH116 - called for a million files, for which pathlib takes minutes
-    except OSError as error:  # such as a dangling symlink
-        raise DataError(f"{path} cannot be read ({error.strerror}): restore or remove it") from None
-
-
-def _table(folder: Path, classes: Iterable[list[tuple[bytes, int]]]) -> Files:
-    blobs: list[bytes] = []
-    columns: list[npt.NDArray[np.int64]] = [np.empty((3, 0), np.int64)]  # length of the name, size, label
-    for label, files in enumerate(classes):
-        blobs.append(b"".join(name for name, _ in files))
-        columns.append(np.array([[len(name), size, label] for name, size in files]).T)
-    lengths, sizes, labels = np.ascontiguousarray(np.concatenate(columns, axis=1))
-    return Files(folder, np.frombuffer(b"".join(blobs), np.uint8), np.cumsum(lengths), sizes, labels)
 
 
 def _cache_paths(top: Path) -> list[Path]:
@@ -183,14 +160,10 @@ def _cache_paths(top: Path) -> list[Path]:
 
 def _write_cache(files: Files, times: ModificationTimes, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    # A temporary name, because several processes may write at once. A file that a crash left half written would fail
-    # its SHA-256.
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f"{path.name}.")
-    os.close(descriptor)
-    temporary = Path(name)
+    # A unique name, because several processes may write at once.
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}")
     try:
         save_file(files.arrays(), temporary, {"sha256": files.sha256, "folders": json.dumps(times)})
-        temporary.chmod(0o644)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -206,14 +179,12 @@ def _read_cache(top: Path, path: Path) -> Files | None:
     with suppress(OSError, SafetensorError, ValueError, KeyError, TypeError):  # missing, damaged, another format
         with safe_open(path, "np") as file:
             metadata = file.metadata()
-        files = _map_cache(top, path)
-        if files.sha256 == metadata["sha256"] and _is_current(files, json.loads(metadata["folders"])):
+        files, times = _map_cache(top, path), json.loads(metadata["folders"])
+        sample = np.linspace(0, len(files) - 1, SAMPLED).astype(int)
+        if (
+            files.sha256 == metadata["sha256"]
+            and all((top / name).stat().st_mtime_ns == ns for name, ns in times.items())
+            and all(files.path(i).stat().st_size == files.sizes[i] for i in sample)
+        ):
             return files
     return None
-
-
-def _is_current(files: Files, times: ModificationTimes) -> bool:
-    sample = np.linspace(0, len(files) - 1, SAMPLED).astype(int)
-    return all((files.folder / name).stat().st_mtime_ns == ns for name, ns in times.items()) and all(
-        files.path(i).stat().st_size == files.sizes[i] for i in sample
-    )

@@ -4,7 +4,6 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from itertools import chain
 from typing import Any
 
 import torch
@@ -17,14 +16,8 @@ class LazyLoader(DataLoader[Any]):
     """A DataLoader that asks its sampler for the first key when the first batch is requested, not earlier.
 
     Lightning creates the iterator before it restores a checkpoint (in `estimated_stepping_batches`). Workers that start
-    to prefetch then would begin at step 0 instead of the step to resume from.
-
-    Workers of FileBatches reuse shared-memory buffers, so each batch is copied on arrival. A worker gets its next key
-    when one of its batches is fetched: during the copy it is at most PREFETCH_FACTOR batches ahead.
-
-    Args:
-        device: Where the batches are used; for a CUDA device they are copied there one batch ahead.
-        options: Passed to DataLoader.
+    to prefetch then would begin at step 0 instead of the step to resume from. If the batches are used on a CUDA
+    `device`, they are copied there one batch ahead.
     """
 
     def __init__(self, *args: Any, device: torch.device | None = None, **options: Any) -> None:
@@ -34,7 +27,9 @@ class LazyLoader(DataLoader[Any]):
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         batches: Iterator[Any] = super().__iter__()
         if isinstance(self.dataset, FileBatches):
-            batches = map(Batch.copy_from_shared, batches)
+            # Workers reuse shared memory. One gets its next key when one of its batches is fetched: during the copy it
+            # is at most PREFETCH_FACTOR batches ahead. Pinned images are copies.
+            batches = (b._replace(images=b.images.clone()) if b.images.is_shared() else b for b in batches)
         if self.device is not None and self.device.type == "cuda":
             batches = prefetch_to_device(batches, self.device)
         yield from batches
@@ -43,20 +38,20 @@ class LazyLoader(DataLoader[Any]):
 def prefetch_to_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
     """Yield the batches on a CUDA device; while one is used, the next is copied from pinned memory on a side stream."""
     side_stream = torch.cuda.Stream(device)
-    current: tuple[Batch, torch.cuda.Event] | None = None
-    for batch in chain(batches, [None]):
-        following = None
-        if batch is not None:
-            with torch.cuda.stream(side_stream):
-                following = batch.to(device), side_stream.record_event()
-        if current is not None:
-            arriving, copied = current
-            user_stream = torch.cuda.current_stream(device)
-            user_stream.wait_event(copied)
-            for tensor in arriving:
-                tensor.record_stream(user_stream)  # keeps the allocator from reusing memory that is still in use
-            yield arriving
-        current = following
+
+    def copy(batch: Batch) -> tuple[Batch, "torch.cuda.Event"]:
+        with torch.cuda.stream(side_stream):
+            return batch.to(device), side_stream.record_event()
+
+    copies = map(copy, batches)
+    ahead = next(copies, None)
+    while ahead is not None:
+        (batch, copied), ahead = ahead, next(copies, None)
+        user_stream = torch.cuda.current_stream(device)
+        user_stream.wait_event(copied)
+        for tensor in batch:
+            tensor.record_stream(user_stream)  # keeps the allocator from reusing memory that is still in use
+        yield batch
 
 
 def ignore_job_signals(worker: int) -> None:

@@ -82,16 +82,8 @@ def repeat(order: Ints, repeats: int, batch_size: int, n: int) -> Ints:
 
     The number of batches per epoch stays, so an epoch has the first 1 / `repeats` of the samples. A batch lists all of
     its samples, then all of them again, so that neighbours, which mixup mixes, are different samples. If the batch size
-    is not a multiple of `repeats`, the last copies are missing.
-
-    Args:
-        order: Sample indices of the whole epoch.
-        repeats: How often a sample occurs.
-        batch_size: Samples per optimizer step.
-        n: Samples in the data set. A copy has the index: index + n × copy, and so its own augmentation.
-
-    Returns:
-        Whole batches, concatenated, int64.
+    is not a multiple of `repeats`, the last copies are missing. Copy k of a sample in a data set of n samples has
+    the index: index + k × n, and so its own augmentation.
     """
     steps, distinct = len(order) // batch_size, -(-batch_size // repeats)
     copy, sample = np.divmod(np.arange(batch_size), distinct)
@@ -101,16 +93,9 @@ def repeat(order: Ints, repeats: int, batch_size: int, n: int) -> Ints:
 def micro_batch(order: Ints, position: int, batch_size: int, accumulate: int, world: int, rank: int) -> Ints:
     """Return the samples of one forward pass on one rank, from the order of an epoch.
 
-    Global batch b is order[b*B:(b+1)*B]. It is split into `accumulate` micro-batches and each of those among `world`
-    ranks, all contiguous, so an optimizer step has the same samples for any number of ranks.
-
-    Args:
-        order: Sample indices of the whole epoch.
-        position: Number of micro-batches of this rank in the epoch before this one.
-        batch_size: Samples per optimizer step, over all ranks: a multiple of accumulate × world.
-        accumulate: Micro-batches per optimizer step.
-        world: Number of ranks.
-        rank: This rank.
+    Global batch b is order[b*B:(b+1)*B], where B is `batch_size`, a multiple of accumulate × world. It is split into
+    `accumulate` micro-batches and each of those among `world` ranks, all contiguous, so an optimizer step has the same
+    samples for any number of ranks. `position` counts the micro-batches of this rank in the epoch before this one.
     """
     size = batch_size // (accumulate * world)
     start = (position * world + rank) * size
@@ -126,11 +111,11 @@ def evaluation_share(indices: Ints, world: int, rank: int) -> Ints:
 
 
 def stratified_split(labels: npt.ArrayLike, amount: int | float, seed: int) -> tuple[Ints, Ints]:
-    """Hold out `amount` samples with the class proportions of the whole set, by largest remainders.
+    """Hold out samples with the class proportions of the whole set, by largest remainders.
 
     Args:
         labels: Class of each sample, (n,).
-        amount: A fraction of all samples if below 1, else a count; 0 holds out nothing.
+        amount: A fraction of all samples if below 1, else a count.
         seed: Chooses the samples of each class.
 
     Returns:
@@ -148,7 +133,10 @@ def stratified_split(labels: npt.ArrayLike, amount: int | float, seed: int) -> t
             f"a split of {amount} does not fit {n} samples of {len(classes)} classes: "
             f"use a fraction from 0 to below 1 or a count of at most {n - len(classes)}"
         )
-    counts = _apportion(sizes, count)
+    quotas = sizes * count / sizes.sum()
+    counts = np.floor(quotas).astype(np.int64)
+    largest_remainders = np.argsort(counts - quotas, kind="stable")[: count - counts.sum()]
+    counts[largest_remainders] += 1
     if (counts >= sizes).any():
         c = int(np.argmax(counts >= sizes))
         raise UserError(f"a split of {amount} would hold out all {sizes[c]} samples of class {classes[c]}: use less")
@@ -158,11 +146,3 @@ def stratified_split(labels: npt.ArrayLike, amount: int | float, seed: int) -> t
     rank_in_class = np.arange(n) - np.repeat(np.cumsum(sizes) - sizes, sizes)
     held_out = rank_in_class < np.repeat(counts, sizes)
     return np.sort(by_class[~held_out]), np.sort(by_class[held_out])
-
-
-def _apportion(sizes: Ints, count: int) -> Ints:
-    quotas = sizes * count / sizes.sum()
-    counts = np.floor(quotas).astype(np.int64)
-    largest_remainders = np.argsort(counts - quotas, kind="stable")[: count - counts.sum()]
-    counts[largest_remainders] += 1
-    return counts

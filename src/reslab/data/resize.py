@@ -50,8 +50,7 @@ class ResizeConfig:
         test_resize: Length of the shorter side before the central crop to `test_size` (default: 256/224 of test_size).
         progressive: Start training on smaller images.
         scaled_decode: Decode training JPEGs at 1/2, 1/4 or 1/8 of their size if the sides of the random crop then keep
-            at least this fraction of the training size. With 1, only crops that are too small at full size are
-            enlarged; smaller values are faster and blur more. Changes the pixels. Requires simplejpeg.
+            at least this fraction of the training size. Smaller values are faster and blur more. Requires simplejpeg.
     """
 
     train_size: int | None = None
@@ -64,7 +63,5 @@ class ResizeConfig:
         for name in ("train_size", "test_size", "test_resize"):
             if (size := getattr(self, name)) is not None and size < 1:
                 raise UserError(f"data.resize.{name} must be at least 1, got {size}")
-        if self.test_size and self.test_resize and self.test_resize < self.test_size:
-            raise UserError(f"data.resize.test_resize {self.test_resize} is below test_size {self.test_size}")
         if self.scaled_decode is not None and self.scaled_decode <= 0:
             raise UserError(f"data.resize.scaled_decode must be above 0, got {self.scaled_decode}")

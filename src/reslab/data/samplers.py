@@ -33,11 +33,10 @@ class TrainOrder(DistributedSampler[BatchKey]):
 
     Args:
         subset: Indices of the training samples.
-        seed: Seed of the order.
         batch_size, accumulate, world, rank: See `order.micro_batch`.
-        repeats, n: See `order.repeat`; n is the number of samples in the whole data set.
-        position: Maps the length of an epoch to (micro-batches taken since training began, micro-batches per epoch).
-            None means that no trainer counts them: each iteration is then the next epoch.
+        repeats, n: See `order.repeat`.
+        position: Returns (micro-batches taken since training began, micro-batches per epoch), or None if no trainer
+            counts them: each iteration is then the next epoch.
     """
 
     subset: Ints
@@ -48,7 +47,7 @@ class TrainOrder(DistributedSampler[BatchKey]):
     rank: int = 0
     repeats: int = 1
     n: int = 0
-    position: Callable[[int], tuple[int, int] | None] = lambda length: None
+    position: Callable[[], tuple[int, int] | None] = lambda: None
     epoch: int = field(default=0, init=False)
 
     def __len__(self) -> int:
@@ -57,12 +56,9 @@ class TrainOrder(DistributedSampler[BatchKey]):
     def __iter__(self) -> Iterator[BatchKey]:
         # A generator, so that the position is read when the first key is requested: a DataLoader with workers creates
         # two iterators and uses one.
-        progress = self.position(len(self))
-        if progress is None:
-            progress = self.epoch * len(self), len(self)
-            self.epoch += 1
-        taken, epoch_length = progress
+        taken, epoch_length = self.position() or (self.epoch * len(self), len(self))
         epoch, first = divmod(taken, epoch_length)
+        self.epoch = epoch + 1
         samples = self.subset[order.permutation(self.seed, epoch, len(self.subset))]
         if self.repeats > 1:
             samples = order.repeat(samples, self.repeats, self.batch_size, self.n)
