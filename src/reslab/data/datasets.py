@@ -147,6 +147,8 @@ class CIFAR10(ImageSource):
                 f"damaged (wrong MD5): {', '.join(damaged)}. "
                 f"Remove {root / folder} and download it again with --data.download true"
             ) from None
+        except OSError as error:
+            raise DataError(f"{root / folder} cannot be read: {error}") from error
         return Arrays(np.ascontiguousarray(data.data), np.array(data.targets, np.int64))
 
 
