@@ -27,20 +27,13 @@ from reslab.runs.folder import RunFolder
 from reslab.runs.metrics import cut
 from reslab.runs.record import RunRecord
 from reslab.runs.tracking import WandB
-from reslab.training import Classifier
+from reslab.training import Classifier, processes
 from reslab.training.checkpoint import Checkpoints, VerifiedCheckpointIO, read_checkpoint, resume_point, weights_sha256
 from reslab.training.classifier import Diverged
 from reslab.training.lightning_internals import rank, saves_distributed_checkpoints
 from reslab.training.log_rows import LogRows
 from reslab.training.preemption import Preempted, Preemption
-from reslab.training.processes import (
-    Failure,
-    FailureMonitor,
-    SkipRedundantSync,
-    load_whole_state,
-    lost_contact,
-    whole_state,
-)
+from reslab.training.processes import Failure, FailureMonitor, SkipRedundantSync, lost_contact
 from reslab.training.progress import ProgressReport
 
 EXIT = {"complete": Exit.OK, "failed": Exit.FAILED, "diverged": Exit.FAILED, "preempted": Exit.PREEMPTED}
@@ -60,13 +53,7 @@ def fit(argv: list[str]) -> int:
 
 
 class Run:
-    """Trains and tests one run in its run directory.
-
-    Args:
-        experiment: The parsed configuration.
-        folder: The run directory, locked by rank 0.
-        argv: The command line, for the manifest.
-    """
+    """Trains and tests one run in its run directory, which rank 0 has locked; `argv` is recorded in the manifest."""
 
     def __init__(self, experiment: Experiment, folder: RunFolder, argv: list[str]) -> None:
         self.experiment, self.folder, self.argv = experiment, folder, argv
@@ -93,10 +80,9 @@ class Run:
     # Execution
 
     def _train_and_test(self, data: ImageData, model: Classifier, settings: dict[str, Any]) -> None:
-        checkpoint = self._resume_point()
-        options = self.options
+        checkpoint, options, progress = self._resume_point(), self.options, ProgressReport()
         every = options.checkpoint_every_steps, options.checkpoint_every_minutes
-        progress, saver = ProgressReport(), Checkpoints(self.folder.checkpoints, options.monitor, options.mode, *every)
+        saver = Checkpoints(self.folder.checkpoints, options.monitor, options.mode, *every)
         with Preemption(saver) as preemption:
             columns = ["step", "epoch", *model.metric_names]
             # reslab's own callbacks. The order matters: a checkpoint holds what was logged at the same step.
@@ -123,10 +109,10 @@ class Run:
 
     def _resume_point(self) -> Path | None:
         checkpoint, messages = resume_point(self.folder.checkpoints, quarantine=self.record.writes)
-        step = read_checkpoint(checkpoint)["global_step"] if checkpoint else 0
+        step = 0
         if checkpoint:
+            step = self.record.attempt["from_step"] = read_checkpoint(checkpoint)["global_step"]
             messages.append(f"resuming at step {step} from {checkpoint}")
-            self.record.attempt["from_step"] = step
         if self.record.writes:
             print(*messages, sep="\n", end="\n" if messages else "", flush=True)
             cut(self.folder.metrics, step)
@@ -138,13 +124,9 @@ class Run:
                 self._start_wandb(logger)
         if saves_distributed_checkpoints(settings["strategy"]):
             raise UserError("a checkpoint must be one file: set --trainer.strategy.save_distributed_checkpoint false")
-        changes = {
-            "callbacks": [*settings["callbacks"], *callbacks],
-            "logger": [*settings["logger"], metrics],
-            "plugins": [*settings["plugins"], VerifiedCheckpointIO()],
-            "default_root_dir": str(self.folder.path),
-        }
-        return Trainer(**{**settings, **changes})
+        additions = {"callbacks": callbacks, "logger": [metrics], "plugins": [VerifiedCheckpointIO()]}
+        lists = {name: [*settings[name], *added] for name, added in additions.items()}
+        return Trainer(**{**settings, **lists, "default_root_dir": str(self.folder.path)})
 
     def _start_wandb(self, logger: WandB) -> None:
         config, options = yaml.safe_load(self.folder.config.read_text(encoding="utf-8")), self.options
@@ -156,11 +138,11 @@ class Run:
         """Test once, with the weights chosen by run.test_weights, and save weights, predictions and results."""
         results, best = dict(model.latest), self.options.test_weights == "best"
         if best:
-            load_whole_state(model, read_checkpoint(self.folder.checkpoints / "best.ckpt")["state_dict"])
+            processes.load_whole_state(model, read_checkpoint(self.folder.checkpoints / "best.ckpt")["state_dict"])
             results.update(saver.best_metrics)
         trainer.test(model, datamodule=data, verbose=False, weights_only=True)
         results.update({name: value for name, value in model.latest.items() if name.startswith("test/")})
-        state = whole_state(model.evaluated_net())  # a collective: every rank takes part
+        state = processes.whole_state(model.evaluated_net())  # a collective: every rank takes part
         if not self.record.writes:
             return
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
@@ -188,7 +170,7 @@ class Run:
             return []
         results = self.record.manifest["results"].items()
         tested = [f"{name} {value:.4f}" for name, value in results if name.startswith("test/")]
-        print("  ".join([*tested, f"({self.options.test_weights} weights)"]))
+        print(*tested, f"({self.options.test_weights} weights)", sep="  ")
         print(f"run     {self.folder.path}\nreport  {report}")
         return [*figures, report]
 
@@ -245,9 +227,9 @@ def requeue() -> None:
     """Requeue the job under Slurm, to resume from its checkpoint, unless it was cancelled."""
     if "SLURM_JOB_ID" not in os.environ or not shutil.which("scontrol"):
         return
-    job = os.environ.get("SLURM_ARRAY_JOB_ID", os.environ["SLURM_JOB_ID"])
-    if task := os.environ.get("SLURM_ARRAY_TASK_ID"):
-        job = f"{job}_{task}"
+    job = os.environ["SLURM_JOB_ID"]
+    if array := os.environ.get("SLURM_ARRAY_JOB_ID"):
+        job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
     state = subprocess.run(["scontrol", "show", "job", job], capture_output=True, text=True, check=False).stdout
     if "JobState=COMPLETING" not in state:  # scancel sends SIGTERM too: a cancelled job must not come back
         subprocess.run(["scontrol", "requeue", job], check=False)

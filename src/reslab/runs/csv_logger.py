@@ -1,7 +1,5 @@
 """The logger of metrics.csv."""
 
-import csv
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,15 +7,13 @@ from typing import Any
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from reslab.runs.metrics import read_rows, write_rows
+from reslab.runs.metrics import read_rows, to_csv, write_rows
 
 
 class MetricsCSV(Logger):
-    """Writes metrics.csv: values logged at the same step share one row.
+    """Writes metrics.csv, or appends to it: values logged at the same step share one row.
 
-    Args:
-        path: The file. If it exists, rows are appended to it.
-        columns: The names of the first columns. Other names get a column when they are first logged.
+    `columns` come first; another name gets a column when it is first logged.
     """
 
     merges_rows = True  # LogRows passes everything on at once: a row must be on disk before the checkpoint of its step
@@ -45,9 +41,10 @@ class MetricsCSV(Logger):
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         if step is None:
             raise ValueError("metrics.csv has one row per step: log_metrics requires the step")
-        self._add_columns([name for name in metrics if name not in self._columns])
-        if not self.path.exists():
-            self.path.write_bytes(self._line({name: name for name in self._columns}))
+        new = [name for name in metrics if name not in self._columns]
+        self._columns += new
+        if new or not self.path.exists():
+            write_rows(self.path, self._columns, read_rows(self.path)[1])
         same_row = str(step) == str(self._row.get("step"))
         start = self.path.stat().st_size - (len(self._line(self._row)) if same_row else 0)
         self._row = {**(self._row if same_row else {"step": step}), **metrics}
@@ -56,12 +53,5 @@ class MetricsCSV(Logger):
             file.write(self._line(self._row))
             file.truncate()
 
-    def _add_columns(self, names: list[str]) -> None:
-        self._columns += names
-        if names and self.path.exists():
-            write_rows(self.path, self._columns, read_rows(self.path)[1])
-
     def _line(self, row: dict[str, Any]) -> bytes:
-        text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerow([row.get(name, "") for name in self._columns])
-        return text.getvalue().encode()
+        return to_csv(self._columns, [row]).encode()

@@ -20,12 +20,7 @@ from reslab.runs.masking import mask_command
 
 
 class RunRecord:
-    """The manifest of a run. Every rank has it in memory; rank 0 writes it.
-
-    Args:
-        folder: The run directory, locked by rank 0.
-        writes: Whether this process writes files, which only rank 0 does.
-    """
+    """The manifest of a run. Every rank has it in memory; only rank 0 `writes` it, and has locked the run directory."""
 
     def __init__(self, folder: RunFolder, writes: bool) -> None:
         self.folder, self.writes = folder, writes
@@ -64,8 +59,7 @@ class RunRecord:
         return True
 
     def _new_manifest(self, config: str, argv: Sequence[str]) -> dict[str, Any]:
-        values = yaml.safe_load(config)
-        diff = self.folder.path / "uncommitted.diff" if self.writes else None
+        values, diff = yaml.safe_load(config), self.folder.path / "uncommitted.diff"
         return {
             "status": "running",
             "id": secrets.token_hex(4),
@@ -74,7 +68,7 @@ class RunRecord:
             "command": mask_command(["reslab", "fit", *argv]),
             "config_sha256": hashlib.sha256(config.encode()).hexdigest(),
             "rule": values["run"]["test_weights"],
-            "git": manifests.git_state(Path(__file__).parent, keep=diff),
+            "git": manifests.git_state(Path(__file__).parent, keep=diff if self.writes else None),
             "attempts": [],
             "results": {},
             "weights_sha256": None,
@@ -90,8 +84,8 @@ class RunRecord:
             if not key.startswith(manifests.NOT_IDENTITY)
         ]
         if rows:
-            remedy = "choose another --run.dir, or use the same config"
-            raise UserError("\n".join([f"{self.folder.path} holds a run with a different config: {remedy}", *rows]))
+            message = "holds a run with a different config: choose another --run.dir, or use the same config"
+            raise UserError("\n".join([f"{self.folder.path} {message}", *rows]))
 
     def note_environment(self, world_size: int, resumed: bool, allow_world_size_change: bool) -> None:
         """Record software, hardware and world size; refuse to resume with another world size unless allowed."""
