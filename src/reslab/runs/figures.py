@@ -1,8 +1,9 @@
 """Figures of a run, drawn from its run directory: curves, confusions, mistakes, reliability. No torch at import."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -37,7 +38,8 @@ MOST_PANELS = 6  # of the learning curves
 Images = np.ndarray | Callable[[int], np.ndarray]
 
 
-class Predictions(NamedTuple):
+@dataclass(frozen=True)
+class Predictions:
     """Predictions of the tested weights for the M test images, ordered by index."""
 
     index: np.ndarray  # int64 (M,)
@@ -46,7 +48,8 @@ class Predictions(NamedTuple):
     confidence: np.ndarray  # float (M,), the softmax probability of the predicted class
 
 
-class Calibration(NamedTuple):
+@dataclass(frozen=True)
+class Calibration:
     """Accuracy against confidence in B bins of equal width, and the expected calibration error."""
 
     count: np.ndarray  # int (B,)
@@ -60,11 +63,11 @@ def read_predictions(run_dir: Path) -> Predictions | None:
     path = RunFolder(run_dir).predictions
     if not path.exists():
         return None
+    names = [field.name for field in fields(Predictions)]
     with np.load(path) as arrays:
-        if not {*Predictions._fields} <= {*arrays}:  # an objective other than classification saves other columns
+        if not {*names} <= {*arrays} or not len(arrays["label"]):  # an objective of another kind saves other columns
             return None
-        predictions = Predictions(*(arrays[name] for name in Predictions._fields))
-    return predictions if len(predictions.label) else None
+        return Predictions(*(arrays[name] for name in names))
 
 
 def confusion_counts(labels: np.ndarray, predictions: np.ndarray, num_classes: int) -> np.ndarray:
@@ -139,8 +142,8 @@ def draw_grid(images: np.ndarray, path: Path, titles: Sequence[str] = (), row_ti
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(columns * cell, rows * cell * height / width), layout="compressed")
         axes = figure.subplots(rows, columns, squeeze=False)
-        for cell, ax in np.ndenumerate(axes):
-            _show(ax, images[cell])
+        for place, ax in np.ndenumerate(axes):
+            _show(ax, images[place])
         for ax, title in zip(axes[0], titles, strict=False):
             ax.set_title(shorten(title, 13), fontsize=9, loc="center", weight="normal")
         for ax, title in zip(axes[:, 0], row_titles, strict=False):
@@ -192,15 +195,9 @@ def _panel(ax: Axes, metrics: Metrics, name: str) -> None:
     drawn = [_plot(ax, split, *metrics[f"{split}/{name}"], scale) for split in splits]
     _limits(ax, np.concatenate(drawn), percent)
     heights = ax.transAxes.inverted().transform(ax.transData.transform([(0, values[-1]) for values in drawn]))[:, 1]
+    style: Any = {"transform": ax.transAxes, "va": "center", "weight": "bold", "fontsize": 9}
     for height, split, values in zip(_spread(heights, 0.1), splits, drawn, strict=True):
-        style: Any = {
-            "transform": ax.transAxes,
-            "va": "center",
-            "color": COLORS[split],
-            "weight": "bold",
-            "fontsize": 9,
-        }
-        ax.text(1.03, height, f"{split} {values[-1]:{unit}}", **style)
+        ax.text(1.03, height, f"{split} {values[-1]:{unit}}", color=COLORS[split], **style)
 
 
 def _plot(ax: Axes, split: str, steps: np.ndarray, values: np.ndarray, scale: float) -> np.ndarray:
@@ -240,31 +237,25 @@ def _spread(heights: np.ndarray, gap: float) -> np.ndarray:
 
 
 def learning_rate(steps: np.ndarray, lrs: np.ndarray) -> Figure:
-    """Draw the learning rate (n,) against the optimizer step (n,), n ≥ 1, and label its peak."""
+    """Draw the learning rate (n,) against the optimizer step (n,), n ≥ 1, with its peak in the title."""
     figure = Figure(figsize=(WIDTH, 2.3), layout="constrained")
     ax = figure.subplots()
     ax.plot(steps, lrs, color=VAL, lw=1.8, marker="o" if len(steps) == 1 else "")
-    ax.set_title("Learning rate")
-    ax.set_ylim(0, 1.2 * max(lrs.max(), 1e-12))
+    peak = int(np.argmax(lrs))
+    ax.set_title(f"Learning rate: peak {lrs[peak]:.4g} at step {steps[peak]:,.0f}")
+    ax.set_ylim(0, 1.1 * max(lrs[peak], 1e-12))
     _steps(ax)
     ax.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
     ax.yaxis.set_major_formatter("{x:g}")
-    peak = int(np.argmax(lrs))
-    side, offset = ("left", 6) if steps[peak] <= (steps[0] + steps[-1]) / 2 else ("right", -6)
-    style: Any = {"textcoords": "offset points", "ha": side, "color": VAL, "weight": "bold", "fontsize": 9}
-    text = f"peak {lrs[peak]:.4g} at step {steps[peak]:,.0f}"
-    ax.annotate(text, (steps[peak], lrs[peak]), xytext=(offset, 4), **style)
     return figure
 
 
 def confusion(predictions: Predictions, class_names: Sequence[str]) -> Figure | None:
     """Draw the confusion matrix; above 30 classes, where it is unreadable, the most confused pairs instead."""
-    counts = confusion_counts(predictions.label, predictions.prediction, len(class_names))
-    return _matrix(counts, class_names) if len(class_names) <= 30 else _pairs(counts, class_names)
-
-
-def _matrix(counts: np.ndarray, names: Sequence[str]) -> Figure:
-    k, diagonal = len(names), np.eye(len(names), dtype=bool)
+    k, diagonal = len(class_names), np.eye(len(class_names), dtype=bool)
+    counts = confusion_counts(predictions.label, predictions.prediction, k)
+    if k > 30:
+        return _pairs(counts, class_names)
     share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     wrong = share * ~diagonal
     # On one colour scale the diagonal would drown the mistakes: it gets a separate colour.
@@ -277,7 +268,7 @@ def _matrix(counts: np.ndarray, names: Sequence[str]) -> Figure:
     for row, column in np.argwhere(counts):
         color = "white" if tint[row, column] > 0.65 else INK
         ax.text(column, row, f"{counts[row, column]}", ha="center", va="center", fontsize=8, color=color)
-    ticks = [shorten(name, 14) for name in names]
+    ticks = [shorten(name, 14) for name in class_names]
     ax.set_xticks(range(k), ticks, rotation=45, ha="right", rotation_mode="anchor")
     ax.set_yticks(range(k), ticks)
     ax.set(xlabel="predicted", ylabel="true", frame_on=False)
@@ -290,14 +281,13 @@ def _pairs(counts: np.ndarray, names: Sequence[str], top: int = 20) -> Figure | 
     pairs = most_confused(counts, top)
     if not pairs:
         return None
-    totals = counts.sum(1)
     figure = Figure(figsize=(WIDTH, 0.26 * len(pairs) + 1), layout="constrained")
     ax = figure.subplots()
-    rows = np.arange(len(pairs))
-    ax.barh(rows, [count for _, _, count in pairs], color=TEST, alpha=0.85, height=0.7)
+    rows = range(len(pairs))
+    bars = ax.barh(rows, [count for _, _, count in pairs], color=TEST, alpha=0.85, height=0.7)
+    shares = [f"{count} of {counts[true].sum()}" for true, _, count in pairs]
+    ax.bar_label(bars, shares, padding=4, fontsize=9, color=MUTED)
     ax.set_yticks(rows, [f"{shorten(names[t])} → {shorten(names[p])}" for t, p, _ in pairs], fontsize=9)
-    for row, (true, _, count) in enumerate(pairs):
-        ax.text(count, row, f" {count} of {totals[true]}", va="center", fontsize=9, color=MUTED)
     ax.set(ylim=(len(pairs) - 0.4, -0.6), xticks=[], frame_on=False)
     figure.suptitle("Most confused: true → predicted", x=0.01, ha="left", weight="bold")
     ax.grid(False)
@@ -315,10 +305,9 @@ def mistakes(predictions: Predictions, class_names: Sequence[str], images: Image
     height = 1.52 * rows + 0.4
     figure = Figure(figsize=(WIDTH, height))
     figure.suptitle(f"Most confident mistakes: {len(shown)} of {len(wrong):,}", x=0.01, ha="left", weight="bold")
-    axes = figure.subplots(rows, 5, squeeze=False).ravel()
+    blank = {"xticks": [], "yticks": [], "frame_on": False}
+    axes = figure.subplots(rows, 5, squeeze=False, subplot_kw=blank).ravel()
     figure.subplots_adjust(0.01, 0.48 / height, 0.99, 1 - 0.38 / height, wspace=0.07, hspace=0.48)
-    for ax in axes:
-        ax.set_axis_off()
     for ax, i in zip(axes, shown, strict=False):
         index = int(predictions.index[i])
         _show(ax, images(index) if callable(images) else images[index])

@@ -24,15 +24,14 @@ METRIC_LABELS = {"acc": "accuracy", "acc5": "top-5 accuracy"}
 def write_report(run_dir: Path) -> Path:
     """Write RUN/report.html from the contents of the run directory, whatever the run's status; return its path.
 
-    The page loads nothing: figures are data URIs and the style is inline. Raises UserError if the directory
-    has no readable manifest.json.
+    The page loads nothing: figures are data URIs, the style is inline. Raises UserError without a manifest.json.
     """
     folder = RunFolder.existing(run_dir)
     manifest, metrics = read(folder.manifest), read_metrics(folder.metrics)
     predictions = figures.read_predictions(run_dir)
     config = folder.config.read_text(encoding="utf-8") if folder.config.exists() else ""
     results = manifest.get("results") or {}
-    main = headline(manifest, metrics, predictions)
+    main = headline(results, metrics)
     values = {name: points[1][-1] for name, points in metrics.items()} | results
     others = [name for name in values if name.startswith(("val/", "test/")) and name != main["metric"]]
     template = templates().get_template("report.html.j2")
@@ -40,13 +39,13 @@ def write_report(run_dir: Path) -> Path:
         name="/".join(run_dir.resolve().parts[-2:]),
         run_dir=str(run_dir),
         files=[path.name for path in run_dir.iterdir()],
-        summary=summarise(yaml.safe_load(config) or {}, manifest),
         headline=main,
         metrics={label(name): formatted(name, values[name]) for name in others},
         figures=embed(folder.figures),
         manifest=manifest,
         results=results,
-        config=config,
+        config=yaml.safe_load(config) or {},
+        config_text=config,
         **(describe(predictions, manifest) if predictions else {}),
     )
     write_text(folder.report, page)
@@ -66,26 +65,6 @@ def templates(*folders: Path) -> Environment:
     return environment
 
 
-def summarise(config: Mapping[str, Any], manifest: Mapping[str, Any]) -> dict[str, str]:
-    """Summarise the resolved config in one line per part; parts that it lacks are left out."""
-    model, data, trainer = (config.get(key) or {} for key in ("model", "data", "trainer"))
-    parts = {
-        "network": model.get("net"), "data": data.get("dataset"),
-        "optimizer": model.get("optimizer"), "schedule": model.get("schedule"),
-        "epochs": trainer.get("max_epochs"), "batch size": data.get("batch_size"),
-        "precision": trainer.get("precision"), "seed": manifest.get("seed"),
-    }  # fmt: skip
-    return {key: _summary(value) for key, value in parts.items() if value is not None}
-
-
-def _summary(value: Any) -> str:
-    """Format a config value; a class with init_args as Class(key=value, ...)."""
-    if not isinstance(value, Mapping) or "class_path" not in value:
-        return str(value)
-    arguments = ", ".join(f"{key}={argument}" for key, argument in (value.get("init_args") or {}).items())
-    return f"{value['class_path'].rpartition('.')[2]}({arguments})"
-
-
 def label(name: str) -> str:
     """Return a metric's name for readers: `validation top-5 accuracy` for val/acc5."""
     split, _, metric = name.partition("/")
@@ -103,23 +82,15 @@ def main_metric(names: Iterable[str], split: str) -> str | None:
     return f"{split}/acc" if f"{split}/acc" in of_split else next(iter(of_split), None)
 
 
-def headline(manifest: Mapping[str, Any], metrics: Metrics, predictions: Predictions | None) -> dict[str, Any]:
-    """Return the main result with its uncertainty: that of the test, else the latest of validation or training."""
-    results = manifest.get("results") or {}
+def headline(results: Mapping[str, float], metrics: Metrics) -> dict[str, Any]:
+    """Return the main result: that of the test, else the latest of validation or training."""
     if name := main_metric(results, "test"):
-        notes = []
-        if name == "test/acc" and predictions is not None:
-            n = len(predictions.label)
-            low, high = figures.wilson(round(results[name] * n), n)
-            notes.append(f"95 % interval {100 * low:.2f}–{100 * high:.2f} % (Wilson) from {n:,} test images")
-        if manifest.get("tested_weights"):
-            notes.append(f"weights tested: {manifest['tested_weights']}")
-        return {"metric": name, "label": label(name), "value": formatted(name, results[name]), "notes": notes}
+        return {"metric": name, "label": label(name), "value": formatted(name, results[name])}
     if name := main_metric(metrics, "val") or main_metric(metrics, "train"):
         steps, values = metrics[name]
-        notes = [f"at step {steps[-1]:,.0f}"]
-        return {"metric": name, "label": f"latest {label(name)}", "value": formatted(name, values[-1]), "notes": notes}
-    return {"metric": "", "label": "results", "value": "none yet", "notes": ["nothing has been logged"]}
+        text = f"latest {label(name)} (step {steps[-1]:,.0f})"
+        return {"metric": name, "label": text, "value": formatted(name, values[-1])}
+    return {"metric": "", "label": "results", "value": "none yet"}
 
 
 def embed(folder: Path, captions: Mapping[str, str] = CAPTIONS) -> list[dict[str, str]]:
@@ -130,7 +101,7 @@ def embed(folder: Path, captions: Mapping[str, str] = CAPTIONS) -> list[dict[str
 
 
 def describe(predictions: Predictions, manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the number of tested and correct images, the calibration error, and a row per class.
+    """Return the number of tested and correct images, the 95 % interval, the calibration error, and a row per class.
 
     A row is (name, images, accuracy, most frequent confusion, its images); the least accurate class comes first.
     """
@@ -147,6 +118,7 @@ def describe(predictions: Predictions, manifest: Mapping[str, Any]) -> dict[str,
     return {
         "tested": len(correct),
         "correct": int(correct.sum()),
+        "interval": figures.wilson(int(correct.sum()), len(correct)),
         "calibration_error": figures.calibrate(predictions.confidence, correct).ece,
         "classes": sorted(rows, key=lambda row: row[2]),
     }
