@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import traceback
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -77,8 +76,6 @@ class Run:
             return self._fail(error)
         return Exit.OK
 
-    # Execution
-
     def _train_and_test(self, data: ImageData, model: Classifier, settings: dict[str, Any]) -> None:
         checkpoint, options, progress = self._resume_point(), self.options, ProgressReport()
         every = options.checkpoint_every_steps, options.checkpoint_every_minutes
@@ -121,18 +118,15 @@ class Run:
     def _trainer(self, settings: dict[str, Any], callbacks: list[Callback], metrics: MetricsCSV) -> Trainer:
         for logger in settings["logger"]:
             if isinstance(logger, WandB) and self.record.writes:
-                self._start_wandb(logger)
+                config, options = yaml.safe_load(self.folder.config.read_text(encoding="utf-8")), self.options
+                name = f"{options.name} seed {self.record.manifest['seed']}"
+                group = {"group": options.group or options.name, "job_type": options.job_type, "tags": options.tags}
+                logger.start(self.folder.path, self.record.manifest["id"], name, config, **group)
         if saves_distributed_checkpoints(settings["strategy"]):
             raise UserError("a checkpoint must be one file: set --trainer.strategy.save_distributed_checkpoint false")
-        additions = {"callbacks": callbacks, "logger": [metrics], "plugins": [VerifiedCheckpointIO()]}
-        lists = {name: [*settings[name], *added] for name, added in additions.items()}
+        own: dict[str, Any] = {"callbacks": callbacks, "logger": [metrics], "plugins": [VerifiedCheckpointIO()]}
+        lists = {name: [*settings[name], *added] for name, added in own.items()}
         return Trainer(**{**settings, **lists, "default_root_dir": str(self.folder.path)})
-
-    def _start_wandb(self, logger: WandB) -> None:
-        config, options = yaml.safe_load(self.folder.config.read_text(encoding="utf-8")), self.options
-        name = f"{options.name} seed {self.record.manifest['seed']}"
-        group = {"group": options.group or options.name, "job_type": options.job_type, "tags": options.tags}
-        logger.start(self.folder.path, self.record.manifest["id"], name, config, **group)
 
     def _test(self, trainer: Trainer, model: Classifier, data: ImageData, saver: Checkpoints) -> None:
         """Test once, with the weights chosen by run.test_weights, and save weights, predictions and results."""
@@ -162,7 +156,8 @@ class Run:
         from reslab.runs.report import write_report
 
         try:
-            figures = draw_figures(self.folder.path, data.class_names, _test_images(data))
+            test, names = data.test_dataloader().dataset, data.class_names
+            figures = draw_figures(self.folder.path, names, lambda i: test[BatchKey(np.array([i]))].images[0].numpy())
             report = write_report(self.folder.path)
         except Exception:
             traceback.print_exc()
@@ -174,17 +169,14 @@ class Run:
         print(f"run     {self.folder.path}\nreport  {report}")
         return [*figures, report]
 
-    # Failures
-
     def _close(self, status: str, reason: str = "") -> int:
         """Record the end of the attempt, once in all threads, and return the exit status."""
         self.failures.claim_shutdown()
         self.record.close(status, reason)
         if status == "preempted" and self.record.writes:
             requeue()
-        stops_on_all_ranks = status in ("preempted", "diverged")
-        if stops_on_all_ranks and dist.is_available() and dist.is_initialized():
-            dist.barrier()  # Slurm and torchrun end all processes with the first
+        if status in ("preempted", "diverged") and dist.is_available() and dist.is_initialized():
+            dist.barrier()  # all ranks come here, and Slurm and torchrun end all processes with the first
         return EXIT[status]
 
     def _fail(self, error: Exception) -> int:
@@ -211,8 +203,7 @@ def explain_failure(error: Exception) -> str | None:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         remedy = "--trainer.accumulate_grad_batches N splits each batch into N smaller ones"
         return f"out of memory ({text.partition('.')[0] or 'of the host'}): {remedy}"
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    if full or "PytorchStreamWriter failed" in text or "unexpected pos" in text:
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return f"the disk is full ({text}): the last checkpoint is intact; free space and run the same command again"
     # A worker that dies while it hands over a batch shows up as a broken connection.
     if "DataLoader worker" in text or isinstance(error, ConnectionError | EOFError):
@@ -227,15 +218,9 @@ def requeue() -> None:
     """Requeue the job under Slurm, to resume from its checkpoint, unless it was cancelled."""
     if "SLURM_JOB_ID" not in os.environ or not shutil.which("scontrol"):
         return
-    job = os.environ["SLURM_JOB_ID"]
-    if array := os.environ.get("SLURM_ARRAY_JOB_ID"):
-        job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    job = os.environ.get("SLURM_ARRAY_JOB_ID", os.environ["SLURM_JOB_ID"])
+    if task := os.environ.get("SLURM_ARRAY_TASK_ID"):
+        job = f"{job}_{task}"
     state = subprocess.run(["scontrol", "show", "job", job], capture_output=True, text=True, check=False).stdout
     if "JobState=COMPLETING" not in state:  # scancel sends SIGTERM too: a cancelled job must not come back
         subprocess.run(["scontrol", "requeue", job], check=False)
-
-
-def _test_images(data: ImageData) -> Callable[[int], np.ndarray]:
-    """Return a function from a test index to its image, uint8 (H, W, C), as it is before normalisation."""
-    batches = data.test_dataloader().dataset
-    return lambda index: batches[BatchKey(np.array([index]))].images[0].numpy()

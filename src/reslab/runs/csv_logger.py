@@ -11,11 +11,10 @@ from reslab.runs.metrics import read_rows, to_csv, write_rows
 
 
 class MetricsCSV(Logger):
-    """Writes metrics.csv, or appends to it: values logged at the same step share one row.
+    """Writes metrics.csv, or appends to it: values logged at the same step share one row. `columns` come first."""
 
-    `columns` come first; another name gets a column when it is first logged.
-    """
-
+    name = "metrics"
+    version = ""
     merges_rows = True  # LogRows passes everything on at once: a row must be on disk before the checkpoint of its step
 
     def __init__(self, path: Path, columns: Sequence[str]) -> None:
@@ -25,15 +24,6 @@ class MetricsCSV(Logger):
         self._columns = columns_in_file or list(columns)
         self._row: dict[str, Any] = dict(rows[-1]) if rows else {}  # the last one in the file
 
-    @property
-    def name(self) -> str:
-        return "metrics"
-
-    @property
-    def version(self) -> str:
-        return ""
-
-    @rank_zero_only
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
         """Do nothing: config.yaml beside this file holds the whole configuration."""
 

@@ -82,7 +82,7 @@ def git_state(folder: Path, keep: Path | None = None) -> dict[str, Any] | None:
     }
 
 
-def _git(folder: Path, *args: str, stdin: bytes = b"", **variables: str) -> bytes:
+def _git(folder: Path, *args: str, stdin: bytes = b"", **variables: Any) -> bytes:
     command, environment = ["git", "-C", str(folder), *args], {**os.environ, **variables}
     return subprocess.run(command, input=stdin, capture_output=True, check=True, env=environment).stdout
 
@@ -102,7 +102,7 @@ def _diff(root: Path, new: list[str]) -> bytes:
     """Return `git diff HEAD` as if the new files were tracked, whatever the user's diff settings are."""
     index, objects = (os.fsdecode(_git(root, "rev-parse", "--git-path", x)).rstrip("\n") for x in ("index", "objects"))
     with tempfile.TemporaryDirectory() as scratch:  # leave the repository untouched
-        variables = {
+        variables: dict[str, Any] = {
             "GIT_INDEX_FILE": str(shutil.copy2(root / index, Path(scratch, "index"))),
             "GIT_OBJECT_DIRECTORY": scratch,
             "GIT_ALTERNATE_OBJECT_DIRECTORIES": str(root / objects),
@@ -120,13 +120,15 @@ def environment() -> dict[str, Any]:
     """Return software, hardware and determinism flags, as they are in effect in this process."""
     import torch
 
+    info = Path("/proc/cpuinfo")  # on Linux
+    cpu = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
         "host": socket.gethostname(),
         "packages": {name: metadata.version(name) for name in PACKAGES},
-        "cpu": _cpu_name(),
+        "cpu": cpu[1] if cpu else platform.processor() or platform.machine(),
         "cpus": os.cpu_count(),
         "gpus": gpus,
         "cuda": torch.version.cuda if gpus else None,
@@ -141,9 +143,3 @@ def environment() -> dict[str, Any]:
             "CUBLAS_WORKSPACE_CONFIG": os.environ.get("CUBLAS_WORKSPACE_CONFIG"),
         },
     }
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    match = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
-    return match[1] if match else platform.processor() or platform.machine()

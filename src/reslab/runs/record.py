@@ -25,18 +25,13 @@ class RunRecord:
     def __init__(self, folder: RunFolder, writes: bool) -> None:
         self.folder, self.writes = folder, writes
         self.manifest: dict[str, Any] = {}
+        self.attempt: dict[str, Any] = {}  # the entry of this process in the manifest's `attempts`
         self._started = time.monotonic()
-
-    @property
-    def attempt(self) -> dict[str, Any]:
-        """The current attempt: the entry of this process in the manifest's `attempts`."""
-        return self.manifest["attempts"][-1]
 
     def open(self, config: str, argv: Sequence[str]) -> bool:
         """Start an attempt at a new or unfinished run; return False if the run is finished.
 
-        `config` is the resolved configuration as YAML, `argv` the arguments of `reslab fit`. Raises UserError if the
-        directory holds a run with a different configuration.
+        `config` is YAML, `argv` the arguments of `reslab fit`. Raises UserError if the run has another configuration.
         """
         if self.folder.manifest.exists():
             self.manifest = manifests.read(self.folder.manifest)
@@ -51,8 +46,8 @@ class RunRecord:
             self.manifest = self._new_manifest(config, argv)
             if self.writes:
                 write_text(self.folder.config, config)
-        started = {"started": manifests.now(), "host": socket.gethostname(), "pid": os.getpid()}
-        self.manifest["attempts"].append(started)
+        self.attempt = {"started": manifests.now(), "host": socket.gethostname(), "pid": os.getpid()}
+        self.manifest["attempts"].append(self.attempt)
         if self.writes:
             self.folder.clear_leftovers()
         self.write(status="running")

@@ -5,7 +5,7 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -67,7 +67,7 @@ def checks(folder: RunFolder, manifest: Mapping[str, Any], overrides: Sequence[s
     if git.get("diff"):
         yield _file(folder.path / git["diff"], git["diff_sha256"])
     yield from _checkpoints(folder.checkpoints)
-    yield _weights(folder.weights, manifest["weights_sha256"])
+    yield _file(folder.weights, manifest["weights_sha256"], _weights_digest)
     if config.state == "ok":
         yield from _data(folder.config, manifest["data"], overrides)
     else:
@@ -81,9 +81,7 @@ def _finished(run: str) -> tuple[RunFolder, dict[str, Any]]:
         command = shlex.join(["reslab", "fit", "--config", str(folder.config), "--run.dir", run])
         raise UserError(f"{run} is not finished (status: {status}). To resume it: {command}")
     if missing := [name for name in RECORDED if name not in manifest]:
-        raise UserError(
-            f"{folder.manifest} is damaged: it is not the manifest of a run, as it lacks {', '.join(missing)}"
-        )
+        raise UserError(f"{folder.manifest} is damaged: it is not the manifest of a run: it lacks {', '.join(missing)}")
     return folder, manifest
 
 
@@ -93,8 +91,8 @@ def _compare(item: str, recorded: str, digest: str) -> Check:
     return Check(item, "differs", f"SHA-256 is {digest:.12}..., recorded is {recorded:.12}...")
 
 
-def _file(path: Path, recorded: str) -> Check:
-    return _compare(path.name, recorded, sha256_file(path)) if path.exists() else Check(path.name, "missing")
+def _file(path: Path, recorded: str, digest: Callable[[Path], str] = sha256_file) -> Check:
+    return _compare(path.name, recorded, digest(path)) if path.exists() else Check(path.name, "missing")
 
 
 def _checkpoints(folder: Path) -> Iterator[Check]:
@@ -110,18 +108,16 @@ def _checkpoints(folder: Path) -> Iterator[Check]:
             yield Check(item, "ok" if path.exists() else "missing")
 
 
-def _weights(path: Path, recorded: str) -> Check:
+def _weights_digest(path: Path) -> str:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     from reslab.training.checkpoint import weights_sha256
 
-    if not path.exists():
-        return Check(path.name, "missing")
     try:
-        return _compare(path.name, recorded, weights_sha256(load_file(path)))
-    except SafetensorError as error:
-        return Check(path.name, "differs", f"cannot be read: {error}")
+        return weights_sha256(load_file(path))
+    except SafetensorError:
+        return "unreadable"
 
 
 def _data(config: Path, recorded: Mapping[str, str], overrides: Sequence[str]) -> Iterator[Check]:
@@ -142,8 +138,7 @@ def reproduce(run: str, out: str | None = None, overrides: Sequence[str] = ()) -
 
     The directory `out` is RUN-reproduced, beside RUN, by default. An unfinished reproduction there is resumed, a
     finished one only compared. `overrides` change the run's config: --data.root DIR, for example. Returns the exit
-    status: 0 identical, 1 different or failed, 75 preempted. Raises UserError if `run` holds no finished run, or its
-    config or metrics are damaged.
+    status: 0 identical, 1 different or failed, 75 preempted. Raises UserError as `verify` does, or without metrics.
     """
     folder, manifest = _finished(run)
     copy = RunFolder(out or f"{folder.path.resolve()}-reproduced")
