@@ -63,7 +63,7 @@ def test_damaged_checkpoint_is_quarantined_and_previous_one_used(
     ended = fit(unfinished)
     assert ended.status == 0, ended.output
     assert f"{unfinished}/checkpoints/last.ckpt is damaged" in ended.output
-    assert "set aside as last.ckpt.damaged" in ended.output and "resuming at step 6 from" in ended.output
+    assert "renamed to last.ckpt.damaged" in ended.output and "resuming at step 6 from" in ended.output
     assert (unfinished / "checkpoints/last.ckpt.damaged").exists()
     assert traces(unfinished) == traces(undisturbed())
 
@@ -73,7 +73,7 @@ def test_run_stops_if_no_checkpoint_is_intact(unfinished: Path) -> None:
     for name in ("last.ckpt", "previous.ckpt"):
         flip_a_bit(unfinished / "checkpoints" / name)
     ended = fit(unfinished)
-    assert ended.status == 2 and "no whole checkpoint is left" in ended.output
+    assert ended.status == 2 and "no intact checkpoint is left" in ended.output
     assert "last.ckpt is damaged" in ended.output and "previous.ckpt is damaged" in ended.output
     assert "Traceback" not in ended.output
     assert manifest(unfinished)["status"] == "failed" and metrics(unfinished) == before

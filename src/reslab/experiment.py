@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import traceback
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,20 +26,13 @@ from reslab.runs.folder import RunFolder
 from reslab.runs.metrics import cut
 from reslab.runs.record import RunRecord
 from reslab.runs.tracking import WandB
-from reslab.training import Classifier
+from reslab.training import Classifier, processes
 from reslab.training.checkpoint import Checkpoints, VerifiedCheckpointIO, read_checkpoint, resume_point, weights_sha256
 from reslab.training.classifier import Diverged
 from reslab.training.lightning_internals import rank, saves_distributed_checkpoints
 from reslab.training.log_rows import LogRows
 from reslab.training.preemption import Preempted, Preemption
-from reslab.training.processes import (
-    Failure,
-    FailureMonitor,
-    SkipRedundantSync,
-    load_whole_state,
-    lost_contact,
-    whole_state,
-)
+from reslab.training.processes import Failure, FailureMonitor, SkipRedundantSync, lost_contact
 from reslab.training.progress import ProgressReport
 
 EXIT = {"complete": Exit.OK, "failed": Exit.FAILED, "diverged": Exit.FAILED, "preempted": Exit.PREEMPTED}
@@ -60,13 +52,7 @@ def fit(argv: list[str]) -> int:
 
 
 class Run:
-    """Trains and tests one run in its run directory.
-
-    Args:
-        experiment: The parsed configuration.
-        folder: The run directory, locked by rank 0.
-        argv: The command line, for the manifest.
-    """
+    """Trains and tests one run in its run directory, which rank 0 has locked; `argv` is recorded in the manifest."""
 
     def __init__(self, experiment: Experiment, folder: RunFolder, argv: list[str]) -> None:
         self.experiment, self.folder, self.argv = experiment, folder, argv
@@ -90,13 +76,10 @@ class Run:
             return self._fail(error)
         return Exit.OK
 
-    # Execution
-
     def _train_and_test(self, data: ImageData, model: Classifier, settings: dict[str, Any]) -> None:
-        checkpoint = self._resume_point()
-        options = self.options
+        checkpoint, options, progress = self._resume_point(), self.options, ProgressReport()
         every = options.checkpoint_every_steps, options.checkpoint_every_minutes
-        progress, saver = ProgressReport(), Checkpoints(self.folder.checkpoints, options.monitor, options.mode, *every)
+        saver = Checkpoints(self.folder.checkpoints, options.monitor, options.mode, *every)
         with Preemption(saver) as preemption:
             columns = ["step", "epoch", *model.metric_names]
             # reslab's own callbacks. The order matters: a checkpoint holds what was logged at the same step.
@@ -123,10 +106,10 @@ class Run:
 
     def _resume_point(self) -> Path | None:
         checkpoint, messages = resume_point(self.folder.checkpoints, quarantine=self.record.writes)
-        step = read_checkpoint(checkpoint)["global_step"] if checkpoint else 0
+        step = 0
         if checkpoint:
+            step = self.record.attempt["from_step"] = read_checkpoint(checkpoint)["global_step"]
             messages.append(f"resuming at step {step} from {checkpoint}")
-            self.record.attempt["from_step"] = step
         if self.record.writes:
             print(*messages, sep="\n", end="\n" if messages else "", flush=True)
             cut(self.folder.metrics, step)
@@ -135,32 +118,25 @@ class Run:
     def _trainer(self, settings: dict[str, Any], callbacks: list[Callback], metrics: MetricsCSV) -> Trainer:
         for logger in settings["logger"]:
             if isinstance(logger, WandB) and self.record.writes:
-                self._start_wandb(logger)
+                config, options = yaml.safe_load(self.folder.config.read_text(encoding="utf-8")), self.options
+                name = f"{options.name} seed {self.record.manifest['seed']}"
+                group = {"group": options.group or options.name, "job_type": options.job_type, "tags": options.tags}
+                logger.start(self.folder.path, self.record.manifest["id"], name, config, **group)
         if saves_distributed_checkpoints(settings["strategy"]):
             raise UserError("a checkpoint must be one file: set --trainer.strategy.save_distributed_checkpoint false")
-        changes = {
-            "callbacks": [*settings["callbacks"], *callbacks],
-            "logger": [*settings["logger"], metrics],
-            "plugins": [*settings["plugins"], VerifiedCheckpointIO()],
-            "default_root_dir": str(self.folder.path),
-        }
-        return Trainer(**{**settings, **changes})
-
-    def _start_wandb(self, logger: WandB) -> None:
-        config, options = yaml.safe_load(self.folder.config.read_text(encoding="utf-8")), self.options
-        name = f"{options.name} seed {self.record.manifest['seed']}"
-        group = {"group": options.group or options.name, "job_type": options.job_type, "tags": options.tags}
-        logger.start(self.folder.path, self.record.manifest["id"], name, config, **group)
+        own: dict[str, Any] = {"callbacks": callbacks, "logger": [metrics], "plugins": [VerifiedCheckpointIO()]}
+        lists = {name: [*settings[name], *added] for name, added in own.items()}
+        return Trainer(**{**settings, **lists, "default_root_dir": str(self.folder.path)})
 
     def _test(self, trainer: Trainer, model: Classifier, data: ImageData, saver: Checkpoints) -> None:
         """Test once, with the weights chosen by run.test_weights, and save weights, predictions and results."""
         results, best = dict(model.latest), self.options.test_weights == "best"
         if best:
-            load_whole_state(model, read_checkpoint(self.folder.checkpoints / "best.ckpt")["state_dict"])
+            processes.load_whole_state(model, read_checkpoint(self.folder.checkpoints / "best.ckpt")["state_dict"])
             results.update(saver.best_metrics)
         trainer.test(model, datamodule=data, verbose=False, weights_only=True)
         results.update({name: value for name, value in model.latest.items() if name.startswith("test/")})
-        state = whole_state(model.evaluated_net())  # a collective: every rank takes part
+        state = processes.whole_state(model.evaluated_net())  # a collective: every rank takes part
         if not self.record.writes:
             return
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
@@ -180,7 +156,8 @@ class Run:
         from reslab.runs.report import write_report
 
         try:
-            figures = draw_figures(self.folder.path, data.class_names, _test_images(data))
+            test, names = data.test_dataloader().dataset, data.class_names
+            figures = draw_figures(self.folder.path, names, lambda i: test[BatchKey(np.array([i]))].images[0].numpy())
             report = write_report(self.folder.path)
         except Exception:
             traceback.print_exc()
@@ -188,11 +165,9 @@ class Run:
             return []
         results = self.record.manifest["results"].items()
         tested = [f"{name} {value:.4f}" for name, value in results if name.startswith("test/")]
-        print("  ".join([*tested, f"({self.options.test_weights} weights)"]))
+        print(*tested, f"({self.options.test_weights} weights)", sep="  ")
         print(f"run     {self.folder.path}\nreport  {report}")
         return [*figures, report]
-
-    # Failures
 
     def _close(self, status: str, reason: str = "") -> int:
         """Record the end of the attempt, once in all threads, and return the exit status."""
@@ -200,9 +175,8 @@ class Run:
         self.record.close(status, reason)
         if status == "preempted" and self.record.writes:
             requeue()
-        stops_on_all_ranks = status in ("preempted", "diverged")
-        if stops_on_all_ranks and dist.is_available() and dist.is_initialized():
-            dist.barrier()  # Slurm and torchrun end all processes with the first
+        if status in ("preempted", "diverged") and dist.is_available() and dist.is_initialized():
+            dist.barrier()  # all ranks come here, and Slurm and torchrun end all processes with the first
         return EXIT[status]
 
     def _fail(self, error: Exception) -> int:
@@ -229,8 +203,7 @@ def explain_failure(error: Exception) -> str | None:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         remedy = "--trainer.accumulate_grad_batches N splits each batch into N smaller ones"
         return f"out of memory ({text.partition('.')[0] or 'of the host'}): {remedy}"
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    if full or "PytorchStreamWriter failed" in text or "unexpected pos" in text:
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return f"the disk is full ({text}): the last checkpoint is intact; free space and run the same command again"
     # A worker that dies while it hands over a batch shows up as a broken connection.
     if "DataLoader worker" in text or isinstance(error, ConnectionError | EOFError):
@@ -251,9 +224,3 @@ def requeue() -> None:
     state = subprocess.run(["scontrol", "show", "job", job], capture_output=True, text=True, check=False).stdout
     if "JobState=COMPLETING" not in state:  # scancel sends SIGTERM too: a cancelled job must not come back
         subprocess.run(["scontrol", "requeue", job], check=False)
-
-
-def _test_images(data: ImageData) -> Callable[[int], np.ndarray]:
-    """Return a function from a test index to its image, uint8 (H, W, C), as it is before normalisation."""
-    batches = data.test_dataloader().dataset
-    return lambda index: batches[BatchKey(np.array([index]))].images[0].numpy()

@@ -1,7 +1,5 @@
 """The logger of metrics.csv."""
 
-import csv
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,17 +7,14 @@ from typing import Any
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from reslab.runs.metrics import read_rows, write_rows
+from reslab.runs.metrics import read_rows, to_csv, write_rows
 
 
 class MetricsCSV(Logger):
-    """Writes metrics.csv: values logged at the same step share one row.
+    """Writes metrics.csv, or appends to it: values logged at the same step share one row. `columns` come first."""
 
-    Args:
-        path: The file. If it exists, rows are appended to it.
-        columns: The names of the first columns. Other names get a column when they are first logged.
-    """
-
+    name = "metrics"
+    version = ""
     merges_rows = True  # LogRows passes everything on at once: a row must be on disk before the checkpoint of its step
 
     def __init__(self, path: Path, columns: Sequence[str]) -> None:
@@ -29,15 +24,6 @@ class MetricsCSV(Logger):
         self._columns = columns_in_file or list(columns)
         self._row: dict[str, Any] = dict(rows[-1]) if rows else {}  # the last one in the file
 
-    @property
-    def name(self) -> str:
-        return "metrics"
-
-    @property
-    def version(self) -> str:
-        return ""
-
-    @rank_zero_only
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
         """Do nothing: config.yaml beside this file holds the whole configuration."""
 
@@ -45,9 +31,10 @@ class MetricsCSV(Logger):
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         if step is None:
             raise ValueError("metrics.csv has one row per step: log_metrics requires the step")
-        self._add_columns([name for name in metrics if name not in self._columns])
-        if not self.path.exists():
-            self.path.write_bytes(self._line({name: name for name in self._columns}))
+        new = [name for name in metrics if name not in self._columns]
+        self._columns += new
+        if new or not self.path.exists():
+            write_rows(self.path, self._columns, read_rows(self.path)[1])
         same_row = str(step) == str(self._row.get("step"))
         start = self.path.stat().st_size - (len(self._line(self._row)) if same_row else 0)
         self._row = {**(self._row if same_row else {"step": step}), **metrics}
@@ -56,12 +43,5 @@ class MetricsCSV(Logger):
             file.write(self._line(self._row))
             file.truncate()
 
-    def _add_columns(self, names: list[str]) -> None:
-        self._columns += names
-        if names and self.path.exists():
-            write_rows(self.path, self._columns, read_rows(self.path)[1])
-
     def _line(self, row: dict[str, Any]) -> bytes:
-        text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerow([row.get(name, "") for name in self._columns])
-        return text.getvalue().encode()
+        return to_csv(self._columns, [row]).encode()

@@ -20,7 +20,7 @@ COLORS = {"train": TRAIN, "val": VAL, "test": TEST}
 WIDTH = 5.6  # inches: 10 pt text stays readable on a phone 360 px wide
 STYLE: dict[Any, Any] = {
     "text.parse_math": False,  # a class name may hold a dollar sign
-    "font.size": 10, "text.color": INK, "lines.solid_capstyle": "round", "savefig.dpi": 150,
+    "font.size": 10, "text.color": INK, "lines.solid_capstyle": "round", "savefig.dpi": 150, "figure.titlesize": 11,
     "axes.titlesize": 11, "axes.titleweight": "bold", "axes.titlelocation": "left", "axes.labelcolor": MUTED,
     "axes.edgecolor": "#B0B0B0", "axes.spines.top": False, "axes.spines.right": False,
     "axes.grid": True, "axes.axisbelow": True, "grid.color": "#EBEBEB",
@@ -33,7 +33,7 @@ CAPTIONS = {
     "mistakes": "The most confident wrong predictions: unusual images, wrong labels, or blind spots of the network.",
     "reliability": "Are predictions of 80 % confidence right 80 % of the time? Below the dashed line: over-confident.",
 }
-EXTRA_PANELS = 4  # of the learning curves, beside loss and accuracy
+MOST_PANELS = 6  # of the learning curves
 
 Images = np.ndarray | Callable[[int], np.ndarray]
 
@@ -63,24 +63,22 @@ def read_predictions(run_dir: Path) -> Predictions | None:
     path = RunFolder(run_dir).predictions
     if not path.exists():
         return None
-    columns = [field.name for field in fields(Predictions)]
-    with np.load(path) as arrays:  # an objective other than classification saves other columns
-        predictions = Predictions(*(arrays[name] for name in columns)) if {*columns} <= {*arrays} else None
-    return predictions if predictions and len(predictions.label) else None
+    names = [field.name for field in fields(Predictions)]
+    with np.load(path) as arrays:
+        if not {*names} <= {*arrays} or not len(arrays["label"]):  # an objective of another kind saves other columns
+            return None
+        return Predictions(*(arrays[name] for name in names))
 
 
 def confusion_counts(labels: np.ndarray, predictions: np.ndarray, num_classes: int) -> np.ndarray:
     """Count predictions in a matrix (num_classes, num_classes): true classes in rows, predicted ones in columns."""
-    pairs = np.bincount(labels * num_classes + predictions, minlength=num_classes**2)
-    return pairs.reshape(num_classes, num_classes)
+    return np.bincount(labels * num_classes + predictions, minlength=num_classes**2).reshape(num_classes, num_classes)
 
 
 def most_confused(counts: np.ndarray, top: int) -> list[tuple[int, int, int]]:
     """Return the `top` most frequent mistakes as (true, predicted, count); ties in class order."""
-    wrong = counts * (1 - np.eye(len(counts), dtype=counts.dtype))
-    order = np.argsort(-wrong, axis=None, kind="stable")[:top]
-    rows, columns = np.unravel_index(order, wrong.shape)
-    return [(int(r), int(c), int(wrong[r, c])) for r, c in zip(rows, columns, strict=True) if wrong[r, c]]
+    wrong = [(int(true), int(guess), int(counts[true, guess])) for true, guess in np.argwhere(counts) if true != guess]
+    return sorted(wrong, key=lambda pair: -pair[2])[:top]
 
 
 def calibrate(confidence: np.ndarray, correct: np.ndarray, bins: int = 15) -> Calibration:
@@ -91,7 +89,7 @@ def calibrate(confidence: np.ndarray, correct: np.ndarray, bins: int = 15) -> Ca
     confidence = np.nan_to_num(confidence.astype(np.float64))
     bin_index = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
     count = np.bincount(bin_index, minlength=bins)
-    with np.errstate(invalid="ignore"):  # 0 / 0 in an empty bin
+    with np.errstate(invalid="ignore"):
         accuracy = np.bincount(bin_index, weights=correct, minlength=bins) / count
         mean = np.bincount(bin_index, weights=confidence, minlength=bins) / count
     ece = float(np.nansum(count * np.abs(accuracy - mean)) / max(len(confidence), 1))
@@ -101,9 +99,8 @@ def calibrate(confidence: np.ndarray, correct: np.ndarray, bins: int = 15) -> Ca
 def wilson(successes: int, n: int) -> tuple[float, float]:
     """Return the 95 % interval of a binomial proportion (Wilson 1927); valid at 0 and 1 and for small n too."""
     z, p = 1.959964, successes / n
-    centre, half = p + z**2 / (2 * n), z * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
-    low, high = (centre - half) / (1 + z**2 / n), (centre + half) / (1 + z**2 / n)
-    return max(float(low), 0.0), min(float(high), 1.0)
+    centre, half = p + z**2 / (2 * n), z * (p * (1 - p) / n + z**2 / (4 * n**2)) ** 0.5
+    return max((centre - half) / (1 + z**2 / n), 0.0), min((centre + half) / (1 + z**2 / n), 1.0)
 
 
 def shorten(name: str, length: int = 18) -> str:
@@ -118,7 +115,9 @@ def draw_figures(run_dir: Path, class_names: Sequence[str], images: Images) -> l
     `class_names` (K,); `images` uint8 (M, H, W, C), or a function from a test index to one image (H, W, C).
     An existing figure without data is removed.
     """
-    metrics, predictions = read_metrics(RunFolder(run_dir).metrics), read_predictions(run_dir)
+    folder, predictions = RunFolder(run_dir), read_predictions(run_dir)
+    metrics = read_metrics(folder.metrics)
+    folder.figures.mkdir(exist_ok=True)
     with mpl.rc_context(STYLE):
         figures = {"learning_curves": learning_curves(metrics)}
         if "lr" in metrics:
@@ -127,9 +126,7 @@ def draw_figures(run_dir: Path, class_names: Sequence[str], images: Images) -> l
             figures["confusion"] = confusion(predictions, class_names)
             figures["mistakes"] = mistakes(predictions, class_names, images)
             figures["reliability"] = reliability(predictions)
-        folder = RunFolder(run_dir).figures
-        folder.mkdir(exist_ok=True)
-        return [path for name in CAPTIONS for path in _save(figures.get(name), folder / f"{name}.png")]
+        return [path for name in CAPTIONS for path in _save(figures.get(name), folder.figures / f"{name}.png")]
 
 
 def draw_lr(steps: Sequence[float], lrs: Sequence[float], path: Path) -> None:
@@ -145,8 +142,8 @@ def draw_grid(images: np.ndarray, path: Path, titles: Sequence[str] = (), row_ti
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(columns * cell, rows * cell * height / width), layout="compressed")
         axes = figure.subplots(rows, columns, squeeze=False)
-        for (row, column), ax in np.ndenumerate(axes):
-            _show(ax, images[row, column])
+        for place, ax in np.ndenumerate(axes):
+            _show(ax, images[place])
         for ax, title in zip(axes[0], titles, strict=False):
             ax.set_title(shorten(title, 13), fontsize=9, loc="center", weight="normal")
         for ax, title in zip(axes[:, 0], row_titles, strict=False):
@@ -165,22 +162,16 @@ def _save(figure: Figure | None, path: Path) -> list[Path]:
 def learning_curves(metrics: Metrics) -> Figure | None:
     """Draw loss, accuracy and further validation metrics against the optimizer step, one panel each."""
     validated = [name.removeprefix("val/") for name in metrics if name.startswith("val/")]
-    extra = [name for name in validated if name not in ("loss", "acc")][:EXTRA_PANELS]
-    panels = {name: curves for name in ("loss", "acc", *extra) if (curves := _by_split(metrics, name))}
+    names = list(dict.fromkeys(["loss", "acc", *validated]))[:MOST_PANELS]
+    panels = [name for name in names if any(f"{split}/{name}" in metrics for split in COLORS)]
     if not panels:
         return None
     figure = Figure(figsize=(WIDTH, 2.8 * len(panels)), layout="constrained")
     axes = figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0]
-    for ax, (name, curves) in zip(axes, panels.items(), strict=True):
-        title = {"loss": "Loss", "acc": "Accuracy"}.get(name, name)
-        ax.set_title(f"{title} (%)" if is_accuracy(name) else title)
-        _curves(ax, curves, percent=is_accuracy(name))
+    for ax, name in zip(axes, panels, strict=True):
+        _panel(ax, metrics, name)
     _steps(axes[-1])
     return figure
-
-
-def _by_split(metrics: Metrics, name: str) -> Metrics:
-    return {split: metrics[f"{split}/{name}"] for split in COLORS if f"{split}/{name}" in metrics}
 
 
 def is_accuracy(name: str) -> bool:
@@ -195,19 +186,24 @@ def _steps(ax: Axes) -> None:
     ax.xaxis.set_major_formatter("{x:,.0f}")
 
 
-def _curves(ax: Axes, curves: Metrics, percent: bool) -> None:
+def _panel(ax: Axes, metrics: Metrics, name: str) -> None:
+    """Draw a metric of every split that logged it, with its last value to the right of the axes."""
+    percent, title = is_accuracy(name), {"loss": "Loss", "acc": "Accuracy"}.get(name, name)
+    ax.set_title(f"{title} (%)" if percent else title)
     scale, unit = (100, ".1f") if percent else (1, "#.3g")
-    drawn = {
-        split: _plot(ax, steps, values * scale, COLORS[split], point=split == "test")
-        for split, (steps, values) in curves.items()
-    }
-    _limits(ax, np.concatenate([*drawn.values()]), percent)
-    labels = [(values[-1], f"{split} {values[-1]:{unit}}", COLORS[split]) for split, values in drawn.items()]
-    _end_labels(ax, labels)
+    splits = [split for split in COLORS if f"{split}/{name}" in metrics]
+    drawn = [_plot(ax, split, *metrics[f"{split}/{name}"], scale) for split in splits]
+    _limits(ax, np.concatenate(drawn), percent)
+    heights = ax.transAxes.inverted().transform(ax.transData.transform([(0, values[-1]) for values in drawn]))[:, 1]
+    style: Any = {"transform": ax.transAxes, "va": "center", "weight": "bold", "fontsize": 9}
+    for height, split, values in zip(_spread(heights, 0.1), splits, drawn, strict=True):
+        ax.text(1.03, height, f"{split} {values[-1]:{unit}}", color=COLORS[split], **style)
 
 
-def _plot(ax: Axes, steps: np.ndarray, values: np.ndarray, color: str, point: bool) -> np.ndarray:
-    if point:
+def _plot(ax: Axes, split: str, steps: np.ndarray, values: np.ndarray, scale: float) -> np.ndarray:
+    """Draw one curve, or the single point of the test, and return the values drawn."""
+    color, values = COLORS[split], values * scale
+    if split == "test":
         ax.plot(steps[-1:], values[-1:], "D", color=color, ms=7, mec="white", zorder=5, clip_on=False)
         return values[-1:]
     window = len(values) // 40  # single batches are noisy: draw a running mean, and the batches faintly behind it
@@ -232,13 +228,6 @@ def _limits(ax: Axes, values: np.ndarray, percent: bool) -> None:
         ax.set_ylim(low - pad, min(high + pad, 100) if percent else high + pad)
 
 
-def _end_labels(ax: Axes, labels: list[tuple[float, str, str]]) -> None:
-    """Write the text of each curve, given as (last value, text, colour), at its height to the right of the axes."""
-    heights = ax.transAxes.inverted().transform(ax.transData.transform([(0, y) for y, _, _ in labels]))[:, 1]
-    for height, (_, text, color) in zip(_spread(heights, 0.1), labels, strict=True):
-        ax.text(1.03, height, text, transform=ax.transAxes, va="center", color=color, weight="bold", fontsize=9)
-
-
 def _spread(heights: np.ndarray, gap: float) -> np.ndarray:
     """Move heights (n,) at least `gap` apart, in their order, and none above 1."""
     order, offsets = np.argsort(heights), gap * np.arange(len(heights))
@@ -248,36 +237,30 @@ def _spread(heights: np.ndarray, gap: float) -> np.ndarray:
 
 
 def learning_rate(steps: np.ndarray, lrs: np.ndarray) -> Figure:
-    """Draw the learning rate (n,) against the optimizer step (n,), n ≥ 1, and label its peak."""
+    """Draw the learning rate (n,) against the optimizer step (n,), n ≥ 1, with its peak in the title."""
     figure = Figure(figsize=(WIDTH, 2.3), layout="constrained")
     ax = figure.subplots()
     ax.plot(steps, lrs, color=VAL, lw=1.8, marker="o" if len(steps) == 1 else "")
-    ax.set_title("Learning rate")
-    ax.set_ylim(0, 1.2 * max(lrs.max(), 1e-12))
+    peak = int(np.argmax(lrs))
+    ax.set_title(f"Learning rate: peak {lrs[peak]:.4g} at step {steps[peak]:,.0f}")
+    ax.set_ylim(0, 1.1 * max(lrs[peak], 1e-12))
     _steps(ax)
     ax.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
     ax.yaxis.set_major_formatter("{x:g}")
-    peak = int(np.argmax(lrs))
-    side, offset = ("left", 6) if steps[peak] <= (steps[0] + steps[-1]) / 2 else ("right", -6)
-    style: Any = {"textcoords": "offset points", "ha": side, "color": VAL, "weight": "bold", "fontsize": 9}
-    text = f"peak {lrs[peak]:.4g} at step {steps[peak]:,.0f}"
-    ax.annotate(text, (steps[peak], lrs[peak]), xytext=(offset, 4), **style)
     return figure
 
 
 def confusion(predictions: Predictions, class_names: Sequence[str]) -> Figure | None:
     """Draw the confusion matrix; above 30 classes, where it is unreadable, the most confused pairs instead."""
-    counts = confusion_counts(predictions.label, predictions.prediction, len(class_names))
-    return _matrix(counts, class_names) if len(class_names) <= 30 else _pairs(counts, class_names)
-
-
-def _matrix(counts: np.ndarray, names: Sequence[str]) -> Figure:
-    k = len(names)
+    k, diagonal = len(class_names), np.eye(len(class_names), dtype=bool)
+    counts = confusion_counts(predictions.label, predictions.prediction, k)
+    if k > 30:
+        return _pairs(counts, class_names)
     share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    wrong = share * (1 - np.eye(k))
+    wrong = share * ~diagonal
     # On one colour scale the diagonal would drown the mistakes: it gets a separate colour.
-    tint = np.where(np.eye(k, dtype=bool), share * 0.8, wrong / max(wrong.max(), 0.05) * 0.9)
-    hue = np.where(np.eye(k, dtype=bool)[..., None], mpl.colors.to_rgb(VAL), mpl.colors.to_rgb(TEST))
+    tint = np.where(diagonal, share * 0.8, wrong / max(wrong.max(), 0.05) * 0.9)
+    hue = np.where(diagonal[..., None], mpl.colors.to_rgb(VAL), mpl.colors.to_rgb(TEST))
     side = max(WIDTH, 0.34 * k + 1.4)
     figure = Figure(figsize=(side, side), layout="constrained")
     ax = figure.subplots()
@@ -285,12 +268,12 @@ def _matrix(counts: np.ndarray, names: Sequence[str]) -> Figure:
     for row, column in np.argwhere(counts):
         color = "white" if tint[row, column] > 0.65 else INK
         ax.text(column, row, f"{counts[row, column]}", ha="center", va="center", fontsize=8, color=color)
-    ticks = [shorten(name, 14) for name in names]
+    ticks = [shorten(name, 14) for name in class_names]
     ax.set_xticks(range(k), ticks, rotation=45, ha="right", rotation_mode="anchor")
     ax.set_yticks(range(k), ticks)
-    ax.set(xlabel="predicted", ylabel="true")
+    ax.set(xlabel="predicted", ylabel="true", frame_on=False)
     ax.set_title(f"Confusion matrix: {np.trace(counts):,} of {counts.sum():,} correct")
-    _remove_frame(ax)
+    ax.grid(False)
     return figure
 
 
@@ -298,17 +281,16 @@ def _pairs(counts: np.ndarray, names: Sequence[str], top: int = 20) -> Figure | 
     pairs = most_confused(counts, top)
     if not pairs:
         return None
-    totals = counts.sum(1)
     figure = Figure(figsize=(WIDTH, 0.26 * len(pairs) + 1), layout="constrained")
     ax = figure.subplots()
-    rows = np.arange(len(pairs))
-    ax.barh(rows, [count for _, _, count in pairs], color=TEST, alpha=0.85, height=0.7)
+    rows = range(len(pairs))
+    bars = ax.barh(rows, [count for _, _, count in pairs], color=TEST, alpha=0.85, height=0.7)
+    shares = [f"{count} of {counts[true].sum()}" for true, _, count in pairs]
+    ax.bar_label(bars, shares, padding=4, fontsize=9, color=MUTED)
     ax.set_yticks(rows, [f"{shorten(names[t])} → {shorten(names[p])}" for t, p, _ in pairs], fontsize=9)
-    for row, (true, _, count) in enumerate(pairs):
-        ax.text(count, row, f" {count} of {totals[true]}", va="center", fontsize=9, color=MUTED)
-    ax.set(ylim=(len(pairs) - 0.4, -0.6), xticks=[])
-    _headline(figure, "Most confused: true → predicted")
-    _remove_frame(ax)
+    ax.set(ylim=(len(pairs) - 0.4, -0.6), xticks=[], frame_on=False)
+    figure.suptitle("Most confused: true → predicted", x=0.01, ha="left", weight="bold")
+    ax.grid(False)
     return figure
 
 
@@ -322,11 +304,10 @@ def mistakes(predictions: Predictions, class_names: Sequence[str], images: Image
     # Placed in inches: the layout engine would shrink images to make room for long names.
     height = 1.52 * rows + 0.4
     figure = Figure(figsize=(WIDTH, height))
-    _headline(figure, f"Most confident mistakes: {len(shown)} of {len(wrong):,}")
-    axes = figure.subplots(rows, 5, squeeze=False).ravel()
+    figure.suptitle(f"Most confident mistakes: {len(shown)} of {len(wrong):,}", x=0.01, ha="left", weight="bold")
+    blank = {"xticks": [], "yticks": [], "frame_on": False}
+    axes = figure.subplots(rows, 5, squeeze=False, subplot_kw=blank).ravel()
     figure.subplots_adjust(0.01, 0.48 / height, 0.99, 1 - 0.38 / height, wspace=0.07, hspace=0.48)
-    for ax in axes:
-        ax.set_axis_off()
     for ax, i in zip(axes, shown, strict=False):
         index = int(predictions.index[i])
         _show(ax, images(index) if callable(images) else images[index])
@@ -338,40 +319,28 @@ def mistakes(predictions: Predictions, class_names: Sequence[str], images: Image
     return figure
 
 
-def _headline(figure: Figure, text: str) -> None:
-    figure.suptitle(text, x=0.01, ha="left", size=STYLE["axes.titlesize"], weight="bold")
-
-
 def _show(ax: Axes, image: np.ndarray) -> None:
     """Show one image, uint8 (H, W, C), C 1 (grey) or 3."""
     ax.imshow(image.squeeze(-1) if image.shape[-1] == 1 else image, cmap="gray", vmin=0, vmax=255)
-    ax.set(xticks=[], yticks=[])
-    _remove_frame(ax)
-
-
-def _remove_frame(ax: Axes) -> None:
-    ax.grid(False)
-    ax.spines[:].set_visible(False)
+    ax.set(xticks=[], yticks=[], frame_on=False)
 
 
 def reliability(predictions: Predictions) -> Figure:
     """Draw accuracy against confidence with 95 % intervals, and the number of images, in each of 15 bins."""
-    correct = predictions.label == predictions.prediction
-    bins = calibrate(predictions.confidence, correct)
-    width = 1 / len(bins.count)
-    centres = (np.arange(len(bins.count)) + 0.5) * width
-    full = bins.count > 0
+    bins = calibrate(predictions.confidence, predictions.label == predictions.prediction)
+    n, full = len(bins.count), bins.count > 0
+    centres = (np.arange(n) + 0.5) / n
+    accuracy, confidence = bins.accuracy[full], bins.confidence[full]
+    intervals = [wilson(round(a * count), count) for a, count in zip(accuracy, bins.count[full], strict=True)]
     figure = Figure(figsize=(WIDTH, 5.4), layout="constrained")
     top, bottom = figure.subplots(2, sharex=True, height_ratios=(3, 1))
-    top.bar(centres[full], bins.accuracy[full], width * 0.92, color=VAL, alpha=0.35)
-    intervals = np.array([wilson(round(a * n), n) for a, n in zip(bins.accuracy[full], bins.count[full], strict=True)])
-    spread = np.abs(intervals.T - bins.accuracy[full])
-    points = bins.confidence[full], bins.accuracy[full]
-    top.errorbar(*points, spread, fmt="o", color=VAL, ms=4, lw=1.2, clip_on=False)
+    top.bar(centres[full], accuracy, 0.92 / n, color=VAL, alpha=0.35)
+    ends = np.abs(np.transpose(intervals) - accuracy)
+    top.errorbar(confidence, accuracy, ends, fmt="o", color=VAL, ms=4, lw=1.2, clip_on=False)
     top.plot([0, 1], [0, 1], "--", color=MUTED, lw=1)
     top.set(xlim=(0, 1), ylim=(0, 1.02), ylabel="accuracy")
     top.set_title(f"Reliability: expected calibration error {100 * bins.ece:.1f} %")
-    bottom.bar(centres, bins.count, width * 0.92, color=MUTED, alpha=0.6)
+    bottom.bar(centres, bins.count, 0.92 / n, color=MUTED, alpha=0.6)
     bottom.set(xlabel="confidence", ylabel="images")
     bottom.yaxis.set_major_locator(MaxNLocator(3, integer=True))
     bottom.yaxis.set_major_formatter("{x:,.0f}")

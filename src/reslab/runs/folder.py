@@ -17,11 +17,7 @@ MIN_FREE_BYTES = 64 * 2**20
 
 
 class RunFolder:
-    """Paths in a run directory.
-
-    Args:
-        path: The run directory. It need not exist yet.
-    """
+    """Paths in a run directory, which need not exist yet."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -50,8 +46,7 @@ class RunFolder:
             (self.path / "probe").unlink()
         except OSError as error:
             raise UserError(f"cannot write to the run directory {self.path}: {error.strerror or error}") from error
-        free = shutil.disk_usage(self.path).free
-        if free < MIN_FREE_BYTES:
+        if (free := shutil.disk_usage(self.path).free) < MIN_FREE_BYTES:
             space = f"only {free / 2**20:.0f} MiB are free for the run directory {self.path}"
             raise UserError(f"{space}: free some space, or choose another --run.dir")
 
@@ -84,15 +79,10 @@ class RunFolder:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 file.seek(0)
-                raise UserError(f"{self.path} is in use by another run: {_holder(file.read())}") from error
+                holder = json.loads(file.read() or "{}")  # empty for a moment at the start of a run
+                process = f"pid {holder.get('pid')} on {holder.get('host')}, since {holder.get('since')}"
+                raise UserError(f"{self.path} is in use by another run: {process}") from error
             file.truncate(0)
             json.dump({"host": socket.gethostname(), "pid": os.getpid(), "since": now()}, file)
             file.flush()
             yield
-
-
-def _holder(text: str) -> str:
-    with contextlib.suppress(ValueError, KeyError):
-        lock = json.loads(text)
-        return f"pid {lock['pid']} on {lock['host']}, since {lock['since']}"
-    return "its lock file names no process"

@@ -8,7 +8,6 @@ import re
 import shutil
 import socket
 import subprocess
-import sys
 import tempfile
 from datetime import UTC, datetime
 from importlib import metadata
@@ -60,11 +59,8 @@ def git_state(folder: Path, keep: Path | None = None) -> dict[str, Any] | None:
     """Return the commit and the uncommitted changes of a repository; None outside git.
 
     `git apply` restores the changes in a clean clone. They include untracked files, except files that git ignores,
-    files in run directories, and those listed in `left_out`, which are too large or hold secrets.
-
-    Args:
-        folder: Any directory in the repository.
-        keep: The file to write the changes to, if there are any.
+    files in run directories, and those listed in `left_out`, which are too large or hold secrets. The changes are
+    written to the file `keep`, if there are any.
     """
     try:
         root = Path(os.fsdecode(_git(folder, "rev-parse", "--show-toplevel")).rstrip("\n"))
@@ -86,9 +82,8 @@ def git_state(folder: Path, keep: Path | None = None) -> dict[str, Any] | None:
     }
 
 
-def _git(folder: Path, *args: str, stdin: bytes = b"", variables: dict[str, str] | None = None) -> bytes:
-    command = ["git", "-C", str(folder), *args]
-    environment = {**os.environ, **(variables or {})}
+def _git(folder: Path, *args: str, stdin: bytes = b"", **variables: Any) -> bytes:
+    command, environment = ["git", "-C", str(folder), *args], {**os.environ, **variables}
     return subprocess.run(command, input=stdin, capture_output=True, check=True, env=environment).stdout
 
 
@@ -97,8 +92,9 @@ def _new_files(root: Path) -> tuple[list[str], list[str]]:
     listed = os.fsdecode(_git(root, "ls-files", "--others", "--exclude-standard", "-z")).split("\0")
     names = [name for name in listed if name and not any((root / d / ".lock").exists() for d in Path(name).parents)]
     # A name that ends in / is a nested repository.
-    large = {n for n in names if n.endswith("/") or (root / n).lstat().st_size > LARGEST_NEW_FILE}
-    left_out = [name for name in names if name in large or keeps_secrets(name)]
+    left_out = [
+        n for n in names if n.endswith("/") or keeps_secrets(n) or (root / n).lstat().st_size > LARGEST_NEW_FILE
+    ]
     return [name for name in names if name not in left_out], left_out
 
 
@@ -106,18 +102,17 @@ def _diff(root: Path, new: list[str]) -> bytes:
     """Return `git diff HEAD` as if the new files were tracked, whatever the user's diff settings are."""
     index, objects = (os.fsdecode(_git(root, "rev-parse", "--git-path", x)).rstrip("\n") for x in ("index", "objects"))
     with tempfile.TemporaryDirectory() as scratch:  # leave the repository untouched
-        variables = {
+        variables: dict[str, Any] = {
             "GIT_INDEX_FILE": str(shutil.copy2(root / index, Path(scratch, "index"))),
             "GIT_OBJECT_DIRECTORY": scratch,
             "GIT_ALTERNATE_OBJECT_DIRECTORIES": str(root / objects),
             "GIT_LITERAL_PATHSPECS": "1",
         }
         if new:
-            names = os.fsencode("\0".join(new))
             from_stdin = ("--pathspec-from-file=-", "--pathspec-file-nul")
-            _git(root, "add", "--intent-to-add", *from_stdin, stdin=names, variables=variables)
+            _git(root, "add", "--intent-to-add", *from_stdin, stdin=os.fsencode("\0".join(new)), **variables)
         plain = ("--no-ext-diff", "--no-textconv", "--no-color", "--src-prefix=a/", "--dst-prefix=b/", "-U3")
-        diff = _git(root, "diff", "HEAD", "--binary", "--full-index", *plain, variables=variables)
+        diff = _git(root, "diff", "HEAD", "--binary", "--full-index", *plain, **variables)
     return mask(diff.decode(errors="surrogateescape")).encode(errors="surrogateescape")
 
 
@@ -125,13 +120,15 @@ def environment() -> dict[str, Any]:
     """Return software, hardware and determinism flags, as they are in effect in this process."""
     import torch
 
+    info = Path("/proc/cpuinfo")  # on Linux
+    cpu = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
         "host": socket.gethostname(),
         "packages": {name: metadata.version(name) for name in PACKAGES},
-        "cpu": _cpu_name(),
+        "cpu": cpu[1] if cpu else platform.processor() or platform.machine(),
         "cpus": os.cpu_count(),
         "gpus": gpus,
         "cuda": torch.version.cuda if gpus else None,
@@ -146,11 +143,3 @@ def environment() -> dict[str, Any]:
             "CUBLAS_WORKSPACE_CONFIG": os.environ.get("CUBLAS_WORKSPACE_CONFIG"),
         },
     }
-
-
-def _cpu_name() -> str:
-    if sys.platform == "linux":
-        match = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-        if match:
-            return match.group(1)
-    return platform.processor() or platform.machine()

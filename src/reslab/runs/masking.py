@@ -1,10 +1,11 @@
 """Keep keys and tokens out of the files of a run."""
 
+import itertools
 import json
 import os
 import re
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 MASK = "***"
 _NAME = r"[\w.-]*(?:key|token|secret|password|credential)[\w-]*"
@@ -30,18 +31,14 @@ def mask(text: str) -> str:
 
 def mask_command(words: Sequence[str]) -> str:
     """Join a command line for a shell, with secrets masked: by option name, or by their value in the environment."""
-    return shlex.join(mask(word) for word in _without_secrets(words))
-
-
-def _without_secrets(words: Sequence[str]) -> Iterator[str]:
-    hide = False
-    for word in words:
-        if hide and not word.startswith("--"):
-            yield MASK
-        else:
-            masked = _WORD.sub(rf"\1{MASK}", word)
-            yield _LOGIN.sub(rf"\1{MASK}", _INSIDE.sub(rf"\1{MASK}", masked))
-        hide = _FLAG.fullmatch(word) is not None
+    masked = []
+    for previous, word in itertools.pairwise(["", *words]):
+        if _FLAG.fullmatch(previous) and not word.startswith("--"):
+            word = MASK
+        for pattern in (_WORD, _INSIDE, _LOGIN):
+            word = pattern.sub(rf"\1{MASK}", word)
+        masked.append(mask(word))
+    return shlex.join(masked)
 
 
 def keeps_secrets(name: str) -> bool:

@@ -5,6 +5,7 @@ import io
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -16,11 +17,9 @@ Metrics = Mapping[str, Series]
 
 
 def read_rows(path: Path, tail: int | None = None) -> tuple[list[str], list[Row]]:
-    """Read the column names and the complete rows; a line that is still being written is left out.
+    """Read the column names and the complete rows, if there is a file; a line that is still being written is left out.
 
-    Args:
-        path: A metrics.csv. Without one there are no columns and no rows.
-        tail: Read the last rows only, from this many bytes at the end of the file.
+    With `tail`, only the rows in this many bytes at the end of the file are read.
     """
     if not path.exists():
         return [], []
@@ -58,13 +57,16 @@ def _number(text: str) -> float:
         return float("nan")
 
 
+def to_csv(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
+    """Format rows as lines of metrics.csv."""
+    text = io.StringIO()
+    csv.DictWriter(text, columns, lineterminator="\n").writerows(rows)
+    return text.getvalue()
+
+
 def write_rows(path: Path, columns: Sequence[str], rows: Iterable[Row]) -> None:
     """Write the whole file, atomically."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n", restval="")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_text(path, text.getvalue())
+    write_text(path, to_csv(columns, [dict(zip(columns, columns, strict=True)), *rows]))
 
 
 def cut(path: Path, step: int) -> None:

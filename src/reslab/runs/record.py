@@ -20,28 +20,18 @@ from reslab.runs.masking import mask_command
 
 
 class RunRecord:
-    """The manifest of a run. Every rank has it in memory; rank 0 writes it.
-
-    Args:
-        folder: The run directory, locked by rank 0.
-        writes: Whether this process writes files, which only rank 0 does.
-    """
+    """The manifest of a run. Every rank has it in memory; only rank 0 `writes` it, and has locked the run directory."""
 
     def __init__(self, folder: RunFolder, writes: bool) -> None:
         self.folder, self.writes = folder, writes
         self.manifest: dict[str, Any] = {}
+        self.attempt: dict[str, Any] = {}  # the entry of this process in the manifest's `attempts`
         self._started = time.monotonic()
-
-    @property
-    def attempt(self) -> dict[str, Any]:
-        """The current attempt: the entry of this process in the manifest's `attempts`."""
-        return self.manifest["attempts"][-1]
 
     def open(self, config: str, argv: Sequence[str]) -> bool:
         """Start an attempt at a new or unfinished run; return False if the run is finished.
 
-        `config` is the resolved configuration as YAML, `argv` the arguments of `reslab fit`. Raises UserError if the
-        directory holds a run with a different configuration.
+        `config` is YAML, `argv` the arguments of `reslab fit`. Raises UserError if the run has another configuration.
         """
         if self.folder.manifest.exists():
             self.manifest = manifests.read(self.folder.manifest)
@@ -56,16 +46,15 @@ class RunRecord:
             self.manifest = self._new_manifest(config, argv)
             if self.writes:
                 write_text(self.folder.config, config)
-        started = {"started": manifests.now(), "host": socket.gethostname(), "pid": os.getpid()}
-        self.manifest["attempts"].append(started)
+        self.attempt = {"started": manifests.now(), "host": socket.gethostname(), "pid": os.getpid()}
+        self.manifest["attempts"].append(self.attempt)
         if self.writes:
             self.folder.clear_leftovers()
         self.write(status="running")
         return True
 
     def _new_manifest(self, config: str, argv: Sequence[str]) -> dict[str, Any]:
-        values = yaml.safe_load(config)
-        diff = self.folder.path / "uncommitted.diff" if self.writes else None
+        values, diff = yaml.safe_load(config), self.folder.path / "uncommitted.diff"
         return {
             "status": "running",
             "id": secrets.token_hex(4),
@@ -74,7 +63,7 @@ class RunRecord:
             "command": mask_command(["reslab", "fit", *argv]),
             "config_sha256": hashlib.sha256(config.encode()).hexdigest(),
             "rule": values["run"]["test_weights"],
-            "git": manifests.git_state(Path(__file__).parent, keep=diff),
+            "git": manifests.git_state(Path(__file__).parent, keep=diff if self.writes else None),
             "attempts": [],
             "results": {},
             "weights_sha256": None,
@@ -90,8 +79,8 @@ class RunRecord:
             if not key.startswith(manifests.NOT_IDENTITY)
         ]
         if rows:
-            remedy = "choose another --run.dir, or use the same config"
-            raise UserError("\n".join([f"{self.folder.path} holds a run with a different config: {remedy}", *rows]))
+            message = "holds a run with a different config: choose another --run.dir, or use the same config"
+            raise UserError("\n".join([f"{self.folder.path} {message}", *rows]))
 
     def note_environment(self, world_size: int, resumed: bool, allow_world_size_change: bool) -> None:
         """Record software, hardware and world size; refuse to resume with another world size unless allowed."""

@@ -62,19 +62,13 @@ class WandB(Logger):
     def start(self, dir: Path, id: str, name: str, config: dict[str, Any], **options: Any) -> None:
         """Start the run in W&B, or resume the one with this id; its files are written to `dir`/wandb.
 
-        Args:
-            dir: The run directory.
-            id: The run's id, unique in the project; at most 64 characters, without / : ? # %.
-            name: The run's display name.
-            config: The resolved configuration.
-            options: Further arguments of wandb.init: group, job_type, tags.
+        `id` has at most 64 characters, without / : ? # %; `options` are further arguments of wandb.init.
         """
         # W&B's error reporting delays the exit by 10 s if the server hangs.
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
-        options |= {"dir": str(dir.resolve()), "id": id, "name": name, "config": config}
-        options |= {"project": self.project, "entity": self.entity, "reinit": "finish_previous"}
+        options |= {"dir": str(dir.resolve()), "id": id, "name": name, "config": config, "reinit": "finish_previous"}
         with self._never_fatal():
-            self._start(options)
+            self._start({"project": self.project, "entity": self.entity, **options})
             self._run.define_metric("step", hidden=True)
             self._run.define_metric("*", step_metric="step")
 
@@ -100,7 +94,6 @@ class WandB(Logger):
         remedy = f". {self._how_to_upload()}" if mode == "offline" else ""
         print(f"W&B: {mode}, {reason}{remedy}", flush=True)
 
-    @rank_zero_only
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
         """Do nothing: `start` receives the whole configuration."""
 

@@ -5,7 +5,7 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -19,7 +19,7 @@ from reslab.runs import manifest as manifests
 from reslab.runs.folder import RunFolder
 from reslab.runs.metrics import read_rows
 
-RECORDED = ("config_sha256", "weights_sha256", "data", "environment", "git")
+RECORDED = ("status", "config_sha256", "weights_sha256", "data", "environment", "git")
 CODE = ("sha", "dirty", "diff_sha256")  # these entries of the manifest's `git` identify the code
 NOT_COMPARED = ("step", "images_per_second")  # columns of metrics.csv that are no metrics or depend on the clock
 
@@ -67,7 +67,7 @@ def checks(folder: RunFolder, manifest: Mapping[str, Any], overrides: Sequence[s
     if git.get("diff"):
         yield _file(folder.path / git["diff"], git["diff_sha256"])
     yield from _checkpoints(folder.checkpoints)
-    yield _weights(folder.weights, manifest["weights_sha256"])
+    yield _file(folder.weights, manifest["weights_sha256"], _weights_digest)
     if config.state == "ok":
         yield from _data(folder.config, manifest["data"], overrides)
     else:
@@ -77,28 +77,22 @@ def checks(folder: RunFolder, manifest: Mapping[str, Any], overrides: Sequence[s
 def _finished(run: str) -> tuple[RunFolder, dict[str, Any]]:
     folder = RunFolder.existing(run)
     manifest = manifests.read(folder.manifest)
-    if not isinstance(manifest, dict) or "status" not in manifest:
-        raise UserError(f"{folder.manifest} is damaged: it is not the manifest of a run")
-    if manifest["status"] != "complete":
+    if isinstance(manifest, dict) and (status := manifest.get("status", "complete")) != "complete":
         command = shlex.join(["reslab", "fit", "--config", str(folder.config), "--run.dir", run])
-        raise UserError(f"{run} is not finished (status: {manifest['status']}). To resume it: {command}")
+        raise UserError(f"{run} is not finished (status: {status}). To resume it: {command}")
     if missing := [name for name in RECORDED if name not in manifest]:
-        raise UserError(f"{folder.manifest} is damaged: it lacks {', '.join(missing)}")
+        raise UserError(f"{folder.manifest} is damaged: it is not the manifest of a run: it lacks {', '.join(missing)}")
     return folder, manifest
 
 
 def _compare(item: str, recorded: str, digest: str) -> Check:
     if digest == recorded:
         return Check(item, "ok")
-    return Check(item, "differs", f"SHA-256 is {_short(digest)}, recorded is {_short(recorded)}")
+    return Check(item, "differs", f"SHA-256 is {digest:.12}..., recorded is {recorded:.12}...")
 
 
-def _short(digest: str | None) -> str:
-    return f"{digest[:12]}..." if digest else "none"
-
-
-def _file(path: Path, recorded: str) -> Check:
-    return _compare(path.name, recorded, sha256_file(path)) if path.exists() else Check(path.name, "missing")
+def _file(path: Path, recorded: str, digest: Callable[[Path], str] = sha256_file) -> Check:
+    return _compare(path.name, recorded, digest(path)) if path.exists() else Check(path.name, "missing")
 
 
 def _checkpoints(folder: Path) -> Iterator[Check]:
@@ -114,18 +108,16 @@ def _checkpoints(folder: Path) -> Iterator[Check]:
             yield Check(item, "ok" if path.exists() else "missing")
 
 
-def _weights(path: Path, recorded: str) -> Check:
+def _weights_digest(path: Path) -> str:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     from reslab.training.checkpoint import weights_sha256
 
-    if not path.exists():
-        return Check(path.name, "missing")
     try:
-        return _compare(path.name, recorded, weights_sha256(load_file(path)))
-    except SafetensorError as error:
-        return Check(path.name, "differs", f"cannot be read: {error}")
+        return weights_sha256(load_file(path))
+    except SafetensorError:
+        return "unreadable"
 
 
 def _data(config: Path, recorded: Mapping[str, str], overrides: Sequence[str]) -> Iterator[Check]:
@@ -138,21 +130,15 @@ def _data(config: Path, recorded: Mapping[str, str], overrides: Sequence[str]) -
         yield Check("data", "missing", str(error))
         return
     for name, digest in fingerprint.items():
-        yield _compare(f"data: {name}", recorded.get(name, ""), digest)
+        yield _compare(f"data: {name}", recorded.get(name, "none"), digest)
 
 
 def reproduce(run: str, out: str | None = None, overrides: Sequence[str] = ()) -> int:
     """Run a finished run's config again in a new directory and compare weights and metrics.
 
-    An unfinished reproduction in that directory is resumed, a finished one only compared.
-
-    Args:
-        run: The run directory.
-        out: The new directory (default: RUN-reproduced, beside RUN).
-        overrides: Changes to the run's config, such as --data.root DIR.
-
-    Returns the exit status: 0 identical, 1 different or failed, 75 preempted. Raises UserError if `run` holds no
-    finished run, or its config or metrics are damaged.
+    The directory `out` is RUN-reproduced, beside RUN, by default. An unfinished reproduction there is resumed, a
+    finished one only compared. `overrides` change the run's config: --data.root DIR, for example. Returns the exit
+    status: 0 identical, 1 different or failed, 75 preempted. Raises UserError as `verify` does, or without metrics.
     """
     folder, manifest = _finished(run)
     copy = RunFolder(out or f"{folder.path.resolve()}-reproduced")
@@ -185,10 +171,14 @@ def _code(git: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def _fit(config: Path, out: Path, overrides: Sequence[str], environment: Mapping[str, Any]) -> int:
-    """Run `reslab fit` in a new process; return its exit status."""
+    """Run `reslab fit` in a new process, with the threads and cuBLAS workspace recorded; return its exit status."""
     command = [sys.executable, "-m", "reslab", "fit", "--config", str(config), "--run.dir", str(out)]
     command += ["--trainer.logger", "false", *overrides]  # no second run in W&B
-    variables = {**determinism_env(environment), **os.environ}
+    variables = dict(os.environ)
+    if environment["threads"] <= (os.cpu_count() or 1):  # more threads than cores would be extremely slow
+        variables.setdefault("OMP_NUM_THREADS", str(environment["threads"]))
+    if workspace := environment["determinism"].get("CUBLAS_WORKSPACE_CONFIG"):
+        variables.setdefault("CUBLAS_WORKSPACE_CONFIG", workspace)
     # In a new session: a signal from the terminal would otherwise reach the process twice, directly and from here.
     with subprocess.Popen(command, env=variables, start_new_session=True) as process:
         handlers = {n: signal.signal(n, lambda number, _: process.send_signal(number)) for n in STOP_SIGNALS}
@@ -199,21 +189,10 @@ def _fit(config: Path, out: Path, overrides: Sequence[str], environment: Mapping
                 signal.signal(number, handler)
 
 
-def determinism_env(environment: Mapping[str, Any]) -> dict[str, str]:
-    """Return environment variables that restore the threads and the cuBLAS workspace of a recorded environment."""
-    variables = {}
-    if environment["threads"] <= (os.cpu_count() or 1):  # more threads than cores would be extremely slow
-        variables["OMP_NUM_THREADS"] = str(environment["threads"])
-    if workspace := environment["determinism"].get("CUBLAS_WORKSPACE_CONFIG"):
-        variables["CUBLAS_WORKSPACE_CONFIG"] = workspace
-    return variables
-
-
 def _compare_runs(folder: RunFolder, copy: RunFolder, diverging: Sequence[Divergence]) -> int:
-    digests = [manifests.read(f.manifest)["weights_sha256"] for f in (folder, copy)]
-    print(f"run           {folder.path}  weights {_short(digests[0])}")
-    print(f"reproduction  {copy.path}  weights {_short(digests[1])}")
-    same = digests[0] == digests[1]
+    first, second = (manifests.read(f.manifest)["weights_sha256"] for f in (folder, copy))
+    print(f"run           {folder.path}  weights {first:.12}...\nreproduction  {copy.path}  weights {second:.12}...")
+    same = first == second
     if same and not diverging:
         print("identical: the weights, and every logged metric at every step")
         return Exit.OK
@@ -232,15 +211,15 @@ def _circumstances(folder: RunFolder) -> dict[str, Any]:
     manifest = manifests.read(folder.manifest)
     config = yaml.safe_load(folder.config.read_text(encoding="utf-8"))
     del config["trainer"]["logger"]  # `_fit` has turned it off
-    recorded = {name: manifest[name] for name in ("environment", "data")}
+    recorded = {"environment": manifest["environment"], "data": manifest["data"]}
     return {"git": _code(manifest["git"]), **recorded, "config": config}
 
 
 def _logged(path: Path) -> dict[str, Steps]:
-    """Read the logged metrics by name; raise UserError if metrics.csv is missing or broken."""
+    """Read the logged metrics by name; raise UserError if there are none."""
     columns, rows = read_rows(path)
-    if "step" not in columns:
-        raise UserError(f"cannot read the metrics {path}: {'no column `step`' if path.exists() else 'no such file'}")
+    if not columns:
+        raise UserError(f"{path} is missing or empty: there are no metrics to compare")
     names = [name for name in columns if name not in NOT_COMPARED]
     return {name: {int(row["step"]): row[name] for row in rows if row[name]} for name in names}
 
