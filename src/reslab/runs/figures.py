@@ -194,10 +194,8 @@ def _panel(ax: Axes, metrics: Metrics, name: str) -> None:
     splits = [split for split in COLORS if f"{split}/{name}" in metrics]
     drawn = [_plot(ax, split, *metrics[f"{split}/{name}"], scale) for split in splits]
     _limits(ax, np.concatenate(drawn), percent)
-    heights = ax.transAxes.inverted().transform(ax.transData.transform([(0, values[-1]) for values in drawn]))[:, 1]
-    style: Any = {"transform": ax.transAxes, "va": "center", "weight": "bold", "fontsize": 9}
-    for height, split, values in zip(_spread(heights, 0.1), splits, drawn, strict=True):
-        ax.text(1.03, height, f"{split} {values[-1]:{unit}}", color=COLORS[split], **style)
+    ends = zip(splits, (values[-1] for values in drawn), strict=True)
+    _end_labels(ax, [(end, f"{split} {end:{unit}}", COLORS[split]) for split, end in ends])
 
 
 def _plot(ax: Axes, split: str, steps: np.ndarray, values: np.ndarray, scale: float) -> np.ndarray:
@@ -226,6 +224,13 @@ def _limits(ax: Axes, values: np.ndarray, percent: bool) -> None:
     else:
         pad = 0.06 * (high - low) or 0.05 * abs(high) or 1
         ax.set_ylim(low - pad, min(high + pad, 100) if percent else high + pad)
+
+
+def _end_labels(ax: Axes, labels: list[tuple[float, str, str]]) -> None:
+    """Write the text of each curve, given as (last value, text, colour), at its height to the right of the axes."""
+    heights = ax.transAxes.inverted().transform(ax.transData.transform([(0, y) for y, _, _ in labels]))[:, 1]
+    for height, (_, text, color) in zip(_spread(heights, 0.1), labels, strict=True):
+        ax.text(1.03, height, text, transform=ax.transAxes, va="center", color=color, weight="bold", fontsize=9)
 
 
 def _spread(heights: np.ndarray, gap: float) -> np.ndarray:
