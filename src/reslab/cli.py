@@ -39,18 +39,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (KeyboardInterrupt, SystemExit) as stop:
-        # Lightning's Trainer turns a KeyboardInterrupt into SystemExit(1).
-        if KeyboardInterrupt not in (type(stop), type(stop.__context__)):
+        if KeyboardInterrupt not in (type(stop), type(stop.__context__)):  # Lightning turns Ctrl-C into SystemExit(1)
             raise
         print("reslab: interrupted", file=sys.stderr)
         return Exit.INTERRUPTED
 
 
 def _call(target: str, **options: Any) -> int:
-    """Import `module:function`, call it, and return its exit status.
-
-    Known library messages that do not help the user are silenced; all others stay visible.
-    """
+    """Import and call `module:function`, with known unhelpful library messages silenced; return its exit status."""
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     for message in (
         r".*isinstance\(treespec, LeafSpec\).*",
@@ -121,7 +117,7 @@ def _add_ablate(parser: argparse.ArgumentParser) -> None:
 
     def add(name: str, help: str) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=help, description=help, allow_abbrev=False)
-        command.set_defaults(takes_config=True, target=f"cli:_{name}")
+        command.set_defaults(takes_config=True, target="cli:_ablate", step=name)
         command.add_argument("name", metavar="STUDY", help="study file, or its name in configs/ablation")
         command.add_argument("--out", metavar="DIR", help="study directory (default: runs/ablations/<name>)")
         return command
@@ -185,46 +181,37 @@ def _summary(model: str, input: tuple[int, ...], classes: int) -> None:
     print(summarize(create_model(model, num_classes=classes, in_channels=input[0], **size), input))
 
 
-def _read(name: str, out: str | None, overrides: list[str]) -> "tuple[Study, Path]":
+def _ablate(step: str, name: str, out: str | None, overrides: list[str], check: bool = False, **options: Any) -> int:
+    from reslab.ablation.launch import typed_configs
+    from reslab.ablation.plan import describe
     from reslab.ablation.study import read_study
 
     study = read_study(name, overrides)
-    return study, Path(out) if out else study.out
+    folder = Path(out) if out else study.out
+    if step == "plan":
+        if check:
+            typed_configs(study)
+        print(describe(study, folder))
+        return Exit.OK
+    status = _run_study(study, folder, **options) if step == "run" else Exit.OK
+    if status != Exit.PREEMPTED and not options.get("detach"):
+        from reslab.ablation.report import log_summary, write_report
+
+        print(f"report  {write_report(study, folder)}")
+        log_summary(study, folder)
+    return status
 
 
-def _plan(check: bool, **source: Any) -> None:
-    from reslab.ablation.launch import typed_configs
-    from reslab.ablation.plan import describe
-
-    study, folder = _read(**source)
-    if check:
-        typed_configs(study)
-    print(describe(study, folder))
-
-
-def _run(
-    name: str, out: str | None, overrides: list[str], jobs: int | None, jobs_per_gpu: int, retries: int,
+def _run_study(
+    study: "Study", folder: Path, jobs: int | None, jobs_per_gpu: int, retries: int,
     launcher: str, detach: bool, slurm: str | None, **job_options: Any,
 ) -> int:  # fmt: skip
     from reslab.ablation.launch import LocalResources, run_local
     from reslab.ablation.slurm import Cluster, run_slurm
 
-    study, folder = _read(name, out, overrides)
     if launcher == "slurm":
         cluster = Cluster.read(slurm, **{**job_options, "sbatch": dict(job_options["sbatch"] or [])})
-        status = run_slurm(study, folder, cluster, jobs, retries, detach)
-    elif detach or slurm or any(job_options.values()):
+        return run_slurm(study, folder, cluster, jobs, retries, detach)
+    if detach or slurm or any(job_options.values()):
         raise UserError("--detach, --slurm and job options require --launcher slurm")
-    else:
-        status = run_local(study, folder, LocalResources(jobs, jobs_per_gpu), retries)
-    if status != Exit.PREEMPTED and not detach:
-        _report(name, out, overrides)
-    return status
-
-
-def _report(name: str, out: str | None, overrides: list[str]) -> None:
-    from reslab.ablation.report import log_summary, write_report
-
-    study, folder = _read(name, out, overrides)
-    print(f"report  {write_report(study, folder)}")
-    log_summary(study, folder)
+    return run_local(study, folder, LocalResources(jobs, jobs_per_gpu), retries)

@@ -152,8 +152,7 @@ class Experiment(LightningCLI):
         built.model.seed = int(self.config.seed_everything)
         settings = dict(built.trainer)
         for name in ("callbacks", "logger", "plugins"):
-            value = settings[name]
-            if not isinstance(value, list):
+            if not isinstance(value := settings[name], list):
                 settings[name] = [] if isinstance(value, bool | None) else [value]
         self._check_metrics(built.data, built.model, settings["callbacks"])
         return built.data, built.model, settings

@@ -30,8 +30,12 @@ def explain(message: str, known_keys: Sequence[str], args: Sequence[str], base: 
 
     `message` is jsonargparse's. `args`, the command line, names the config files; `base` is read before all of them.
     """
-    if broken := _syntax_error(args, base):
-        return broken
+    for path in _files(args, base):
+        try:
+            yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+        except (OSError, yaml.YAMLError) as error:
+            reason = " ".join(str(error).replace('"<unicode string>", ', "").split())
+            return f"cannot read the config file {path}: {reason}"
     key, near = _key(message), []
     if "import path denylist" in message:
         name = _first(r"Importing '([^']+)'", message)
@@ -125,16 +129,6 @@ def _files(args: Sequence[str], base: Path) -> list[Path]:
     """Return the config files of a command line in reading order."""
     words = [word for arg in args for word in arg.split("=", 1)]
     return [base, *(Path(value) for option, value in pairwise(words) if option in ("--config", "-c"))]
-
-
-def _syntax_error(args: Sequence[str], base: Path) -> str | None:
-    for path in _files(args, base):
-        try:
-            yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-        except (OSError, yaml.YAMLError) as error:
-            reason = " ".join(str(error).replace('"<unicode string>", ', "").split())
-            return f"cannot read the config file {path}: {reason}"
-    return None
 
 
 def places(key: str, args: Sequence[str], base: Path) -> Iterator[str]:

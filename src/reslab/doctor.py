@@ -46,8 +46,7 @@ def _check_writing() -> str:
         shutil.rmtree(folder.path, ignore_errors=True)
         with contextlib.suppress(OSError):  # not empty: there are runs
             folder.path.parent.rmdir()
-    free = shutil.disk_usage(".").free / 2**30
-    return f"runs      {Path('runs').absolute()} is writable, {free:.0f} GiB free"
+    return f"runs      {Path('runs').absolute()} is writable, {shutil.disk_usage('.').free / 2**30:.0f} GiB free"
 
 
 def _check_data(data: ImageData) -> str:

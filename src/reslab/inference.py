@@ -50,7 +50,7 @@ def _without_pretrained(config: Path) -> list[str]:
 
 
 def evaluate(run: str, split: str, overrides: list[str]) -> None:
-    """Print the metrics of a run's weights on its validation set (`validate`) or test set (`test`)."""
+    """Print the metrics of a run's weights on the data of a split: validation or test."""
     data, model, settings = load_run(run, overrides)
     trainer = Trainer(**settings)
     (trainer.test if split == "test" else trainer.validate)(model, datamodule=data, verbose=False, weights_only=True)
@@ -67,14 +67,13 @@ def predict(run: str, images: str, out: Path, all_classes: bool, overrides: list
     """
     data, model, settings = load_run(run, overrides)
     device = "cuda" if torch.cuda.is_available() and settings["accelerator"] != "cpu" else "cpu"
-    names = data.class_names if all_classes else []
     count = failed = 0
     start = time.monotonic()
     out.parent.mkdir(parents=True, exist_ok=True)
     # File names are bytes and not always UTF-8: surrogateescape writes them unchanged.
     with replacing(out) as part, part.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.writer(file)
-        writer.writerow(["file", "prediction", "probability", "error", *names])
+        writer.writerow(["file", "prediction", "probability", "error", *(data.class_names if all_classes else [])])
         for row in _rows(data, model.to(device).eval(), images, all_classes):
             writer.writerow(row)
             count += 1
