@@ -1,5 +1,6 @@
 """Commands other than `fit`, and how the command line reports mistakes."""
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -99,3 +100,29 @@ def test_wrong_usage_is_exit_status_2(command: list[str], capsys: pytest.Capture
         main(command)
     assert stop.value.code == 2
     assert "usage:" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "moment"),
+    [
+        (["list"], "cli._parser"),
+        (["list"], "models.zoo.list_models"),
+        (["fit", "--config", DIGITS], "config.Experiment.build"),
+        (["fit", "--config", DIGITS], "runs.record.RunRecord.open"),
+        (
+            ["preview", "lr", "--config", DIGITS],
+            "training.Classifier.configure_optimizers",
+        ),  # inside Lightning's Trainer
+    ],
+)
+def test_ctrl_c_ends_a_command_with_one_line(
+    command: list[str], moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--run.dir", str(tmp_path / "run")] if command[0] == "fit" else []
+    monkeypatch.setattr(f"reslab.{moment}", lambda *args, **kwargs: signal.raise_signal(signal.SIGINT))
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        assert main([*command, *options]) == 130
+    finally:
+        signal.signal(signal.SIGINT, handler)  # Lightning ignores it during its teardown
+    assert capsys.readouterr().err == "reslab: interrupted\n"

@@ -319,8 +319,10 @@ def test_command_line_prints_one_message_and_exits_with_2(tmp_path: Path) -> Non
 
 MONITORS = [
     ("run: {monitor: val/accuracy}", "run.monitor", "val/acc"),
-    ("trainer: {callbacks: [{class_path: EarlyStopping, init_args: {monitor: val_loss}}]}", "EarlyStopping",
-     "val/loss"),
+    ("trainer: {callbacks: [{class_path: EarlyStopping, init_args: {monitor: val_loss}}]}",
+     "EarlyStopping", "val/loss"),
+    ("trainer: {callbacks: [{class_path: EarlyStopping, init_args: {monitor: val_loss}},"
+     " {class_path: EarlyStopping, init_args: {monitor: val/acc}}]}", "EarlyStopping", "val/loss"),
     ("run: {monitor: val/f1}", "run.monitor", "val/loss"),
     ("{data: {val_split: 0}, trainer: {callbacks: [{class_path: EarlyStopping, init_args: {monitor: val/acc}}]}}",
      "EarlyStopping", "test/acc"),

@@ -15,7 +15,7 @@ from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch import seed_everything
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from reslab.config_errors import explain, located, places
+from reslab.config_errors import ALLOWED, explain, located, places
 from reslab.data import ImageData
 from reslab.errors import UserError
 from reslab.host import CONFIGS
@@ -24,19 +24,6 @@ from reslab.training.lightning_internals import rank
 
 BASE = CONFIGS / "base.yaml"
 FROM_DATA = {"num_classes": "num_classes", "in_channels": "channels", "image_size": "image_size"}  # of networks
-
-# Modules whose classes a config may name. All others are refused before the import: importing runs code.
-ALLOWED = [
-    "reslab",
-    "torch.optim",
-    "lightning.pytorch.callbacks",
-    "lightning.pytorch.loggers",
-    "lightning.pytorch.strategies",
-    "lightning.pytorch.profilers",
-    "lightning.pytorch.plugins",
-    "torchvision.transforms.v2",
-    "timm.optim",
-]
 set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=ALLOWED)
 
 
@@ -110,16 +97,11 @@ class Experiment(LightningCLI):
         try:
             self.config = parser.parse_args(args)
         except ArgumentError as error:
-            raise UserError(explain(str(error), self._keys(), args, BASE)) from error
+            keys = [key for key, _ in parser.get_defaults(skip_validation=True).items()]
+            raise UserError(explain(str(error), keys, args, BASE)) from error
         for group in ("trainer", "model", "data", "run"):
-            if not isinstance(self.config[group], Namespace):
-                raise UserError(
-                    located(f"{group} must hold keys and values, got {self.config[group]!r}", [group], args, BASE)
-                )
-
-    def _keys(self) -> list[str]:
-        config = getattr(self, "config", None) or self.parser.get_defaults(skip_validation=True)
-        return [key for key, _ in config.items()]
+            if not isinstance(value := self.config[group], Namespace):
+                raise UserError(located(f"{group} must hold keys and values, got {value!r}", [group], args, BASE))
 
     def _set_seed(self) -> None:
         """Do nothing: `build` sets the seed."""
@@ -145,12 +127,9 @@ class Experiment(LightningCLI):
             return Path(os.environ["RESLAB_RUN_DIR"])
         job = "_".join(os.environ[k] for k in ("SLURM_JOB_ID", "SLURM_ARRAY_TASK_ID") if k in os.environ)
         started = f"slurm{job}" if job else datetime.now().strftime("%Y%m%d-%H%M%S")
-        if "TORCHELASTIC_RUN_ID" in os.environ:
-            started = os.environ["TORCHELASTIC_RUN_ID"]
-            if started == "none":  # torchrun's default
-                raise UserError(
-                    "all ranks need the same run directory: give torchrun an --rdzv_id, or reslab a --run.dir"
-                )
+        started = os.environ.get("TORCHELASTIC_RUN_ID", started)
+        if started == "none":  # torchrun's default
+            raise UserError("all ranks need the same run directory: give torchrun an --rdzv_id, or reslab a --run.dir")
         digest = hashlib.sha256(self.dump().encode()).hexdigest()[:6]
         folder = Path("runs", self.config.run.name, f"{started}-seed{int(self.config.seed_everything)}-{digest}")
         os.environ["RESLAB_RUN_DIR"] = str(folder)
@@ -168,12 +147,13 @@ class Experiment(LightningCLI):
         try:
             built = self.parser.instantiate(self.config)
         except (ValueError, UserError) as error:  # a constructor's check
-            raise UserError(located(str(error), self._keys(), self._args, BASE)) from error
+            raise UserError(located(str(error), [key for key, _ in self.config.items()], self._args, BASE)) from error
         self._check_links(built.data)
         built.model.seed = int(self.config.seed_everything)
         settings = dict(built.trainer)
         for name in ("callbacks", "logger", "plugins"):
-            settings[name] = _as_list(settings[name])
+            if not isinstance(value := settings[name], list):
+                settings[name] = [] if isinstance(value, bool | None) else [value]
         self._check_metrics(built.data, built.model, settings["callbacks"])
         return built.data, built.model, settings
 
@@ -190,21 +170,13 @@ class Experiment(LightningCLI):
         """Refuse a monitor that names a metric which neither the objective nor a callback logs."""
         own = [name for callback in callbacks for name in getattr(callback, "metric_names", [])]
         names = [name for name in (*model.metric_names, *own) if data.val_split or not name.startswith("val/")]
-        monitors = {f"trainer.callbacks.{type(c).__name__}.monitor": getattr(c, "monitor", None) for c in callbacks}
+        monitors = [(f"trainer.callbacks.{type(c).__name__}.monitor", getattr(c, "monitor", None)) for c in callbacks]
         if data.val_split:
-            monitors["run.monitor"] = self.config.run.monitor
+            monitors.append(("run.monitor", self.config.run.monitor))
         elif self.config.run.test_weights == "best":
             raise UserError("run.test_weights: best requires validation data: set data.val_split above 0")
-        for key, monitor in monitors.items():
+        for key, monitor in monitors:
             if monitor is not None and monitor not in names:
                 near = difflib.get_close_matches(monitor, names, 3, 0.4) or names
-                raise UserError(
-                    f"{key}: no metric is called {monitor}; nearest: {', '.join(near)}. "
-                    "(A callback that logs metrics lists their names in its attribute metric_names.)"
-                )
-
-
-def _as_list(value: Any) -> list[Any]:
-    if value in (None, False, True):
-        return []
-    return list(value) if isinstance(value, list) else [value]
+                hint = "(A callback that logs metrics lists their names in its attribute metric_names.)"
+                raise UserError(f"{key}: no metric is called {monitor}; nearest: {', '.join(near)}. {hint}")

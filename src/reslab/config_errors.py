@@ -1,66 +1,61 @@
 """Turn jsonargparse's errors into one message: the key, where it is set, and the nearest valid names."""
 
-import difflib
+import contextlib
 import importlib
 import inspect
 import re
 from collections.abc import Iterator, Sequence
+from difflib import get_close_matches
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+# Modules whose classes a config may name. All others are refused before the import: importing runs code.
+ALLOWED = [
+    "reslab", "torch.optim", "timm.optim", "torchvision.transforms.v2",
+    "lightning.pytorch.callbacks", "lightning.pytorch.loggers", "lightning.pytorch.plugins",
+    "lightning.pytorch.profilers", "lightning.pytorch.strategies",
+]  # fmt: skip
 # Modules whose classes a config may name without their module.
 NAMESPACES = (
-    "reslab.models",
-    "reslab.data",
-    "reslab.training",
-    "torch.optim",
-    "torchvision.transforms.v2",
-    "lightning.pytorch.callbacks",
-    "lightning.pytorch.loggers",
-)
+    "reslab.models", "reslab.data", "reslab.training", "torch.optim", "torchvision.transforms.v2",
+    "lightning.pytorch.callbacks", "lightning.pytorch.loggers",
+)  # fmt: skip
 
 
 def explain(message: str, known_keys: Sequence[str], args: Sequence[str], base: Path) -> str:
     """Return what is wrong, where, and what was probably meant.
 
-    Args:
-        message: jsonargparse's message.
-        known_keys: Every dotted key of the configuration.
-        args: The command line, which names the config files.
-        base: The config file that is read before all others.
+    `message` is jsonargparse's. `args`, the command line, names the config files; `base` is read before all of them.
     """
-    if broken := _syntax_error(args, base):
-        return broken
-    key: str | None
-    near: list[str]
+    for path in _files(args, base):
+        try:
+            yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+        except (OSError, yaml.YAMLError) as error:
+            reason = " ".join(str(error).replace('"<unicode string>", ', "").split())
+            return f"cannot read the config file {path}: {reason}"
+    key, near = _key(message), []
     if "import path denylist" in message:
         name = _first(r"Importing '([^']+)'", message)
-        reason, key, near = f"a config must not name {name!r}", _key(message), []
-        reason += "; allowed are reslab, torch.optim, timm.optim, torchvision.transforms.v2, and lightning's "
-        reason += "callbacks, loggers, strategies, profilers and plugins"
+        reason = f"a config must not name {name!r}; it may name classes of {', '.join(ALLOWED)}"
     elif name := _first(r"No module named '(\w+)", message):
-        reason, key, near = f"{name} is not installed: pip install {name}", _key(message), []
-    elif (key := _unknown_key(message)) is not None:
-        reason, near = "no such key", _nearest(key, [*known_keys, *_class_keys(key, message)])
-    elif (
-        name := _first(r"Expected a dot import path string: (\S+)", message)
-        or _first(r"has no attribute '(\w+)'", message)
-    ) is not None:
-        reason, key, near = (
-            f"no class {name!r}",
-            _key(message),
-            difflib.get_close_matches(name, _class_names(), 3, 0.5),
-        )
+        reason = f"{name} is not installed: pip install {name}"
+    elif unknown := _unknown_key(message):
+        key, reason = unknown, "no such key"
+        near = _nearest(key, [*known_keys, *_class_keys(key, message)])
+    elif name := (
+        _first(r"Expected a dot import path string: (\S+)", message) or _first(r"has no attribute '(\w+)'", message)
+    ):
+        modules = [importlib.import_module(namespace) for namespace in NAMESPACES]
+        classes = {c for module in modules for c in getattr(module, "__all__", dir(module)) if c[:1].isupper()}
+        reason, near = f"no class {name!r}", get_close_matches(name, classes, 3, 0.5)
     else:
-        reason, key, near = *_wrong_value(message), _nearest_choices(message)
-    lines = [f"{key}: {reason}" if key else reason]
-    if key and (found := list(places(key, args, base))):
-        lines.append(f"  set in: {found[-1]}")
-    if near:
-        lines.append(f"  nearest: {', '.join(near)}")
-    return "\n".join(lines)
+        reason, near = _wrong_value(message)
+    found = list(places(key, args, base)) if key else []
+    lines = [f"{key}: {reason}" if key else reason, *(f"  set in: {place}" for place in found[-1:])]
+    return "\n".join([*lines, f"  nearest: {', '.join(near)}"] if near else lines)
 
 
 def key_in(message: str, known_keys: Sequence[str]) -> str | None:
@@ -91,26 +86,23 @@ def _first(pattern: str, text: str) -> str | None:
 
 def _key(message: str) -> str:
     """Return the dotted key of a message; nested messages each name a part of it."""
-    parts = re.findall(r'Parser key "([^"]+)"', message)
-    return ".init_args.".join(parts)
+    return ".init_args.".join(re.findall(r'Parser key "([^"]+)"', message))
 
 
 def _unknown_key(message: str) -> str | None:
     if name := _first(r"unrecognized arguments: (?:--)?([^\s=]+)", message):
         return name
     if match := re.search(r"Group '([^']+)' does not accept option '([^']+)'", message):
-        return f"{match.group(1)}.{match.group(2)}"
-    if name := _first(r"Option '([^']+)' is not accepted", message):
-        return f"{_key(message)}.init_args.{name}" if _key(message) else name
-    return None
+        return ".".join(match.groups())
+    key, name = _key(message), _first(r"Option '([^']+)' is not accepted", message)
+    return f"{key}.init_args.{name}" if key and name else name
 
 
 def _class_keys(key: str, message: str) -> list[str]:
     """Return the keys that the class named in the message accepts."""
-    path = _first(r"class_path[= ]'([\w.]+)'", message)
-    if path is None:
+    module, _, name = (_first(r"class_path[= ]'([\w.]+)'", message) or "").rpartition(".")
+    if not module:
         return []
-    module, _, name = path.rpartition(".")
     taken = inspect.signature(getattr(importlib.import_module(module), name)).parameters
     return [f"{key.rpartition('.')[0]}.{p}" for p in taken if p not in ("self", "params", "args", "kwargs")]
 
@@ -119,52 +111,28 @@ def _nearest(key: str, known: Sequence[str]) -> list[str]:
     """Return the nearest keys of the same group; if there are none, the nearest keys of all."""
     group, _, name = key.rpartition(".")
     names = [k.rpartition(".")[2] for k in known if k.rpartition(".")[0] == group]
-    near = difflib.get_close_matches(name, names, 3, 0.5)
-    return [f"{group}.{n}" if group else n for n in near] or difflib.get_close_matches(key, known, 3, 0.6)
+    near = get_close_matches(name, names, 3, 0.5)
+    return [f"{group}.{n}" if group else n for n in near] or get_close_matches(key, known, 3, 0.6)
 
 
-def _class_names() -> list[str]:
-    names: set[str] = set()
-    for namespace in NAMESPACES:
-        module = importlib.import_module(namespace)
-        names |= {n for n in getattr(module, "__all__", dir(module)) if n[:1].isupper()}
-    return sorted(names)
-
-
-def _wrong_value(message: str) -> tuple[str, str]:
-    """Return a sentence with the expected type and the given value, and the key."""
-    expected = dict.fromkeys(re.findall(r"Expected an? (.+?)(?:\. Got value|$)", message, re.MULTILINE))
-    plain = [re.sub(r"<class '([\w.]+)'>|typing\.Literal", lambda m: m.group(1) or "one of ", e) for e in expected]
-    given = _first(r"(?:Got value|Given value): (.+)", message)
-    if not plain:
-        return " ".join(re.sub(r'Parser key "[^"]+":', "", message).split()), _key(message)
-    wanted = " or ".join(plain).replace("NoneType", "null")
-    return f"expected {wanted}" + (f", got {given}" if given else ""), _key(message)
-
-
-def _nearest_choices(message: str) -> list[str]:
+def _wrong_value(message: str) -> tuple[str, list[str]]:
+    """Return a sentence with the expected type and the rejected value, and the nearest of the allowed values."""
+    value = _first(r"(?:Got value|Given value): (.+)", message) or ""
+    types = dict.fromkeys(re.findall(r"Expected an? (.+?)(?:\. Got value|$)", message, re.MULTILINE))
+    if types:
+        expected = " or ".join(types).replace("NoneType", "null").replace("typing.Literal", "one of ")
+        expected = re.sub(r"<class '([\w.]+)'>", r"\1", expected)
+        reason = f"expected {expected}" + (f", got {value}" if value else "")
+    else:
+        reason = " ".join(re.sub(r'Parser key "[^"]+":', "", message).split())
     choices = re.findall(r"'([^']+)'", " ".join(re.findall(r"Literal\[([^\]]+)\]", message)))
-    given = _first(r"(?:Got value|Given value): (.+)", message)
-    return difflib.get_close_matches(given, list(dict.fromkeys(choices)), 3, 0.5) if given else []
+    return reason, get_close_matches(value, {*choices}, 3, 0.5)
 
 
 def _files(args: Sequence[str], base: Path) -> list[Path]:
     """Return the config files of a command line in reading order."""
-    flags = ("--config", "-c")
-    apart = [args[i + 1] for i, arg in enumerate(args[:-1]) if arg in flags]
-    joined = [arg.partition("=")[2] for arg in args if arg.startswith(("--config=", "-c="))]
-    return [base, *map(Path, apart + joined)]
-
-
-def _syntax_error(args: Sequence[str], base: Path) -> str | None:
-    for path in _files(args, base):
-        try:
-            yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-        except OSError as error:
-            return f"cannot read the config file {path}: {error.strerror}"
-        except yaml.YAMLError as error:
-            return f"{path} is not YAML: " + " ".join(str(error).replace('"<unicode string>", ', "").split())
-    return None
+    words = [word for arg in args for word in arg.split("=", 1)]
+    return [base, *(Path(value) for option, value in pairwise(words) if option in ("--config", "-c"))]
 
 
 def places(key: str, args: Sequence[str], base: Path) -> Iterator[str]:
@@ -178,11 +146,8 @@ def places(key: str, args: Sequence[str], base: Path) -> Iterator[str]:
 
 
 def _lines(path: Path, wanted: list[str]) -> Iterator[str]:
-    try:
-        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-    except (OSError, yaml.YAMLError):
-        return
-    yield from _walk(root, wanted, path)
+    with contextlib.suppress(OSError, yaml.YAMLError):
+        yield from _walk(yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader), wanted, path)
 
 
 def _walk(node: Any, wanted: list[str], path: Path) -> Iterator[str]:

@@ -14,4 +14,4 @@ class Exit(IntEnum):
     FAILED = 1  # failed, diverged, or what was checked is not as it should be
     USAGE = 2  # wrong usage, config or data
     PREEMPTED = 75  # stopped by a signal with a checkpoint: run the same command again
-    INTERRUPTED = 130  # stopped before there was anything to resume
+    INTERRUPTED = 130  # stopped by Ctrl-C, with no checkpoint to resume from

@@ -1,6 +1,5 @@
 """Export a run's network to ONNX, a PyTorch 2 program or safetensors, and check the file before it appears."""
 
-import copy
 import importlib.util
 import json
 import warnings
@@ -35,14 +34,10 @@ class Normalized(nn.Module):
     def __init__(self, net: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         super().__init__()
         self.net = net
-        self.scale: Tensor
-        self.shift: Tensor
-        means, stds = torch.tensor([mean, std], dtype=torch.float64)[:, :, None, None]
-        self.register_buffer("scale", (1 / (255 * stds)).float())
-        self.register_buffer("shift", (-means / stds).float())
+        self.mean, self.std = (nn.Buffer(255 * torch.tensor(values)[:, None, None]) for values in (mean, std))
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.net(images.float() * self.scale + self.shift)
+        return self.net((images.float() - self.mean) / self.std)
 
 
 def export(run: str, format: str, out: Path, with_normalization: bool, overrides: list[str]) -> None:
@@ -52,11 +47,10 @@ def export(run: str, format: str, out: Path, with_normalization: bool, overrides
     it appears only if the outputs agree. Exports are float32 and accept any batch size.
 
     Args:
-        run: Run directory.
+        run: Run directory; `overrides` change its config.
         format: onnx (for onnxruntime and others), pt2 (torch.export.load) or safetensors (weights only).
         out: Output file.
         with_normalization: Accept decoded uint8 images instead of normalized float32 images.
-        overrides: Overrides of the run's config, such as --data.root DIR.
 
     Raises:
         UserError: A package is missing, the network cannot be exported with a dynamic batch size, or the outputs
@@ -67,7 +61,7 @@ def export(run: str, format: str, out: Path, with_normalization: bool, overrides
     missing = [name for name in ONNX_PACKAGES if importlib.util.find_spec(name) is None]
     if format == "onnx" and missing:
         raise UserError(f"ONNX export requires {', '.join(missing)}: pip install {' '.join(missing)}")
-    data, model, _ = load_run(run, overrides, data_needed=False)
+    data, model, _ = load_run(run, overrides)
     net = model.net.float().eval().requires_grad_(False).to(memory_format=torch.contiguous_format)
     images, source = _check_images(data)
     description = _describe(run, data, with_normalization)
@@ -100,22 +94,19 @@ def _cause(error: BaseException) -> str:
     """Return the first and the last line of the root cause, without torch's debugging advice."""
     while error.__cause__ is not None:
         error = error.__cause__
-    message = str(error).partition("The error above occurred")[0].strip() or type(error).__name__
-    lines = [line.strip() for line in message.splitlines() if line.strip()]
-    return " ... ".join(dict.fromkeys((lines[0], lines[-1])))
+    lines = str(error).partition("The error above occurred")[0].strip().splitlines() or [type(error).__name__]
+    return " ... ".join(dict.fromkeys((lines[0].strip(), lines[-1].strip())))
 
 
 def _check_images(data: ImageData) -> tuple[Tensor, str]:
     """Return a few uint8 images (N, H, W, C) and their source: evenly spaced test images, or noise without the data."""
     try:
         n = len(data.test_data)
-        batches = data.test_dataloader().dataset
         rows = np.linspace(0, n - 1, min(n, NUM_CHECK_IMAGES)).astype(np.int64)
-        return batches[BatchKey(rows)].images, "test images"
+        return data.test_dataloader().dataset[BatchKey(rows)].images, "test images"
     except DataError:
-        channels, *size = data.image_shape
-        rng, shape = torch.Generator().manual_seed(0), (NUM_CHECK_IMAGES, *size, channels)
-        noise = torch.randint(256, shape, dtype=torch.uint8, generator=rng)
+        shape, rng = (NUM_CHECK_IMAGES, *data.image_shape), torch.Generator().manual_seed(0)
+        noise = torch.randint(256, shape, dtype=torch.uint8, generator=rng).permute(0, 2, 3, 1)
         return noise, "noise images (test data not found)"
 
 
@@ -123,7 +114,6 @@ def _describe(run: str, data: ImageData, with_normalization: bool) -> dict[str, 
     """Describe the run, the inputs that the exported network expects, and its outputs."""
     manifest = manifests.read(RunFolder(run).manifest)
     source, shape = data.dataset, list(data.image_shape)
-    values = "0 to 255" if with_normalization else "(x / 255 - mean) / std, x from 0 to 255"
     return {
         "reslab": reslab.__version__,
         "run": {key: manifest[key] for key in ("name", "id", "seed", "weights_sha256", "results")},
@@ -131,7 +121,7 @@ def _describe(run: str, data: ImageData, with_normalization: bool) -> dict[str, 
             "name": "images",
             "dtype": "uint8" if with_normalization else "float32",
             "shape": ["batch", *shape],
-            "values": values,
+            "values": "0 to 255" if with_normalization else "(x / 255 - mean) / std, x from 0 to 255",
             "mean": source.mean,
             "std": source.std,
             "resize": f"shorter side to {data.test_resize}, antialiased, then center crop {shape[1]} × {shape[2]}",
@@ -147,8 +137,7 @@ def _metadata(description: dict[str, Any]) -> dict[str, str]:
 
 def _write_onnx(graph: nn.Module, example: Tensor, description: dict[str, Any], path: Path) -> None:
     names: dict[str, Any] = {"input_names": ["images"], "output_names": ["logits"]}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"):
         program = torch.onnx.export(graph, (example,), dynamic_shapes=({0: "batch"},), **names, verbose=False)
     assert program is not None  # the default, dynamo=True, always returns a program
     for node in program.model.graph:
@@ -184,9 +173,7 @@ def _read_pt2(net: nn.Module, path: Path) -> Callable[[Tensor], Tensor]:
 
 
 def _read_safetensors(net: nn.Module, path: Path) -> Callable[[Tensor], Tensor]:
-    other = copy.deepcopy(net)
-    other.load_state_dict(load_file(path))
-    return other
+    return lambda images: torch.func.functional_call(net, load_file(path), images, strict=True)
 
 
 # Writers trace the network on an example and store its description; readers return a function from images to logits.

@@ -22,13 +22,10 @@ from reslab.runs.folder import RunFolder
 from reslab.training import Classifier
 
 
-def load_run(run: str, overrides: list[str], data_needed: bool = True) -> tuple[ImageData, Classifier, dict[str, Any]]:
+def load_run(run: str, overrides: list[str]) -> tuple[ImageData, Classifier, dict[str, Any]]:
     """Return a finished run's data, its model with the tested weights, and settings for a Trainer that writes nothing.
 
-    Args:
-        run: Run directory.
-        overrides: Overrides of the run's config.
-        data_needed: Read the class names from the data; if False, from the manifest, so the data may be missing.
+    The data may be missing: the class names are those in the manifest. `overrides` change the run's config.
 
     Raises:
         UserError: `run` is not a run directory, or has no weights yet.
@@ -39,9 +36,7 @@ def load_run(run: str, overrides: list[str], data_needed: bool = True) -> tuple[
         raise UserError(f"{run} has no {folder.weights.name} yet: its status is {manifest['status']}")
     # The file holds the evaluated weights (the average, if there was one): no other weights are loaded or fetched.
     fixed = ["--model.ema_decay", "null", "--model.weights", "null", "--model.execution.compile", "false"]
-    fixed += _without_pretrained(folder.config)
-    if not data_needed:
-        fixed += ["--data.classes", json.dumps(manifest["data"]["class_names"])]
+    fixed += [*_without_pretrained(folder.config), "--data.classes", json.dumps(manifest["data"]["class_names"])]
     data, model, settings = Experiment(["--config", str(folder.config), *fixed, *overrides]).build()
     model.net.load_state_dict(load_file(folder.weights))
     return data, model, {**settings, "logger": False, "callbacks": []}
@@ -55,7 +50,7 @@ def _without_pretrained(config: Path) -> list[str]:
 
 
 def evaluate(run: str, split: str, overrides: list[str]) -> None:
-    """Print the metrics of a run's weights on its validation set (`validate`) or test set (`test`)."""
+    """Print the metrics of a run's weights on the data of a split: validation or test."""
     data, model, settings = load_run(run, overrides)
     trainer = Trainer(**settings)
     (trainer.test if split == "test" else trainer.validate)(model, datamodule=data, verbose=False, weights_only=True)
@@ -67,26 +62,19 @@ def evaluate(run: str, split: str, overrides: list[str]) -> None:
 def predict(run: str, images: str, out: Path, all_classes: bool, overrides: list[str]) -> None:
     """Write a CSV with one row per image (file, prediction, probability, error); an unreadable file has only an error.
 
-    Rows are streamed, so the directory may hold any number of images.
-
-    Args:
-        run: Run directory.
-        images: Directory with image files, searched recursively.
-        out: CSV file; it appears when it is complete.
-        all_classes: Add one probability column per class.
-        overrides: Overrides of the run's config, such as --data.num_workers 4.
+    `images` is searched recursively and may hold any number of images. `out` appears when it is complete; with
+    `all_classes`, it has one probability column per class.
     """
-    data, model, settings = load_run(run, overrides, data_needed=False)
-    device = torch.device("cuda" if torch.cuda.is_available() and settings["accelerator"] != "cpu" else "cpu")
-    names = data.class_names if all_classes else []
+    data, model, settings = load_run(run, overrides)
+    device = "cuda" if torch.cuda.is_available() and settings["accelerator"] != "cpu" else "cpu"
     count = failed = 0
     start = time.monotonic()
     out.parent.mkdir(parents=True, exist_ok=True)
     # File names are bytes and not always UTF-8: surrogateescape writes them unchanged.
     with replacing(out) as part, part.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.writer(file)
-        writer.writerow(["file", "prediction", "probability", "error", *names])
-        for row in _rows(data, model.to(device).eval(), images, device, all_classes):
+        writer.writerow(["file", "prediction", "probability", "error", *(data.class_names if all_classes else [])])
+        for row in _rows(data, model.to(device).eval(), images, all_classes):
             writer.writerow(row)
             count += 1
             failed += bool(row[3])
@@ -96,14 +84,12 @@ def predict(run: str, images: str, out: Path, all_classes: bool, overrides: list
 
 
 @torch.inference_mode()
-def _rows(
-    data: ImageData, model: Classifier, images: str, device: torch.device, all_classes: bool
-) -> Iterator[list[str]]:
+def _rows(data: ImageData, model: Classifier, images: str, all_classes: bool) -> Iterator[list[str]]:
     """Yield one CSV row per image file, sorted by path."""
     for batch, paths, unreadable in data.folder_dataloader(images, skip_unreadable=True):
         rows = [[path, "", "", error] for path, error in unreadable]
         if paths:
-            batch = data.on_after_batch_transfer(batch._replace(images=batch.images.to(device)))
+            batch = data.on_after_batch_transfer(batch._replace(images=batch.images.to(model.device)))
             for path, probabilities in zip(paths, model.predict_step(batch, 0).cpu(), strict=True):
                 columns = [f"{p:.6f}" for p in probabilities.tolist()]
                 best = int(probabilities.argmax())

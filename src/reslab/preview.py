@@ -1,10 +1,10 @@
 """Pictures of an experiment before it runs: its learning rate, its augmented images."""
 
-import contextlib
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import LambdaCallback
 
 from reslab.config import Experiment
 from reslab.data import ImageData
@@ -14,15 +14,13 @@ from reslab.training import Classifier
 IMAGES, EPOCHS = 6, 8
 
 
-def preview(what: str, out: Path, args: list[str]) -> None:
-    """Draw the learning rate (`lr`) or augmented training images (`augment`: images by epochs) into a PNG.
+def preview(what: str, out: Path | None, overrides: list[str]) -> None:
+    """Draw an experiment's learning rate (`lr`) or augmented training images (`augment`: images by epochs) into a PNG.
 
-    Args:
-        what: lr or augment.
-        out: The PNG file.
-        args: The experiment: --config FILE … and overrides.
+    The default of `out` is preview-WHAT.png; `overrides` include --config FILE.
     """
-    data, model, settings = Experiment(args).build()
+    out = out or Path(f"preview-{what}.png")
+    data, model, settings = Experiment(overrides).build()
     data.prepare_data()
     out.parent.mkdir(parents=True, exist_ok=True)
     if what == "lr":
@@ -34,15 +32,6 @@ def preview(what: str, out: Path, args: list[str]) -> None:
     print(out)
 
 
-class _Ready(Exception):
-    """Training is about to start."""
-
-
-class _StopAtTheFirstStep(Callback):
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        raise _Ready
-
-
 def learning_rates(data: ImageData, model: Classifier, settings: dict[str, Any]) -> list[float]:
     """Return the learning rate of the first parameter group at every optimizer step.
 
@@ -50,11 +39,11 @@ def learning_rates(data: ImageData, model: Classifier, settings: dict[str, Any])
     accumulation and lengths are those of the run.
     """
     one_cpu = {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto", "precision": "32-true"}
-    nothing_kept = {"logger": False, "callbacks": [_StopAtTheFirstStep()], "sync_batchnorm": False}
-    trainer = Trainer(**{**settings, **one_cpu, **nothing_kept})
+    stop = LambdaCallback(on_train_start=lambda trainer, _: setattr(trainer, "should_stop", True))
+    no_steps = {"callbacks": [stop], "min_epochs": None, "min_steps": None, "logger": False, "sync_batchnorm": False}
+    trainer = Trainer(**{**settings, **one_cpu, **no_steps})
     model.weights = None
-    with contextlib.suppress(_Ready):
-        trainer.fit(model, datamodule=data)
+    trainer.fit(model, datamodule=data)
     scheduler: Any = trainer.lr_scheduler_configs[0].scheduler
     base, multiplier = scheduler.base_lrs[0], scheduler.lr_lambdas[0]
     return [base * multiplier(step) for step in range(int(trainer.estimated_stepping_batches))]
