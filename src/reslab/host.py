@@ -1,8 +1,11 @@
-"""Facts about the installation and the machine that several rooms need: config folder, signals, cores."""
+"""Facts about the installation and the machine that several rooms need, and lazy imports."""
 
+import importlib
 import os
 import signal
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 # Signals that ask a run to stop: it writes a checkpoint and exits with Exit.PREEMPTED.
@@ -12,3 +15,15 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 def available_cores() -> int:
     """Return the number of CPU cores this process may use: fewer than the machine has under Slurm or taskset."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def lazy_exports(package: str, modules: Mapping[str, Sequence[str]]) -> Callable[[str], Any]:
+    """Return a package's `__getattr__` (PEP 562): it imports a name from its module when the name is first used."""
+    homes = {name: module for module, names in modules.items() for name in names}
+
+    def get(name: str) -> Any:
+        if name not in homes:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        return getattr(importlib.import_module(f"{package}.{homes[name]}"), name)
+
+    return get

@@ -24,7 +24,7 @@ from reslab.data.resize import ResizeConfig
 from reslab.data.samplers import BatchKey, EvalOrder, FolderOrder, TrainOrder
 from reslab.errors import UserError
 from reslab.host import available_cores
-from reslab.training.lightning_internals import batches_taken, convert_input
+from reslab.training.lightning_internals import batches_taken
 
 
 class ImageData(LightningDataModule):
@@ -259,7 +259,7 @@ class ImageData(LightningDataModule):
             images = normalize(batch.images, mean, std)
         images, lam = mix(images, batch.mix) if len(batch.mix) else (images, batch.mix)
         if self.trainer:
-            images = convert_input(self.trainer, images)
+            images = self.trainer.precision_plugin.convert_input(images)  # half or double precision
         return batch._replace(images=images, mix=lam)
 
     def fingerprint(self) -> dict[str, str]:

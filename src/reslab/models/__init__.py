@@ -1,9 +1,9 @@
 """Networks: the contract, ResNet, timm's and torchvision's, pretrained weights, and the layer table."""
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from reslab.errors import UserError
+from reslab.host import lazy_exports
 
 # ruff: noqa: F401
 if TYPE_CHECKING:
@@ -20,16 +20,9 @@ _MODULES = {
     "summary": ("summarize",),
     "zoo": ("create_model", "list_models", "load_weights", "network_of_run"),
 }
-_HOMES = {name: module for module, names in _MODULES.items() for name in names}
-__all__ = ["ModelError", *_HOMES]
+__all__ = ["ModelError", *(name for names in _MODULES.values() for name in names)]
+__getattr__ = lazy_exports(__name__, _MODULES)  # `reslab list models` must not import torch
 
 
 class ModelError(UserError, ValueError):
     """A network that cannot be built, or weights that do not fit it; the message says what to change."""
-
-
-def __getattr__(name: str) -> Any:
-    # Lazy: `reslab list models` must not import torch.
-    if name in _HOMES:
-        return getattr(importlib.import_module(f"reslab.models.{_HOMES[name]}"), name)
-    raise AttributeError(f"module 'reslab.models' has no attribute {name!r}")

@@ -170,8 +170,3 @@ def child_processes(trainer: Trainer) -> list[Any]:
 def saves_distributed_checkpoints(strategy: Any) -> bool:
     """Return whether a strategy writes one checkpoint file per rank."""
     return bool(getattr(strategy, "_save_distributed_checkpoint", False))
-
-
-def convert_input(trainer: Trainer, images: torch.Tensor) -> torch.Tensor:
-    """Convert images to the precision of the network: Lightning does it before our augmentation makes floats."""
-    return trainer.precision_plugin.convert_input(images)

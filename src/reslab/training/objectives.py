@@ -82,23 +82,16 @@ class EvaluationLoss(Metric):
 
 
 class Objective(nn.Module, ABC):
-    """What a run minimises and reports. Your own is a subclass, named in a config file as `model.objective`.
-
-    A loss of logits and labels, with macro F1 beside the usual metrics:
+    """What a run minimises and reports. Your own is a subclass, named in a config file as `model.objective`:
 
         class Focal(Objective):
             def loss(self, net, batch):
                 logits = net(batch[0])
                 log_p = logits.log_softmax(1)
-                focal = lambda y: F.nll_loss((1 - log_p.exp()) ** 2 * log_p, y)
-                return Labels.of(batch).average(focal), logits
+                return Labels.of(batch).average(lambda y: F.nll_loss((1 - log_p.exp()) ** 2 * log_p, y)), logits
 
-            def evaluation_metrics(self, num_classes):
-                f1 = MulticlassF1Score(num_classes, average="macro", ignore_index=PADDING)
-                return {**super().evaluation_metrics(num_classes), "f1": f1}
-
-    Every name here appears as train/NAME, val/NAME or test/NAME in metrics.csv, the progress line, the manifest, the
-    report and all loggers, and can be a run's monitor or a study's metric.
+    Its metrics appear as train/NAME, val/NAME and test/NAME in metrics.csv, the progress line, the manifest, the report
+    and all loggers, and can be a run's monitor or a study's metric.
 
     Attributes:
         training_metrics: The keys of `training_sums`.
