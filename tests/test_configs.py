@@ -97,6 +97,14 @@ def test_leaf_takes_its_place_in_an_experiment(path: Path) -> None:
     assert config[key].class_path == yaml.safe_load(path.read_text(encoding="utf-8"))["class_path"]
 
 
+@pytest.mark.parametrize(
+    ("key", "name"), [("model.net", "ResNet"), ("model.net", "TorchvisionNetwork"), ("model.objective", "CrossEntropy")]
+)
+def test_shipped_classes_may_be_named_without_their_module(key: str, name: str) -> None:
+    arguments = ["--model.net.init_args.name=resnet18"] if name == "TorchvisionNetwork" else []
+    assert parse(DIGITS, options=[f"--{key}={name}", *arguments]).config[key].class_path.endswith(f".{name}")
+
+
 @pytest.mark.parametrize("depth", [20, 32, 44, 56, 110])
 def test_he_recipe_is_the_papers(depth: int) -> None:
     config = parse(CONFIGS / "experiment" / f"cifar10_resnet{depth}.yaml").config
@@ -158,6 +166,11 @@ UNKNOWN_KEYS = [
     ("model: {net: {init_args: {shortcat: A}}}", "shortcat", "shortcut"),
     ("model: {schedule: {init_args: {peak_att: 0.2}}}", "peak_att", "peak_at"),
     ("model: {optimizer: {init_args: {momentun: 0.9}}}", "momentun", "momentum"),
+    (
+        "model: {net: {class_path: TimmNetwork, init_args: {name: resnet10t, drop_path_rate: 0.1}}}",
+        "drop_path_rate",
+        "model.net.dict_kwargs.drop_path_rate",
+    ),
 ]
 WRONG_NAMES = [
     ("model: {optimizer: {class_path: torch.optim.SDG}}", "model.optimizer", "SGD"),
@@ -170,6 +183,7 @@ WRONG_NAMES = [
     ("run: {test_weights: lst}", "run.test_weights", "last"),
 ]
 WRONG_TYPES = [
+    ("model: {objective: {class_path: Distillation}}", "model.objective.init_args.teacher", "required"),
     ("data: {batch_size: many}", "data.batch_size", "int"),
     ("model: {objective: {init_args: {label_smoothing: [1]}}}", "label_smoothing", "float"),
     ("model: {net: {init_args: {layers: two}}}", "layers", "two"),

@@ -19,6 +19,7 @@ from reslab.config_errors import ALLOWED, explain, located, places
 from reslab.data import ImageData
 from reslab.errors import UserError
 from reslab.host import CONFIGS
+from reslab.models import ResNet, TimmNetwork, TorchvisionNetwork  # noqa: F401 - short names: of imported classes only
 from reslab.training import Classifier
 from reslab.training.lightning_internals import rank
 

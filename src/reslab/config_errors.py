@@ -42,6 +42,8 @@ def explain(message: str, known_keys: Sequence[str], args: Sequence[str], base: 
         reason = f"a config must not name {name!r}; it may name classes of {', '.join(ALLOWED)}"
     elif name := _first(r"No module named '(\w+)", message):
         reason = f"{name} is not installed: pip install {name}"
+    elif name := _first(r"the following arguments are required: (\w+)", message):
+        key, reason = f"{key}.init_args.{name}", "is required"
     elif unknown := _unknown_key(message):
         key, reason = unknown, "no such key"
         near = _nearest(key, [*known_keys, *_class_keys(key, message)])
@@ -104,7 +106,9 @@ def _class_keys(key: str, message: str) -> list[str]:
     if not module:
         return []
     taken = inspect.signature(getattr(importlib.import_module(module), name)).parameters
-    return [f"{key.rpartition('.')[0]}.{p}" for p in taken if p not in ("self", "params", "args", "kwargs")]
+    group, _, last = key.rpartition(".")
+    passed_on = [f"{group.removesuffix('init_args')}dict_kwargs.{last}"] if "kwargs" in taken else []
+    return [*passed_on, *(f"{group}.{p}" for p in taken if p not in ("self", "params", "args", "kwargs"))]
 
 
 def _nearest(key: str, known: Sequence[str]) -> list[str]:
@@ -112,7 +116,8 @@ def _nearest(key: str, known: Sequence[str]) -> list[str]:
     group, _, name = key.rpartition(".")
     names = [k.rpartition(".")[2] for k in known if k.rpartition(".")[0] == group]
     near = get_close_matches(name, names, 3, 0.5)
-    return [f"{group}.{n}" if group else n for n in near] or get_close_matches(key, known, 3, 0.6)
+    near = [f"{group}.{n}" if group else n for n in near] or get_close_matches(key, known, 3, 0.6)
+    return [*(k for k in known if k.endswith(f"dict_kwargs.{name}")), *near]  # arguments that a class passes on
 
 
 def _wrong_value(message: str) -> tuple[str, list[str]]:

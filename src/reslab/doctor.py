@@ -24,6 +24,9 @@ def examine(overrides: list[str]) -> int:
     print(f"packages  {packages}")
     print(f"cpu       {machine['cpu']}, {machine['cpus']} cores, {machine['threads']} torch threads")
     print(f"gpu       {', '.join(machine['gpus']) or 'none'}")
+    netrc = Path.home() / ".netrc"
+    login = "WANDB_API_KEY" in os.environ or (netrc.exists() and "wandb" in netrc.read_text(encoding="utf-8"))
+    print(f"wandb     {'logged in: runs go online' if login else 'not logged in: runs are kept offline'}")
     print(f"flags     {json.dumps(machine['determinism'])}")
     checks: list[Callable[[], str]] = [_check_writing]
     if overrides:

@@ -187,18 +187,16 @@ class Checkpoints(Callback):
         self._written_at = time.monotonic()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if at_step_end(trainer, batch_idx) and self._due(trainer):
+        if not at_step_end(trainer, batch_idx):
+            return
+        due = self.every_steps is not None and trainer.global_step % self.every_steps == 0
+        late = time.monotonic() - self._written_at >= 60 * self.every_minutes
+        if due or max_over_ranks(trainer, late, trainer.global_step):
             self.write(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._ended = True
         self.write(trainer)
-
-    def _due(self, trainer: Trainer) -> bool:
-        if self.every_steps is not None and trainer.global_step % self.every_steps == 0:
-            return True
-        late = time.monotonic() - self._written_at >= 60 * self.every_minutes
-        return bool(max_over_ranks(trainer, late, trainer.global_step))
 
     def write(self, trainer: Trainer) -> None:
         """Write last.ckpt now and keep the one before it as previous.ckpt."""

@@ -247,17 +247,13 @@ class Distillation(CrossEntropy):
 
     def loss(self, net: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
         images, (teacher,) = batch[0], self._teacher
+        first = next(teacher.parameters())
+        if (first.device, first.dtype) != (images.device, images.dtype):
+            teacher.to(images.device, images.dtype)
         logits = net(images)
         with torch.no_grad():
-            target = (self._on(teacher, images)(images) / self.temperature).log_softmax(1)
+            target = (teacher(images) / self.temperature).log_softmax(1)
         student = (logits / self.temperature).log_softmax(1)
         # Gradients scale with 1/T², so T² keeps both parts in proportion at any temperature (section 2.1).
         soft = F.kl_div(student, target, reduction="batchmean", log_target=True) * self.temperature**2
         return self.alpha * soft + (1 - self.alpha) * self.cross_entropy(logits, Labels.of(batch)), logits
-
-    def _on(self, teacher: nn.Module, images: Tensor) -> nn.Module:
-        """Move the teacher to the images' device and precision, once."""
-        first = next(teacher.parameters())
-        if (first.device, first.dtype) != (images.device, images.dtype):
-            teacher.to(images.device, images.dtype)
-        return teacher

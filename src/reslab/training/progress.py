@@ -52,7 +52,10 @@ class ProgressReport(Callback):
         self.images += len(batch[1]) * trainer.world_size
         step = trainer.global_step
         if at_step_end(trainer, batch_idx) and is_logged_step(trainer, step):
-            self._log_speed(trainer)
+            self._stop_clock()
+            seconds, images = self.seconds - self._logged[0], self.images - self._logged[1]
+            self._logged = (self.seconds, self.images)
+            publish(trainer, {"images_per_second": images / max(seconds, 1e-9)})
             self._refresh(pl_module)
         if self._bar is not None:
             self._bar.update(self._task, completed=step)
@@ -72,7 +75,10 @@ class ProgressReport(Callback):
             if trainer.max_epochs and trainer.max_epochs > 0:  # otherwise the length is given in steps
                 done += f"/{trainer.max_epochs}"
             values = self._values(pl_module, validated=self._validated_in == trainer.current_epoch)
-            print(f"epoch {done}  {values}  left {self._time_left(trainer)}", flush=True)
+            remaining = trainer.estimated_stepping_batches - trainer.global_step
+            taken = max(trainer.global_step - self._first_step, 1)
+            seconds = int((time.monotonic() - self._began) * remaining / taken)
+            print(f"epoch {done}  {values}  left {seconds // 60}:{seconds % 60:02d}", flush=True)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._stop_clock()
@@ -90,12 +96,6 @@ class ProgressReport(Callback):
         self.seconds += now - self._mark
         self._mark = now
 
-    def _log_speed(self, trainer: Trainer) -> None:
-        self._stop_clock()
-        seconds, images = self.seconds - self._logged[0], self.images - self._logged[1]
-        self._logged = (self.seconds, self.images)
-        publish(trainer, {"images_per_second": images / max(seconds, 1e-9)})
-
     def _close_bar(self) -> None:
         if self._bar is not None:
             self._bar.stop()
@@ -111,9 +111,3 @@ class ProgressReport(Callback):
         shown = [f"{name} {latest[name]:.4f}" for split in splits for name in latest if name.startswith(split)]
         speed = self.images_per_second()
         return "  ".join([*shown, f"{speed:,.0f} images/s"] if speed else shown)
-
-    def _time_left(self, trainer: Trainer) -> str:
-        done = trainer.global_step - self._first_step
-        left = trainer.estimated_stepping_batches - trainer.global_step
-        seconds = (time.monotonic() - self._began) * left / max(done, 1)
-        return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
