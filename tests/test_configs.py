@@ -183,7 +183,7 @@ WRONG_NAMES = [
     ("run: {test_weights: lst}", "run.test_weights", "last"),
 ]
 WRONG_TYPES = [
-    ("model: {objective: {class_path: Distillation}}", "model.objective.init_args.teacher", "required"),
+    ("model: {objective: {class_path: Distillation}}", "model.objective", "init_args.teacher is required"),
     ("data: {batch_size: many}", "data.batch_size", "int"),
     ("model: {objective: {init_args: {label_smoothing: [1]}}}", "label_smoothing", "float"),
     ("model: {net: {init_args: {layers: two}}}", "layers", "two"),

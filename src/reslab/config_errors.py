@@ -43,7 +43,7 @@ def explain(message: str, known_keys: Sequence[str], args: Sequence[str], base: 
     elif name := _first(r"No module named '(\w+)", message):
         reason = f"{name} is not installed: pip install {name}"
     elif name := _first(r"the following arguments are required: (\w+)", message):
-        key, reason = f"{key}.init_args.{name}", "is required"
+        reason = f"init_args.{name} is required"
     elif unknown := _unknown_key(message):
         key, reason = unknown, "no such key"
         near = _nearest(key, [*known_keys, *_class_keys(key, message)])
