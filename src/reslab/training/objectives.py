@@ -241,9 +241,8 @@ class Distillation(CrossEntropy):
                 f"model.objective.teacher: {source} is not a run directory (it has no manifest.json); "
                 "the name of a model requires model.objective.weights"
             )
-        shape = {"num_classes": getattr(net, "num_classes", None), "in_channels": getattr(net, "in_channels", None)}
-        known = {key: value for key, value in shape.items() if value is not None}
-        return create_model(source, weights=self.weights, **known)
+        shape = {name: getattr(net, name) for name in ("num_classes", "in_channels") if hasattr(net, name)}
+        return create_model(source, weights=self.weights, **shape)
 
     def loss(self, net: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
         images, (teacher,) = batch[0], self._teacher

@@ -32,11 +32,9 @@ class ParamGroups:
     decay_norm_and_bias: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("backbone_lr_scale", "layer_decay"):
-            if getattr(self, name) <= 0:
-                raise ValueError(
-                    f"{name} must be more than 0, got {getattr(self, name)}; freeze keeps groups as they are"
-                )
+        for name, scale in (("backbone_lr_scale", self.backbone_lr_scale), ("layer_decay", self.layer_decay)):
+            if scale <= 0:
+                raise ValueError(f"{name} must be more than 0, got {scale}; freeze keeps groups as they are")
 
     def check(self, net: nn.Module) -> None:
         """Raise ValueError where the network has no such layer groups, or none at all."""

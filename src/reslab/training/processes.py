@@ -20,6 +20,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from reslab.files import write_text
+from reslab.models.network import Network
 from reslab.training.lightning_internals import child_processes, skip_process_observer, skip_sigterm_broadcast
 
 POLL = 0.5  # seconds
@@ -61,7 +62,7 @@ def shard(net: nn.Module, mesh: DeviceMesh) -> None:
         return
     over = mesh if mesh.shape[0] > 1 else mesh["tensor_parallel"]
     net.to(memory_format=torch.contiguous_format)  # FSDP2 shards rows of dense memory
-    for block in net.blocks() if hasattr(net, "blocks") else []:  # type: ignore[operator]
+    for block in net.blocks() if isinstance(net, Network) else []:
         fully_shard(block, mesh=over)
     fully_shard(net, mesh=over)
 
@@ -92,12 +93,8 @@ class FailureMonitor:
     """Exit when a peer rank dies: the main thread may be blocked in a collective.
 
     A rank that fails leaves a note in the run directory, which all ranks poll. Where Lightning is the launcher, rank 0
-    also polls the processes it started, and the others check that their parent process is alive.
-
-    Args:
-        folder: The run directory.
-        rank: Rank of this process.
-        close: Record the failure in the manifest.
+    also polls the processes it started, and the others check that their parent process is alive. `close` records the
+    failure in the manifest.
     """
 
     def __init__(self, folder: Path, rank: int, close: Callable[[Failure], Any]) -> None:
