@@ -216,11 +216,7 @@ OUT_OF_RANGE = [
     ("model: {objective: {init_args: {label_smoothing: 1.5}}}", "label_smoothing", "[0, 1)"),
     ("model: {ema_decay: 2.0}", "ema_decay", "between 0 and 1"),
     ("model: {param_groups: {freeze: [stem, stage9]}}", "freeze", "stem, stage1, stage2, stage3"),
-    (
-        "model: {schedule: {class_path: MultiStep, init_args: {milestones: [0.5, 3]}}}",
-        "milestones",
-        "between 0 and 1",
-    ),
+    ("model: {schedule: {class_path: MultiStep, init_args: {milestones: [0.5, 3]}}}", "milestones", "between 0 and 1"),
     ("model: {net: {init_args: {layers: [1, 0]}}}", "layers", "1"),
     ("run: {checkpoint_every_minutes: 0}", "checkpoint_every_minutes", "more than 0"),
     ("run: {name: a/b}", "run.name", "letters"),
@@ -315,16 +311,7 @@ def test_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_command_line_prints_one_message_and_exits_with_2(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("trainer: {max_epoch: 3}")
-    command = [
-        sys.executable,
-        "-m",
-        "reslab",
-        "fit",
-        "--config",
-        str(DIGITS),
-        "--config",
-        str(tmp_path / "mine.yaml"),
-    ]
+    command = [sys.executable, "-m", "reslab", "fit", "--config", str(DIGITS), "--config", str(tmp_path / "mine.yaml")]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2
     assert "trainer.max_epochs" in done.stderr and "Traceback" not in done.stderr

@@ -115,12 +115,7 @@ def train(data: ImageData, resume: Path | None = None, *callbacks: Callback, **s
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     model = Recorder()
     trainer = Trainer(
-        max_epochs=3,
-        accelerator="cpu",
-        enable_model_summary=False,
-        callbacks=[*callbacks],
-        **quiet,
-        **settings,
+        max_epochs=3, accelerator="cpu", enable_model_summary=False, callbacks=[*callbacks], **quiet, **settings
     )
     trainer.fit(model, data, ckpt_path=resume)
     return model

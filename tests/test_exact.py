@@ -10,19 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from runner import (
-    EPOCH_END,
-    RENAME,
-    SUMS,
-    TEST,
-    TRAINING,
-    VALIDATION,
-    Fault,
-    fit,
-    manifest,
-    metrics,
-    traces,
-)
+from runner import EPOCH_END, RENAME, SUMS, TEST, TRAINING, VALIDATION, Fault, fit, manifest, metrics, traces
 
 Undisturbed = Callable[..., Path]
 

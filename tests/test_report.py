@@ -171,9 +171,7 @@ def test_calibration_error_of_known_example() -> None:
 
 
 @given(st.lists(st.tuples(st.floats(0, 1), st.booleans()), min_size=1))
-def test_calibration_counts_every_image_and_is_at_most_1(
-    images: list[tuple[float, bool]],
-) -> None:
+def test_calibration_counts_every_image_and_is_at_most_1(images: list[tuple[float, bool]]) -> None:
     confidence, correct = (np.array(column) for column in zip(*images, strict=True))
     calibration = calibrate(confidence, correct)
     assert calibration.count.sum() == len(images)

@@ -37,14 +37,7 @@ def run(repo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_run_directory_contents(run: Path) -> None:
-    names = {
-        "config.yaml",
-        "manifest.json",
-        "metrics.csv",
-        "weights.safetensors",
-        "predictions.npz",
-        "report.html",
-    }
+    names = {"config.yaml", "manifest.json", "metrics.csv", "weights.safetensors", "predictions.npz", "report.html"}
     assert names <= {p.name for p in run.iterdir()}
     assert {"last.ckpt", "best.ckpt", "SHA256SUMS"} <= {p.name for p in (run / "checkpoints").iterdir()}
     figures = {p.stem for p in (run / "figures").iterdir()}

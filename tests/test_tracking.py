@@ -188,11 +188,7 @@ def test_wandb_mode_is_respected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("server", ["unreachable", "hanging"])
 def test_unanswered_start_falls_back_to_offline_after_the_timeout(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    silent_server: str,
-    server: str,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], silent_server: str, server: str
 ) -> None:
     monkeypatch.setenv("WANDB_BASE_URL", silent_server if server == "hanging" else "http://127.0.0.1:9")
     monkeypatch.setenv("WANDB_API_KEY", KEY)
@@ -259,16 +255,7 @@ def test_fit_logs_to_wandb(
     monkeypatch.setenv("WANDB_MODE", "offline")
     configs = [repo / "configs/experiment/digits.yaml", repo / "configs/logger/wandb.yaml"]
     argv = [arg for path in configs for arg in ("--config", str(path))]
-    options = [
-        "--trainer.max_epochs",
-        "1",
-        "--run.dir",
-        str(tmp_path),
-        "--run.group",
-        "g",
-        "--run.tags",
-        "[t]",
-    ]
+    options = ["--trainer.max_epochs", "1", "--run.dir", str(tmp_path), "--run.group", "g", "--run.tags", "[t]"]
     assert fit([*argv, *options]) == 0
 
     [run] = offline_runs(tmp_path)

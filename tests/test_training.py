@@ -14,16 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from reslab import Classifier, ImageData, create_model
 from reslab.data import Augment, Batch, Digits
 from reslab.errors import UserError
-from reslab.training import (
-    BinaryCrossEntropy,
-    Constant,
-    Cosine,
-    Linear,
-    MultiStep,
-    OneCycle,
-    ParamGroups,
-    Schedule,
-)
+from reslab.training import BinaryCrossEntropy, Constant, Cosine, Linear, MultiStep, OneCycle, ParamGroups, Schedule
 from reslab.training.classifier import Diverged
 from reslab.training.ema import EMA
 from reslab.training.optimizers import parameter_groups
