@@ -72,6 +72,8 @@ class RunRecord:
         }
 
     def _refuse_other_config(self, config: str) -> None:
+        if not self.folder.config.exists():
+            raise UserError(f"{self.folder.path} has a manifest.json but no config.yaml: choose another --run.dir")
         recorded = yaml.safe_load(self.folder.config.read_text(encoding="utf-8"))
         rows = [
             f"  {key}: {old} (in the run directory) != {new} (requested)"

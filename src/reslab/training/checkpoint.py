@@ -63,10 +63,8 @@ def read_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
         return torch.load(path, map_location=map_location, weights_only=True)
     except pickle.UnpicklingError as error:
         reason = str(error).split("WeightsUnpickler error: ")[-1].strip().split("\n")[0]
-        raise UserError(
-            f"{path} holds more than tensors and plain values and was not loaded ({reason}). "
-            "No run wrote it: remove it to resume from the previous checkpoint"
-        ) from None
+        remedy = "no run wrote it: remove it to resume from the previous checkpoint"
+        raise UserError(f"{path} holds more than tensors and was not loaded ({reason}); {remedy}") from None
 
 
 class VerifiedCheckpointIO(CheckpointIO):
@@ -146,12 +144,8 @@ def max_over_ranks(trainer: Trainer, value: int, count: int) -> int:
 class Checkpoints(Callback):
     """Write last.ckpt, to resume from, and best.ckpt, the weights with the best validation metric.
 
-    Args:
-        folder: Directory of the checkpoints.
-        monitor: Metric that decides about best.ckpt.
-        mode: Whether a higher ("max") or a lower ("min") value is better.
-        every_steps: Write last.ckpt every this many optimizer steps.
-        every_minutes: Write last.ckpt every this many minutes.
+    last.ckpt is written every `every_steps` optimizer steps, every `every_minutes` minutes and at the end; best.ckpt
+    whenever `monitor` has a new best value.
     """
 
     def __init__(

@@ -13,11 +13,7 @@ class EMA(nn.Module):
 
     torch's AveragedModel reads its step counter from the device, one sync per step; here the step is a Python integer
     from the trainer. The decay d warms up as min(decay, (1 + t) / (10 + t)), so that short runs do not average over
-    their initial weights (as TensorFlow's ExponentialMovingAverage).
-
-    Args:
-        net: Network to follow. It is copied; the copy is not trained.
-        decay: Decay d per optimizer step.
+    their initial weights (as TensorFlow's ExponentialMovingAverage). `decay` is d per optimizer step.
     """
 
     def __init__(self, net: nn.Module, decay: float) -> None:

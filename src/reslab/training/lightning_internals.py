@@ -1,8 +1,7 @@
-"""Every private or undocumented attribute of Lightning that reslab relies on, and nothing else.
+"""Every private or undocumented attribute of Lightning that reslab relies on, each with the reason.
 
-Each function names one need and the reason why no public API serves it. Importing this module checks that all
-attributes exist, so an incompatible Lightning fails here, with the supported versions, instead of in a training step.
-It imports nothing of reslab: the data modules use it too.
+At import it is checked that all of them exist: an incompatible Lightning fails here, with the supported versions.
+This module imports nothing of reslab: the data modules use it too.
 """
 
 import inspect
@@ -61,9 +60,6 @@ def rank() -> int:
     return int(getattr(rank_zero_only, "rank", 0))
 
 
-# Where training is. Lightning keeps these counts in its loops and restores them from a checkpoint.
-
-
 def batches_taken(trainer: Trainer) -> int:
     """Return the number of micro-batches this rank has taken since training began, earlier attempts included."""
     return trainer.fit_loop.epoch_loop.batch_progress.total.ready
@@ -77,9 +73,8 @@ def micro_batch_index(trainer: Trainer) -> int:
 def current_step(trainer: Trainer) -> int:
     """Return the optimizer step that belongs to this moment, counted from 1.
 
-    Inside a batch this is the step being taken, whether its optimizer step has run yet or not; elsewhere (validation,
-    end of an epoch, test) it is the last step taken. `trainer.global_step` alone changes in the middle of a batch, and
-    Lightning's own counter for loggers lags one step behind.
+    Inside a batch this is the step being taken; elsewhere (validation, end of an epoch, test) it is the last one taken.
+    `trainer.global_step` changes in the middle of a batch, and Lightning's counter for loggers lags one step behind.
     """
     loop = trainer.fit_loop.epoch_loop
     in_batch = loop.batch_progress.current.ready > loop.batch_progress.current.completed
@@ -128,9 +123,6 @@ def resume_after_step(trainer: Trainer, checkpoint: Mapping[str, Any]) -> None:
         for count in (epoch["total"], epoch["current"]):
             count["processed"] = count["completed"] = count["ready"]
         loops["epoch_loop.state_dict"]["_batches_that_stepped"] += 1
-
-
-# Logging
 
 
 def publish(trainer: Trainer, values: Mapping[str, float]) -> None:

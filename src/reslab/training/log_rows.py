@@ -14,10 +14,8 @@ class LogRows(Callback):
     In plain Lightning, `self.log` and callbacks such as LearningRateMonitor log one step early, so their rows lie
     between those of code that logs `trainer.global_step`. Here the step passed to `log_metrics` is replaced by the
     optimizer step being taken (`current_step`), and a row reaches the logger when the next one begins. A logger with
-    `merges_rows = True` updates its last row itself and receives everything at once.
-
-    Args:
-        test_follows: A test follows the fit: its metrics belong to the row of the last step, which is kept open.
+    `merges_rows = True` updates its last row itself and receives everything at once. With `test_follows`, the row of
+    the last step stays open after the fit, for the metrics of the test.
     """
 
     def __init__(self, test_follows: bool = False) -> None:

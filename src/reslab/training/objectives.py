@@ -21,15 +21,10 @@ PADDING = -1  # label of an image that only fills up a batch; no metric counts i
 
 
 class Labels(NamedTuple):
-    """Labels of a training batch; with mixup or CutMix each image also shows its partner's class.
+    """Labels of a training batch; with mixup or CutMix each image also shows its partner's class."""
 
-    Attributes:
-        labels: int64 (N,).
-        lam: Mixup lambda, float32 (): weight of an image's own label; its partner's weighs 1 - lam. None: no mixing.
-    """
-
-    labels: Tensor
-    lam: Tensor | None = None
+    labels: Tensor  # int64 (N,)
+    lam: Tensor | None = None  # mixup lambda, float32 (): the own label's weight, the partner's is the rest
 
     @classmethod
     def of(cls, batch: Any) -> "Labels":
@@ -128,10 +123,7 @@ class Objective(nn.Module, ABC):
         return [f"{split}/{name}" for split, names in by_split.items() for name in names]
 
     def prepare(self, net: nn.Module) -> dict[str, Any]:
-        """Load what training needs beside `net` and return what the manifest should record of it.
-
-        Called before training starts, so that missing files are reported there.
-        """
+        """Load what training needs beside `net`, before it starts; return what the manifest should record of it."""
         return {}
 
 
@@ -237,10 +229,8 @@ class Distillation(CrossEntropy):
         if Path(source, "manifest.json").exists():
             return network_of_run(source)
         if self.weights is None:
-            raise UserError(
-                f"model.objective.teacher: {source} is not a run directory (it has no manifest.json); "
-                "the name of a model requires model.objective.weights"
-            )
+            wrong = f"{source} is not a run directory (it has no manifest.json)"
+            raise UserError(f"model.objective.teacher: {wrong}; a model's name requires model.objective.weights")
         shape = {name: getattr(net, name) for name in ("num_classes", "in_channels") if hasattr(net, name)}
         return create_model(source, weights=self.weights, **shape)
 

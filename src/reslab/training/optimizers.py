@@ -3,7 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from torch import nn
@@ -38,17 +38,11 @@ class ParamGroups:
 
     def check(self, net: nn.Module) -> None:
         """Raise ValueError where the network has no such layer groups, or none at all."""
-        defaults = ParamGroups()
-        names = ("freeze", "backbone_lr_scale", "layer_decay")
-        changed = [name for name in names if getattr(self, name) != getattr(defaults, name)]
-        if not changed:
-            return
-        if not hasattr(net, "layer_groups"):
-            raise ValueError(
-                f"param_groups: {', '.join(changed)} requires layer groups, {type(net).__name__} has none: "
-                "implement reslab.models.Network, or leave the option out"
-            )
-        groups = list(net.layer_groups())[:-1]  # type: ignore[operator]
+        options = [f.name for f in fields(self)[:-1] if getattr(self, f.name) != getattr(ParamGroups(), f.name)]
+        if options and not hasattr(net, "layer_groups"):
+            wrong = f"{', '.join(options)} requires layer groups, {type(net).__name__} has none"
+            raise ValueError(f"param_groups: {wrong}: implement reslab.models.Network, or leave the option out")
+        groups = list(net.layer_groups())[:-1] if options else []  # type: ignore[operator]
         if unknown := [group for group in self.freeze if group not in groups]:
             raise ValueError(f"freeze: no layer group is called {', '.join(unknown)}; there are: {', '.join(groups)}")
 

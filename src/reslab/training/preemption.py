@@ -22,10 +22,7 @@ class Preemption(Callback):
     all stop at the same step, whichever of them got the signal.
 
     As a context manager it also handles signals that arrive before training begins, and restores the previous handlers
-    on exit.
-
-    Args:
-        saver: Writes the checkpoint.
+    on exit. `saver` writes the checkpoint.
     """
 
     def __init__(self, saver: Checkpoints) -> None:
@@ -63,8 +60,7 @@ class Preemption(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *args: Any
     ) -> None:
         if number := self._received_by_any(trainer, batch_idx, trainer.num_test_batches):
-            name = signal.Signals(number).name
-            raise Preempted(f"{name} during the test: run the same command again to repeat the test")
+            raise Preempted(f"{signal.Signals(number).name} during the test: run the same command again to repeat it")
 
     def _received_by_any(self, trainer: Trainer, batch_idx: int, batches: list[int | float]) -> int:
         done = batch_idx + 1

@@ -52,11 +52,9 @@ class SkipRedundantSync(Callback):
 
 
 def shard(net: nn.Module, mesh: DeviceMesh) -> None:
-    """Shard parameters, gradients and optimizer state of a network over ranks (FSDP2, or HSDP with replicas).
+    """Shard parameters, gradients and optimizer state of a network over a (replicas, shards) mesh: FSDP2, HSDP.
 
-    Args:
-        net: The `blocks()` of a Network are gathered one at a time during a pass, all other parameters together.
-        mesh: (replicas, shards): each parameter is split into `shards` pieces on each of the `replicas`.
+    The `blocks()` of a Network are gathered one at a time during a pass, all other parameters together.
     """
     if isinstance(net, FSDPModule):
         return
@@ -78,10 +76,8 @@ def load_whole_state(net: nn.Module, state: dict[str, Any]) -> None:
 
 
 class Failure(NamedTuple):
-    """Why a run failed, and its exit status."""
-
     message: str
-    status: int
+    status: int  # exit status
 
 
 def lost_contact(error: Exception) -> bool:
