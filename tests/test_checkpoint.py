@@ -59,3 +59,19 @@ def test_damaged_sums_file_is_reported(tmp_path: Path) -> None:
     (tmp_path / SUMS).write_bytes(b"\xff\xfe no sums")
     with pytest.raises(UserError, match="no intact checkpoint"):
         resume_point(tmp_path)
+
+
+@pytest.mark.parametrize("mode", ["max", "min"])
+def test_nan_in_a_validation_is_never_the_best(tmp_path: Path, mode: str) -> None:
+    from types import SimpleNamespace
+
+    from reslab.training.checkpoint import Checkpoints
+
+    written: list[float] = []
+    trainer = SimpleNamespace(state=SimpleNamespace(fn="fit"), sanity_checking=False, callback_metrics={})
+    saver = Checkpoints(tmp_path, "val/loss", mode)  # type: ignore[arg-type]
+    trainer.save_checkpoint = lambda path, weights_only: written.append(trainer.callback_metrics["val/loss"])
+    for value in (float("nan"), 2.0, 1.0, float("nan"), 3.0):
+        trainer.callback_metrics["val/loss"] = value
+        saver.on_validation_end(trainer, None)  # type: ignore[arg-type]
+    assert written == ([2.0, 3.0] if mode == "max" else [2.0, 1.0])
