@@ -197,6 +197,14 @@ def test_study_accepts_any_metric_that_the_model_logs(tmp_path: Path, monkeypatc
     assert set(launch.typed_configs(study)) == {"A", "none"}
 
 
+def test_missing_teacher_is_reported_before_the_first_cell(tmp_path: Path) -> None:
+    distillation = {"class_path": "Distillation", "init_args": {"teacher": str(tmp_path / "nowhere")}}
+    study = read_study(write(tmp_path, arms={"A": {}, "taught": {"model.objective": distillation}}))
+    assert set(launch.typed_configs(study)) == {"A", "taught"}  # a plan needs no teacher yet
+    with pytest.raises(UserError, match="arm taught: .*nowhere is not a run directory"):
+        launch.prepare(study, tmp_path / "out")
+
+
 def test_override_of_a_key_that_arms_change_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="would apply to all arms, but they differ"):
         read_study(write(tmp_path), [f"--{SHORTCUT}", "C"])

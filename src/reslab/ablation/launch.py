@@ -70,7 +70,7 @@ def prepare(study: Study, out: Path) -> list[State]:
 
     Raise UserError if an arm is invalid, or a cell's directory holds another run.
     """
-    configs = typed_configs(study)
+    configs = typed_configs(study, about_to_run=True)
     current = states(study, out, {arm: yaml.load(text, Loader) for arm, text in configs.items()})
     if mismatched := [s for s in current if s.status == "mismatched"]:
         rows = "\n".join(f"  {s.cell.name}: {s.detail}" for s in mismatched)
@@ -82,7 +82,7 @@ def prepare(study: Study, out: Path) -> list[State]:
     return current
 
 
-def typed_configs(study: Study) -> dict[str, str]:
+def typed_configs(study: Study, about_to_run: bool = False) -> dict[str, str]:
     """Return the resolved config of every arm as YAML, after checking every value and building every class."""
     from reslab.config import Experiment
 
@@ -97,6 +97,8 @@ def typed_configs(study: Study) -> dict[str, str]:
                 if study.metric not in model.metric_names:
                     near = difflib.get_close_matches(study.metric, model.metric_names, 3, 0.4) or model.metric_names
                     raise UserError(f"metric {study.metric!r} is not logged; nearest: {', '.join(near)}")
+                if about_to_run:  # a teacher that is missing is reported before the first cell
+                    model.objective.prepare(model.net)
             except UserError as error:
                 message = "\n".join(line for line in str(error).split("\n") if scratch not in line)
                 raise UserError(f"{study.path}: arm {arm.name}: {message}") from error
