@@ -201,7 +201,7 @@ def test_missing_teacher_is_reported_before_the_first_cell(tmp_path: Path) -> No
     distillation = {"class_path": "Distillation", "init_args": {"teacher": str(tmp_path / "nowhere")}}
     study = read_study(write(tmp_path, arms={"A": {}, "taught": {"model.objective": distillation}}))
     assert set(launch.typed_configs(study)) == {"A", "taught"}  # a plan needs no teacher yet
-    with pytest.raises(UserError, match="arm taught: .*nowhere is not a run directory"):
+    with pytest.raises(UserError, match=r"arm taught: .*nowhere is not a run directory"):
         launch.prepare(study, tmp_path / "out")
 
 
