@@ -264,3 +264,9 @@ def test_corrupt_cifar_batch_is_reported(shared_data: Path, repo: Path, tmp_path
     ended = reslab("fit", "--config", config, *options)
     assert ended.status == 2 and "data_batch_2" in ended.output and "Traceback" not in ended.output
     assert not (tmp_path / "run/metrics.csv").exists()
+
+
+def test_run_directory_without_its_config_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text('{"status": "preempted", "seed": 0, "attempts": []}')
+    ended = fit(tmp_path)
+    assert ended.status == 2 and "no config.yaml" in ended.output and "Traceback" not in ended.output

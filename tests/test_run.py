@@ -154,9 +154,3 @@ def test_data_error_is_one_message_and_marks_the_run_failed(repo: Path, tmp_path
 def test_refused_value_creates_no_run_directory(repo: Path, tmp_path: Path) -> None:
     done = fit(repo, "--run.dir", tmp_path / "r", "--model.objective.init_args.label_smoothing", "3")
     assert done.returncode == 2 and "label_smoothing" in done.stderr and not (tmp_path / "r").exists()
-
-
-def test_run_directory_without_its_config_is_refused(repo: Path, tmp_path: Path) -> None:
-    (tmp_path / "manifest.json").write_text('{"status": "preempted", "seed": 0, "attempts": []}')
-    done = fit(repo, "--run.dir", tmp_path)
-    assert done.returncode == 2 and "no config.yaml" in done.stderr and "Traceback" not in done.stderr
