@@ -47,7 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _call(target: str, **options: Any) -> int:
     """Import and call `module:function`, with known unhelpful library messages silenced; return its exit status."""
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+    for name in ("utilities.rank_zero", "trainer.connectors.checkpoint_connector"):
+        logging.getLogger(f"lightning.pytorch.{name}").setLevel(logging.WARNING)
     for message in (
         r".*isinstance\(treespec, LeafSpec\).*",
         r".*does not have many workers.*",
