@@ -1,6 +1,5 @@
 """ResNet: equal to torchvision's networks, and properties of every combination of kwargs."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,15 +34,6 @@ def shapes(net: torch.nn.Module) -> dict[str, torch.Size]:
 def meta(name: str, **kwargs: Any) -> ResNet:
     with torch.device("meta"):
         return create_model(name, **kwargs)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    # On a busy machine OpenMP threads wait for each other: these small tensors would take ten times as long.
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 # ---- comparison with torchvision and the papers
