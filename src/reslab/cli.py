@@ -98,6 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     help = "repeat a finished run and compare: RUN [--KEY VALUE ...]"
     command = add_for_run("reproduce", help, target="runs.verify:reproduce")
     command.add_argument("--out", metavar="DIR", help="directory of the new run (default: RUN-reproduced)")
+    command.add_argument("--compare", metavar="DIR", help="run nothing: compare with the finished run in DIR")
     _add_ablate(add("ablate", "plan, run and report an ablation study: arms × seeds in, a verdict out"))
     command = add("list", "list models, data sets, experiments or ablation studies", False, target="cli:_list")
     command.add_argument("what", nargs="?", choices=[*LISTS, "models"], help="default: all of them")

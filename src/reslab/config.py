@@ -41,6 +41,7 @@ class RunOptions:
         checkpoint_every_steps: Write last.ckpt every this many optimizer steps.
         checkpoint_every_minutes: Write last.ckpt every this many minutes.
         allow_world_size_change: Allow an unfinished run to resume with another number of processes; bits may differ.
+        allow_data_change: Allow an unfinished run to resume on other data; the manifest records what has changed.
         group: W&B group of the run, such as a study.
         job_type: W&B job type of the run, such as an arm.
         tags: W&B tags of the run.
@@ -54,6 +55,7 @@ class RunOptions:
     checkpoint_every_steps: int | None = None
     checkpoint_every_minutes: float = 5.0
     allow_world_size_change: bool = False
+    allow_data_change: bool = False
     group: str | None = None
     job_type: str | None = None
     tags: list[str] = field(default_factory=list)

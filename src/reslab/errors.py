@@ -1,10 +1,23 @@
 """Errors that the user can mend, and the exit statuses of every command."""
 
+import sys
+import traceback
 from enum import IntEnum
+from pathlib import Path
 
 
 class UserError(Exception):
     """Wrong usage, config or data: shown as one plain message without a traceback, exit status 2."""
+
+
+def cause(error: BaseException) -> str:
+    """Return the type and last line of an error, and the file and line if the user's own code raised it."""
+    lines = str(error).strip().splitlines()
+    text = f"{type(error).__name__}: {lines[-1].strip()}" if lines else type(error).__name__
+    frames = traceback.extract_tb(error.__traceback__)
+    here, libraries = str(Path(__file__).parent), (sys.prefix, sys.base_prefix)
+    user = [f for f in frames if not f.filename.startswith((here, *libraries, "<"))]
+    return f"{text} ({user[-1].filename}, line {user[-1].lineno})" if user else text
 
 
 class Exit(IntEnum):

@@ -12,15 +12,18 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import yaml
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import EarlyStopping, Timer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from safetensors.torch import save
 
 from reslab.config import Experiment
 from reslab.data import ImageData
 from reslab.data.samplers import BatchKey
-from reslab.errors import Exit, UserError
+from reslab.errors import Exit, UserError, cause
 from reslab.files import replacing
+from reslab.host import handling_signals
+from reslab.models.zoo import load_weights
 from reslab.runs.csv_logger import MetricsCSV
 from reslab.runs.folder import RunFolder
 from reslab.runs.metrics import cut
@@ -34,6 +37,7 @@ from reslab.training.log_rows import LogRows
 from reslab.training.preemption import Preempted, Preemption
 from reslab.training.processes import Failure, FailureMonitor, SkipRedundantSync, lost_contact
 from reslab.training.progress import ProgressReport
+from reslab.training.rehearsal import rehearse
 
 EXIT = {"complete": Exit.OK, "failed": Exit.FAILED, "diverged": Exit.FAILED, "preempted": Exit.PREEMPTED}
 
@@ -42,32 +46,41 @@ def fit(argv: list[str]) -> int:
     """Run `reslab fit`: start a run, or resume the unfinished one in --run.dir; return the exit status."""
     experiment = Experiment(argv)
     built = experiment.build()  # first: a value refused at construction must leave no run directory behind
-    built[1].objective.prepare(built[1].net)  # a missing teacher, too
     folder = RunFolder(experiment.run_dir())
     if rank() != 0:
-        return Run(experiment, folder, argv).execute(*built)
-    folder.probe()
-    with folder.lock():
-        return Run(experiment, folder, argv).execute(*built)
+        return Run(experiment, folder, argv, *built).execute()
+    with folder.claimed():
+        return Run(experiment, folder, argv, *built).execute()
 
 
 class Run:
     """Trains and tests one run in its run directory, which rank 0 has locked; `argv` is recorded in the manifest."""
 
-    def __init__(self, experiment: Experiment, folder: RunFolder, argv: list[str]) -> None:
-        self.experiment, self.folder, self.argv = experiment, folder, argv
-        self.options = experiment.config.run
-        self.record = RunRecord(folder, writes=rank() == 0)
+    def __init__(
+        self, experiment: Experiment, folder: RunFolder, argv: list[str],
+        data: ImageData, model: Classifier, settings: dict[str, Any],
+    ) -> None:  # fmt: skip
+        self.experiment, self.folder, self.options = experiment, folder, experiment.config.run
+        self.data, self.model, self.settings = data, model, settings
+        self.record = RunRecord(folder, experiment.dump(), argv, writes=rank() == 0)
         self.failures = FailureMonitor(folder.path, rank(), lambda failure: self._close("failed", failure.message))
+        self.progress = ProgressReport()
+        every = self.options.checkpoint_every_steps, self.options.checkpoint_every_minutes
+        self.saver = Checkpoints(folder.checkpoints, self.options.monitor, self.options.mode, *every)
+        self.preemption = Preemption(self.saver)
 
-    def execute(self, data: ImageData, model: Classifier, settings: dict[str, Any]) -> int:
+    def execute(self) -> int:
         """Train and test; record in the manifest how the run ended; return the exit status."""
-        if not self.record.open(self.experiment.dump(), self.argv):
-            if self.record.writes and not self.folder.report.exists():  # killed after the run was complete
-                self._draw(data)
+        if self.record.is_finished():
+            self._report_finished()
             return Exit.OK
         try:
-            self._train_and_test(data, model, settings)
+            trainer = self._trainer()
+            objective = self._rehearse(trainer)
+            self._open(trainer, objective)
+            with handling_signals(self.preemption.note):
+                self._train_and_test(trainer)
+            self._finish(trainer)
         except (Preempted, SIGTERMException) as stop:
             return self._close("preempted", str(stop))
         except Diverged as error:
@@ -76,33 +89,76 @@ class Run:
             return self._fail(error)
         return Exit.OK
 
-    def _train_and_test(self, data: ImageData, model: Classifier, settings: dict[str, Any]) -> None:
-        checkpoint, options, progress = self._resume_point(), self.options, ProgressReport()
-        every = options.checkpoint_every_steps, options.checkpoint_every_minutes
-        saver = Checkpoints(self.folder.checkpoints, options.monitor, options.mode, *every)
-        with Preemption(saver) as preemption:
-            columns = ["step", "epoch", *model.metric_names]
-            # reslab's own callbacks. The order matters: a checkpoint holds what was logged at the same step.
-            callbacks = [LogRows(test_follows=True), SkipRedundantSync(), progress, saver, preemption]
-            trainer = self._trainer(settings, callbacks, MetricsCSV(self.folder.metrics, columns))
-            self.failures.start(trainer)
-            resumed = checkpoint is not None
-            self.record.note_environment(trainer.world_size, resumed, options.allow_world_size_change)
-            if self.record.writes:
-                data.prepare_data()
-                shape = {"class_names": data.class_names, "image_shape": data.image_shape}
-                self.record.write(data={**data.fingerprint(), **shape})
-                if objective := model.objective.prepare(model.net):
-                    self.record.write(objective=objective)
-            trainer.fit(model, datamodule=data, ckpt_path=checkpoint, weights_only=True)
-            self.record.manifest["samples_per_second"] = progress.images_per_second()
-            self._test(trainer, model, data, saver)
+    def _report_finished(self) -> None:
         if self.record.writes:
-            self._close("complete")
-            pictures = self._draw(data)
-            for logger in trainer.loggers:
-                if isinstance(logger, WandB):
-                    logger.finish(self.record.manifest["results"], pictures)
+            print(f"{self.folder.path} holds a finished run: nothing to do. Report: {self.folder.report}")
+            if not self.folder.report.exists():  # killed after the run was complete
+                self._draw()
+
+    def _trainer(self) -> Trainer:
+        """Build the Trainer, with reslab's callbacks, logger and checkpoint I/O added to the user's."""
+        if saves_distributed_checkpoints(self.settings["strategy"]):
+            raise UserError("a checkpoint must be one file: set --trainer.strategy.save_distributed_checkpoint false")
+        columns = ["step", "epoch", *self.model.metric_names]
+        # The order of callbacks matters: a checkpoint holds what was logged at the same step.
+        callbacks = [LogRows(test_follows=True), SkipRedundantSync(), self.progress, self.saver, self.preemption]
+        metrics = MetricsCSV(self.folder.metrics, columns)
+        own: dict[str, Any] = {"callbacks": callbacks, "logger": [metrics], "plugins": [VerifiedCheckpointIO()]}
+        lists = {name: [*self.settings[name], *added] for name, added in own.items()}
+        try:
+            return Trainer(**{**self.settings, **lists, "default_root_dir": str(self.folder.path)})
+        except Exception as error:
+            raise UserError(f"trainer: {cause(error)}") from error
+
+    def _rehearse(self, trainer: Trainer) -> dict[str, Any]:
+        """Find errors before the run directory is claimed; return the objective's entry of the manifest, if any."""
+        if self.model.weights and not self.folder.holds_checkpoint():  # else the checkpoint has the weights
+            messages = load_weights(self.model.net, self.model.weights)
+            if self.record.writes:
+                print(*messages, sep="\n", flush=True)
+            self.model.weights = None
+        objective = self.model.objective.prepare(self.model.net)  # a missing teacher, too
+        if self.record.writes:
+            rehearse(trainer, self.model, self.data, self._needed_metrics())
+        return objective
+
+    def _needed_metrics(self) -> list[str]:
+        best = [self.options.monitor] if self.options.test_weights == "best" else []
+        monitors = [getattr(callback, "monitor", None) for callback in self.settings["callbacks"]]
+        return best + [name for name in monitors if name and name.startswith("val/")]
+
+    def _open(self, trainer: Trainer, objective: dict[str, Any]) -> None:
+        """Check that this run may be started or resumed here, and claim the run directory."""
+        self.failures.start(trainer)
+        data: dict[str, Any] = {}
+        identity = self.data.identity() if self.record.writes else None
+        if identity:
+            shape = {"class_names": self.data.class_names, "image_shape": self.data.image_shape}
+            data = {**identity.hashes, **shape}
+        self.record.open(data, identity, trainer.world_size)
+        if objective:
+            self.record.write(objective=objective)
+        for logger in trainer.loggers:
+            if isinstance(logger, WandB) and self.record.writes:
+                logger.start(self.folder.path, self.record.manifest["id"], **self._wandb_options())
+
+    def _wandb_options(self) -> dict[str, Any]:
+        options = self.options
+        return {
+            "name": f"{options.name} seed {self.record.values['seed_everything']}",
+            "config": yaml.safe_load(self.folder.config.read_text(encoding="utf-8")),
+            "group": options.group or options.name,
+            "job_type": options.job_type,
+            "tags": options.tags,
+        }
+
+    def _train_and_test(self, trainer: Trainer) -> None:
+        checkpoint = self._resume_point()
+        trainer.fit(self.model, datamodule=self.data, ckpt_path=checkpoint, weights_only=True)
+        self.record.manifest["samples_per_second"] = self.progress.images_per_second()
+        self.record.manifest["ended_early"] = ended_early(trainer)
+        self._test(trainer)
+        self._close("complete")
 
     def _resume_point(self) -> Path | None:
         checkpoint, messages = resume_point(self.folder.checkpoints, quarantine=self.record.writes)
@@ -115,26 +171,25 @@ class Run:
             cut(self.folder.metrics, step)
         return checkpoint
 
-    def _trainer(self, settings: dict[str, Any], callbacks: list[Callback], metrics: MetricsCSV) -> Trainer:
-        for logger in settings["logger"]:
-            if isinstance(logger, WandB) and self.record.writes:
-                config, options = yaml.safe_load(self.folder.config.read_text(encoding="utf-8")), self.options
-                name = f"{options.name} seed {self.record.manifest['seed']}"
-                group = {"group": options.group or options.name, "job_type": options.job_type, "tags": options.tags}
-                logger.start(self.folder.path, self.record.manifest["id"], name, config, **group)
-        if saves_distributed_checkpoints(settings["strategy"]):
-            raise UserError("a checkpoint must be one file: set --trainer.strategy.save_distributed_checkpoint false")
-        own: dict[str, Any] = {"callbacks": callbacks, "logger": [metrics], "plugins": [VerifiedCheckpointIO()]}
-        lists = {name: [*settings[name], *added] for name, added in own.items()}
-        return Trainer(**{**settings, **lists, "default_root_dir": str(self.folder.path)})
+    def _finish(self, trainer: Trainer) -> None:
+        if self.record.writes:
+            pictures = self._draw()
+            for logger in trainer.loggers:
+                if isinstance(logger, WandB):
+                    logger.finish(self.record.manifest["results"], pictures)
 
-    def _test(self, trainer: Trainer, model: Classifier, data: ImageData, saver: Checkpoints) -> None:
+    def _test(self, trainer: Trainer) -> None:
         """Test once, with the weights chosen by run.test_weights, and save weights, predictions and results."""
-        results, best = dict(model.latest), self.options.test_weights == "best"
+        model, best = self.model, self.options.test_weights == "best"
+        results = dict(model.latest)
         if best:
+            if self.saver.best is None:
+                raise UserError(
+                    f"no validation had a finite {self.options.monitor}, so there are no best weights to test"
+                )
             processes.load_whole_state(model, read_checkpoint(self.folder.checkpoints / "best.ckpt")["state_dict"])
-            results.update(saver.best_metrics)
-        trainer.test(model, datamodule=data, verbose=False, weights_only=True)
+            results.update(self.saver.best_metrics)
+        trainer.test(model, datamodule=self.data, verbose=False, weights_only=True)
         results.update({name: value for name, value in model.latest.items() if name.startswith("test/")})
         state = processes.whole_state(model.evaluated_net())  # a collective: every rank takes part
         if not self.record.writes:
@@ -150,13 +205,13 @@ class Run:
         epoch = f"the epoch with the best {self.options.monitor}" if best else "the last epoch"
         self.record.write(results=results, weights_sha256=weights_sha256(weights), tested_weights=f"{kind}, {epoch}")
 
-    def _draw(self, data: ImageData) -> list[Path]:
+    def _draw(self) -> list[Path]:
         """Draw figures and report and print the test results; a failure here leaves the run complete."""
         from reslab.runs.figures import draw_figures
         from reslab.runs.report import write_report
 
         try:
-            test, names = data.test_dataloader().dataset, data.class_names
+            test, names = self.data.test_dataloader().dataset, self.data.class_names
             figures = draw_figures(self.folder.path, names, lambda i: test[BatchKey(np.array([i]))].images[0].numpy())
             report = write_report(self.folder.path)
         except Exception:
@@ -167,12 +222,16 @@ class Run:
         tested = [f"{name} {value:.4f}" for name, value in results if name.startswith("test/")]
         print(*tested, f"({self.options.test_weights} weights)", sep="  ")
         print(f"run     {self.folder.path}\nreport  {report}")
+        if reason := self.record.manifest.get("ended_early"):
+            print(f"training ended early, {reason}")
         return [*figures, report]
 
-    def _close(self, status: str, reason: str = "") -> int:
+    def _close(self, status: str, reason: str = "", quiet: bool = False) -> int:
         """Record the end of the attempt, once in all threads, and return the exit status."""
         self.failures.claim_shutdown()
-        self.record.close(status, reason)
+        outcome = self.record.close(status, reason)
+        if status != "complete" and self.record.writes and not quiet:
+            print(outcome, flush=True)
         if status == "preempted" and self.record.writes:
             requeue()
         if status in ("preempted", "diverged") and dist.is_available() and dist.is_initialized():
@@ -184,17 +243,31 @@ class Run:
         wrong_use = isinstance(error, UserError | MisconfigurationException)
         failure = None if wrong_use else self.failures.first_failure()
         if failure is None:
-            cause = str(error) if wrong_use else explain_failure(error)
-            if cause is None:
+            message = str(error) if wrong_use else explain_failure(error)
+            if message is None:
                 traceback.print_exc()
-            failure = Failure(cause or f"{type(error).__name__}: {error}", Exit.USAGE if wrong_use else Exit.FAILED)
+            failure = Failure(message or f"{type(error).__name__}: {error}", Exit.USAGE if wrong_use else Exit.FAILED)
             if not lost_contact(error):
                 self.failures.note(failure)
-        self._close("failed", failure.message)
+        usage = failure.status == Exit.USAGE and self.record.writes
+        self._close("failed", failure.message, quiet=usage)  # the command line prints a UserError
         self.failures.end_others(failure.status)
-        if failure.status == Exit.USAGE and self.record.writes:
+        if usage:
             raise UserError(failure.message) from error
         return failure.status
+
+
+def ended_early(trainer: Trainer) -> str | None:
+    """Return why training took fewer steps than configured; None if it took all of them."""
+    step, total = trainer.global_step, int(trainer.estimated_stepping_batches)
+    if step >= total:
+        return None
+    remaining = [timer.time_remaining() for timer in trainer.callbacks if isinstance(timer, Timer)]  # type: ignore[attr-defined]
+    if any(seconds is not None and seconds <= 0 for seconds in remaining):
+        return f"at step {step} of {total}: the time limit was reached (trainer.max_time or a Timer)"
+    stops = [callback for callback in trainer.callbacks if isinstance(callback, EarlyStopping)]  # type: ignore[attr-defined]
+    by = f"EarlyStopping on {stops[0].monitor}" if stops else "a callback asked for it"
+    return f"at step {step} of {total}: {by}"
 
 
 def explain_failure(error: Exception) -> str | None:

@@ -62,15 +62,22 @@ def cells(study: Study, out: Path) -> list[Cell]:
     return [Cell(arm, seed, out / arm / f"seed-{seed}") for seed in study.seeds for arm in study.arms]
 
 
-def states(study: Study, out: Path, configs: Mapping[str, Config] | None = None) -> list[State]:
-    """Return the state of every cell, given each arm's resolved config; default: as the last `ablate run` wrote it."""
+def states(
+    study: Study, out: Path, configs: Mapping[str, Config] | None = None, data: Mapping[str, Config] | None = None
+) -> list[State]:
+    """Return the state of every cell.
+
+    `configs` holds each arm's resolved config, `data` the hashes that identify its data; default: as recorded by the
+    last `ablate run`.
+    """
     if configs is None:
         configs = {arm: read_config(out / arm / ARM) for arm in study.arms}
-    return [state(study, cell, configs[cell.arm]) for cell in cells(study, out)]
+    data = read_plan(out).get("data", {}) if data is None else data
+    return [state(study, cell, configs[cell.arm], data.get(cell.arm)) for cell in cells(study, out)]
 
 
-def state(study: Study, cell: Cell, config: Config) -> State:
-    """Return the state of a cell that should have this config ({} if none was written yet)."""
+def state(study: Study, cell: Cell, config: Config, data: Config | None = None) -> State:
+    """Return the state of a cell that should have this config ({} if none was written yet) and data (None: any)."""
     folder = RunFolder(cell.folder)
     if not folder.manifest.exists():
         return State(cell, "missing", _last_line(cell), {})
@@ -84,6 +91,10 @@ def state(study: Study, cell: Cell, config: Config) -> State:
         return State(cell, "mismatched", f"the run has seed {seed}", manifest)
     if other := _other_config(study, folder, config):
         return State(cell, "mismatched", f"the run has another config: {other}", manifest)
+    if data and (status == "complete" or folder.holds_checkpoint()):
+        recorded = manifest.get("data", {})
+        if other := [name for name in data if name in recorded and recorded[name] != data[name]]:
+            return State(cell, "mismatched", f"the run has other data ({', '.join(other)} differ)", manifest)
     if status == "running" and not folder.busy():
         return State(cell, "preempted", "its process was killed; `ablate run` resumes it", manifest)
     how = (manifest.get("attempts") or [{}])[-1].get("how") or ""
@@ -130,9 +141,9 @@ def seconds_per_cell(study: Study, current: Sequence[State]) -> dict[str, float 
     return {arm: fmean(seconds) if seconds else overall for arm, seconds in of_arm.items()}
 
 
-def write_plan(study: Study, out: Path) -> None:
-    """Write plan.json: the cells to run, and the hash that identifies the study."""
-    plan: dict[str, Any] = {"name": study.name, "hash": study.hash, **study.about()}
+def write_plan(study: Study, out: Path, data: Mapping[str, Config]) -> None:
+    """Write plan.json: the cells to run, the hash that identifies the study, and those of each arm's data."""
+    plan: dict[str, Any] = {"name": study.name, "hash": study.hash, **study.about(), "data": data}
     plan["arms"] = {arm.name: {"levels": arm.levels, "changes": arm.changes} for arm in study.arms.values()}
     plan["cells"] = [{"arm": c.arm, "seed": c.seed, "folder": c.name} for c in cells(study, out)]
     write_text(out / PLAN, json.dumps(plan, indent=2, default=str) + "\n")

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 import yaml
 
@@ -26,6 +27,11 @@ from reslab.files import write_text
 from reslab.host import STOP_SIGNALS, available_cores
 from reslab.runs import manifest as manifests
 from reslab.runs.folder import RunFolder
+
+if TYPE_CHECKING:
+    from reslab.data import ImageData
+    from reslab.data.identity import DataIdentity
+    from reslab.training import Classifier
 
 POLL = 0.1  # seconds
 PR_SET_PDEATHSIG = 1  # of prctl(2)
@@ -70,20 +76,33 @@ def prepare(study: Study, out: Path) -> list[State]:
 
     Raise UserError if an arm is invalid, or a cell's directory holds another run.
     """
-    configs = typed_configs(study, about_to_run=True)
-    current = states(study, out, {arm: yaml.load(text, Loader) for arm, text in configs.items()})
+    identities: dict[str, DataIdentity] = {}
+    configs = typed_configs(study, identities)
+    data = {arm: dict(identity.hashes) for arm, identity in identities.items()}
+    current = states(study, out, {arm: yaml.load(text, Loader) for arm, text in configs.items()}, data)
     if mismatched := [s for s in current if s.status == "mismatched"]:
-        rows = "\n".join(f"  {s.cell.name}: {s.detail}" for s in mismatched)
-        raise UserError(f"{out} holds runs that do not match the plan: move them away, or use another --out\n{rows}")
+        rows = [f"  {s.cell.name}: {s.detail}{_data_changes(s, identities)}" for s in mismatched]
+        message = f"{out} holds runs that do not match the plan: move them away, or use another --out"
+        raise UserError("\n".join([message, *rows]))
     for arm, text in configs.items():
         (out / arm).mkdir(exist_ok=True)
         write_text(out / arm / ARM, text)
-    write_plan(study, out)
+    write_plan(study, out, data)
     return current
 
 
-def typed_configs(study: Study, about_to_run: bool = False) -> dict[str, str]:
-    """Return the resolved config of every arm as YAML, after checking every value and building every class."""
+def _data_changes(state: State, identities: "Mapping[str, DataIdentity]") -> str:
+    identity = identities.get(state.cell.arm)
+    changes = identity.changes(state.manifest["data"], RunFolder(state.cell.folder).data) if identity else []
+    return f": {'; '.join(changes)}" if changes else ""
+
+
+def typed_configs(study: Study, identities: "dict[str, DataIdentity] | None" = None) -> dict[str, str]:
+    """Return the resolved config of every arm as YAML, after checking every value and building every class.
+
+    If the study is about to run, pass a dictionary: the identity of each arm's data is put into it, as far as the data
+    are on this machine, and every arm's network, optimizer and objective are tried.
+    """
     from reslab.config import Experiment
 
     configs: dict[str, str] = {}
@@ -93,17 +112,29 @@ def typed_configs(study: Study, about_to_run: bool = False) -> dict[str, str]:
             file.write_text(yaml.safe_dump(arm.config, sort_keys=False), encoding="utf-8")
             try:
                 experiment = Experiment(["--config", str(file)])
-                _, model, _ = experiment.build()
+                data, model, _ = experiment.build()
                 if study.metric not in model.metric_names:
                     near = difflib.get_close_matches(study.metric, model.metric_names, 3, 0.4) or model.metric_names
                     raise UserError(f"metric {study.metric!r} is not logged; nearest: {', '.join(near)}")
-                if about_to_run:  # a teacher that is missing is reported before the first cell
-                    model.objective.prepare(model.net)
+                if identities is not None:
+                    _rehearse(arm.name, data, model, identities)
             except UserError as error:
                 message = "\n".join(line for line in str(error).split("\n") if scratch not in line)
                 raise UserError(f"{study.path}: arm {arm.name}: {message}") from error
             configs[arm.name] = experiment.dump()
     return configs
+
+
+def _rehearse(arm: str, data: "ImageData", model: "Classifier", identities: "dict[str, DataIdentity]") -> None:
+    """Find what would stop a cell before its first step; data that only the cluster has are checked there."""
+    from reslab.data.files import DataError
+    from reslab.training.rehearsal import check_model
+
+    model.objective.prepare(model.net)
+    check_model(model, data)
+    with contextlib.suppress(DataError):
+        data.prepare_data()
+        identities[arm] = data.identity()
 
 
 def command(cell: Cell) -> list[str]:

@@ -1,6 +1,5 @@
 """ImageData: the split of a data set, its loaders, and the augmentation and normalisation of batches on the device."""
 
-import hashlib
 import os
 import warnings
 from collections.abc import Iterable
@@ -18,6 +17,7 @@ from reslab.data.batches import ArrayBatches, Batch, FileBatches, FolderBatch, F
 from reslab.data.datasets import Arrays, ImageSource
 from reslab.data.decode import simplejpeg
 from reslab.data.files import DataError, Files
+from reslab.data.identity import DataIdentity, identify
 from reslab.data.loader import LazyLoader, ignore_job_signals
 from reslab.data.order import Ints, stratified_split
 from reslab.data.resize import ResizeConfig
@@ -262,15 +262,9 @@ class ImageData(LightningDataModule):
             images = self.trainer.precision_plugin.convert_input(images)  # half or double precision
         return batch._replace(images=images, mix=lam)
 
-    def fingerprint(self) -> dict[str, str]:
-        """Return SHA-256 hashes of the data (pixels in memory; names, sizes and labels of files), split and classes."""
-        train, val = self.split
-        texts = {
-            "files": self.train_data.sha256 + self.test_data.sha256,
-            "split": f"{train.tolist()} {val.tolist()}",
-            "classes": "\n".join(self.class_names),
-        }
-        return {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
+    def identity(self) -> DataIdentity:
+        """Return what identifies the data: images, labels, split and classes."""
+        return identify(self.train_data, self.test_data, self.split, self.class_names)
 
     def preview(self, n_images: int = 8, n_epochs: int = 8) -> tuple[np.ndarray, list[str]]:
         """Return training images as seen in the first epochs, uint8 (images, epochs, H, W, C), and their classes."""

@@ -8,6 +8,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -33,6 +34,12 @@ class Arrays:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @cached_property
+    def keys(self) -> npt.NDArray[np.uint64]:
+        """One hash per image of its content, uint64 (n,)."""
+        digests = (hashlib.blake2b(image.tobytes(), digest_size=8).digest() for image in self.images)
+        return np.frombuffer(b"".join(digests), np.uint64)
 
     @property
     def sha256(self) -> str:

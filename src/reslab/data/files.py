@@ -73,6 +73,12 @@ class Files:
         return self.folder / self.name(index)
 
     @cached_property
+    def keys(self) -> npt.NDArray[np.uint64]:
+        """One hash per image of its relative name, uint64 (n,)."""
+        names = (os.fsencode(self.name(i)) for i in range(len(self)))
+        return np.frombuffer(b"".join(hashlib.blake2b(name, digest_size=8).digest() for name in names), np.uint64)
+
+    @cached_property
     def sha256(self) -> str:
         """SHA-256 of names, sizes and labels; hashing the content of a million files would take minutes."""
         digest = hashlib.sha256()

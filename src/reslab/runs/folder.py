@@ -24,6 +24,7 @@ class RunFolder:
         self.config = self.path / "config.yaml"
         self.manifest = self.path / "manifest.json"
         self.metrics = self.path / "metrics.csv"
+        self.data = self.path / "data.npz"  # see reslab.data.identity
         self.checkpoints = self.path / "checkpoints"
         self.weights = self.path / "weights.safetensors"
         self.predictions = self.path / "predictions.npz"
@@ -50,11 +51,38 @@ class RunFolder:
             space = f"only {free / 2**20:.0f} MiB are free for the run directory {self.path}"
             raise UserError(f"{space}: free some space, or choose another --run.dir")
 
+    def holds_checkpoint(self) -> bool:
+        """Return whether there is a checkpoint to resume from, or one that was, before it was damaged."""
+        return any(self.checkpoints.glob("last.ckpt*")) or any(self.checkpoints.glob("previous.ckpt*"))
+
+    def clear(self) -> None:
+        """Remove what a run without a checkpoint to resume from has left; the manifest first, which makes it a run."""
+        self.manifest.unlink(missing_ok=True)
+        shutil.rmtree(self.checkpoints, ignore_errors=True)
+        for path in (self.config, self.data, self.metrics, self.path / "uncommitted.diff"):
+            path.unlink(missing_ok=True)
+
     def clear_leftovers(self) -> None:
         """Remove half-written files of a killed attempt, and failure notes of its ranks."""
         for pattern in (".*.part", "*/.*.part", ".failed-*"):
             for path in self.path.glob(pattern):
                 path.unlink()
+
+    @contextlib.contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Create and lock the run directory; remove it again if no run was started in it."""
+        created = [path for path in (self.path, *self.path.parents) if not path.exists()]
+        self.probe()
+        try:
+            with self.lock():
+                yield
+        finally:
+            if created and not self.manifest.exists():
+                self.clear_leftovers()
+                (self.path / ".lock").unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # not empty
+                    for path in created:
+                        path.rmdir()
 
     def busy(self) -> bool:
         """Whether a process holds the lock."""

@@ -23,7 +23,7 @@ PACKAGES = (
 )  # fmt: skip
 # Config keys that say where and how a run is executed; a run resumes although they change.
 NOT_IDENTITY = (
-    "run.dir", "run.group", "run.job_type", "run.tags", "run.allow_world_size_change",
+    "run.dir", "run.group", "run.job_type", "run.tags", "run.allow_world_size_change", "run.allow_data_change",
     "trainer.logger", "trainer.devices", "trainer.num_nodes", "data.root", "data.download", "data.num_workers",
 )  # fmt: skip
 LARGEST_NEW_FILE = 2**20  # bytes: a larger untracked file is not code

@@ -2,10 +2,10 @@
 
 import os
 import shlex
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain, count
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -14,7 +14,7 @@ import yaml
 from reslab.diff import differences
 from reslab.errors import Exit, UserError
 from reslab.files import sha256_file
-from reslab.host import STOP_SIGNALS
+from reslab.host import handling_signals
 from reslab.runs import manifest as manifests
 from reslab.runs.folder import RunFolder
 from reslab.runs.metrics import read_rows
@@ -69,7 +69,7 @@ def checks(folder: RunFolder, manifest: Mapping[str, Any], overrides: Sequence[s
     yield from _checkpoints(folder.checkpoints)
     yield _file(folder.weights, manifest["weights_sha256"], _weights_digest)
     if config.state == "ok":
-        yield from _data(folder.config, manifest["data"], overrides)
+        yield from _data(folder, manifest, overrides)
     else:
         yield Check("data", "unknown", "config.yaml describes the data, and it is not the run's")
 
@@ -120,39 +120,75 @@ def _weights_digest(path: Path) -> str:
         return "unreadable"
 
 
-def _data(config: Path, recorded: Mapping[str, str], overrides: Sequence[str]) -> Iterator[Check]:
+def _data(folder: RunFolder, manifest: Mapping[str, Any], overrides: Sequence[str]) -> Iterator[Check]:
     from reslab.config import Experiment
 
-    experiment = Experiment(["--config", str(config), *overrides])
+    experiment, recorded = Experiment(["--config", str(folder.config), *overrides]), manifest["data"]
     try:
-        fingerprint = experiment.build()[0].fingerprint()
+        identity = experiment.build()[0].identity()
     except (UserError, OSError) as error:
         yield Check("data", "missing", str(error))
         return
-    for name, digest in fingerprint.items():
-        yield _compare(f"data: {name}", recorded.get(name, "none"), digest)
+    different, changes = identity.differs(recorded), "; ".join(identity.changes(recorded, folder.data))
+    for name in identity.hashes:
+        yield Check(f"data: {name}", "differs" if name in different else "ok", changes if name in different else "")
+    for attempt in manifest.get("attempts", []):
+        if "data_change" in attempt:
+            change = f"the attempt of {attempt['started']} resumed on other data: {'; '.join(attempt['data_change'])}"
+            yield Check("data: constant", "differs", change)
 
 
-def reproduce(run: str, out: str | None = None, overrides: Sequence[str] = ()) -> int:
+def reproduce(run: str, out: str | None = None, compare: str | None = None, overrides: Sequence[str] = ()) -> int:
     """Run a finished run's config again in a new directory and compare weights and metrics.
 
-    The directory `out` is RUN-reproduced, beside RUN, by default. An unfinished reproduction there is resumed, a
-    finished one only compared. `overrides` change the run's config: --data.root DIR, for example. Returns the exit
-    status: 0 identical, 1 different or failed, 75 preempted. Raises UserError as `verify` does, or without metrics.
+    Args:
+        run: The run directory.
+        out: Directory of the new run; default: RUN-reproduced, RUN-reproduced-2 and so on. An unfinished reproduction
+            by the same code is resumed.
+        compare: Run nothing, and compare with the finished run in this directory.
+        overrides: Change the run's config: --data.root DIR, for example.
+
+    Returns:
+        Exit status: 0 identical, 1 different or failed, 75 preempted.
+
+    Raises:
+        UserError: As `verify` does, or if the metrics or the run's data are missing.
     """
     folder, manifest = _finished(run)
-    copy = RunFolder(out or f"{folder.path.resolve()}-reproduced")
-    if copy.path.resolve() == folder.path.resolve():
-        raise UserError(f"--out {out} is the run itself: choose another directory")
+    logged = _logged(folder.metrics)
+    if compare:
+        earlier, record = _finished(compare)
+        print(f"nothing is run: {compare} finished at {record['attempts'][-1]['ended']}")
+        return _compare_runs(folder, earlier, divergences(logged, _logged(earlier.metrics)))
+    copy = _reproduction(folder, out)
     if (config := _file(folder.config, manifest["config_sha256"])).state != "ok":
         raise UserError(f"{folder.config} is no longer the config of this run: {config.detail or config.state}")
-    logged = _logged(folder.metrics)
+    if changed := [check for check in _data(folder, manifest, overrides) if check.state != "ok"]:
+        raise UserError(f"{run} cannot be reproduced: the data are not its data: {changed[0].detail}")
     _warn_if_code_differs(folder, manifest["git"])
     status = _fit(folder.config, copy.path, overrides, manifest["environment"])
     if status:
         print(f"the reproduction did not finish (exit status {status}): see above. {copy.path}")
         return Exit.PREEMPTED if status == Exit.PREEMPTED else Exit.FAILED
     return _compare_runs(folder, copy, divergences(logged, _logged(copy.metrics)))
+
+
+def _reproduction(folder: RunFolder, out: str | None) -> RunFolder:
+    """Return the directory of a new reproduction, or of an unfinished one by the same code."""
+    name = f"{folder.path.resolve()}-reproduced"
+    names = [out] if out else chain([name], (f"{name}-{n}" for n in count(2)))
+    for path in map(Path, names):
+        copy = RunFolder(path)
+        if path.resolve() == folder.path.resolve():
+            raise UserError(f"--out {out} is the run itself: choose another directory")
+        if not copy.manifest.exists():
+            return copy
+        manifest = manifests.read(copy.manifest)
+        same_code = _code(manifest.get("git")) == _code(manifests.git_state(Path(__file__).parent))
+        if manifest.get("status") != "complete" and same_code:
+            return copy
+    state = "a finished run" if manifest.get("status") == "complete" else "an unfinished run of other code"
+    raise UserError(f"--out {out} holds {state}: choose another directory; --compare {out} compares without running")
 
 
 def _warn_if_code_differs(folder: RunFolder, git: dict[str, Any] | None) -> None:
@@ -180,13 +216,9 @@ def _fit(config: Path, out: Path, overrides: Sequence[str], environment: Mapping
     if workspace := environment["determinism"].get("CUBLAS_WORKSPACE_CONFIG"):
         variables.setdefault("CUBLAS_WORKSPACE_CONFIG", workspace)
     # In a new session: a signal from the terminal would otherwise reach the process twice, directly and from here.
-    with subprocess.Popen(command, env=variables, start_new_session=True) as process:
-        handlers = {n: signal.signal(n, lambda number, _: process.send_signal(number)) for n in STOP_SIGNALS}
-        try:
-            return process.wait()
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
+    process = subprocess.Popen(command, env=variables, start_new_session=True)
+    with process, handling_signals(lambda number, _: process.send_signal(number)):
+        return process.wait()
 
 
 def _compare_runs(folder: RunFolder, copy: RunFolder, diverging: Sequence[Divergence]) -> int:

@@ -121,7 +121,7 @@ def resume_point(folder: Path, quarantine: bool = True) -> tuple[Path | None, li
         if quarantine:
             path.replace(aside)
         messages.append(f"{path} is damaged (its SHA-256 is not in {SUMS}): renamed to {aside.name}")
-    if messages:
+    if messages or any(folder.glob("*.ckpt.damaged")):
         remedy = f"no intact checkpoint is left in {folder}: start the run again in another directory"
         raise UserError("\n".join([*messages, remedy]))
     return None, messages

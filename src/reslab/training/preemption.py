@@ -6,7 +6,6 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from reslab.host import STOP_SIGNALS
 from reslab.training.checkpoint import Checkpoints, at_step_end, max_over_ranks
 from reslab.training.lightning_internals import keep_signal_handlers
 
@@ -21,30 +20,22 @@ class Preemption(Callback):
     The handler only sets a flag: saving inside it deadlocks with two ranks. Ranks exchange the flag every few steps, so
     all stop at the same step, whichever of them got the signal.
 
-    As a context manager it also handles signals that arrive before training begins, and restores the previous handlers
-    on exit. `saver` writes the checkpoint.
+    `note` is the signal handler. It may be installed before training begins. `saver` writes the checkpoint.
     """
 
     def __init__(self, saver: Checkpoints) -> None:
         self.saver = saver
         self._received = 0
 
-    def __enter__(self) -> "Preemption":
-        self._before = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
-        return self
-
-    def __exit__(self, *exception: Any) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+    def note(self, number: int, frame: FrameType | None) -> None:
+        """Remember a signal; the second Ctrl-C stops at once."""
+        if self._received == number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            signal.raise_signal(signal.SIGINT)
+        self._received = number
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         keep_signal_handlers(trainer)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self._received == number == signal.SIGINT:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
-            signal.raise_signal(signal.SIGINT)  # second Ctrl-C: stop at once
-        self._received = number
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if at_step_end(trainer, batch_idx) and (number := max_over_ranks(trainer, self._received, trainer.global_step)):
