@@ -35,3 +35,13 @@ class GradientNorm(Callback):
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         norms = [p.grad.norm() for p in pl_module.parameters() if p.grad is not None]
         pl_module.log("grad_norm", torch.stack(norms).norm())
+
+
+class TwoOutputs(TinyNet):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)[:, :2]
+
+
+class TooDeep(TinyNet):
+    def forward_features(self, x: Tensor) -> Tensor:
+        return self.stage1(self.stage1(self.stem(x))).mean((2, 3))

@@ -93,8 +93,8 @@ def state(study: Study, cell: Cell, config: Config, data: Config | None = None) 
         return State(cell, "mismatched", f"the run has another config: {other}", manifest)
     if data and (status == "complete" or folder.holds_checkpoint()):
         recorded = manifest.get("data", {})
-        if other := [name for name in data if name in recorded and recorded[name] != data[name]]:
-            return State(cell, "mismatched", f"the run has other data ({', '.join(other)} differ)", manifest)
+        if names := [name for name in data if name in recorded and recorded[name] != data[name]]:
+            return State(cell, "mismatched", f"the run has other data ({', '.join(names)})", manifest)
     if status == "running" and not folder.busy():
         return State(cell, "preempted", "its process was killed; `ablate run` resumes it", manifest)
     how = (manifest.get("attempts") or [{}])[-1].get("how") or ""
@@ -141,9 +141,9 @@ def seconds_per_cell(study: Study, current: Sequence[State]) -> dict[str, float 
     return {arm: fmean(seconds) if seconds else overall for arm, seconds in of_arm.items()}
 
 
-def write_plan(study: Study, out: Path, data: Mapping[str, Config]) -> None:
+def write_plan(study: Study, out: Path, data: Mapping[str, Config] | None = None) -> None:
     """Write plan.json: the cells to run, the hash that identifies the study, and those of each arm's data."""
-    plan: dict[str, Any] = {"name": study.name, "hash": study.hash, **study.about(), "data": data}
+    plan: dict[str, Any] = {"name": study.name, "hash": study.hash, **study.about(), "data": data or {}}
     plan["arms"] = {arm.name: {"levels": arm.levels, "changes": arm.changes} for arm in study.arms.values()}
     plan["cells"] = [{"arm": c.arm, "seed": c.seed, "folder": c.name} for c in cells(study, out)]
     write_text(out / PLAN, json.dumps(plan, indent=2, default=str) + "\n")

@@ -31,7 +31,6 @@ from reslab.runs.folder import RunFolder
 if TYPE_CHECKING:
     from reslab.data import ImageData
     from reslab.data.identity import DataIdentity
-    from reslab.training import Classifier
 
 POLL = 0.1  # seconds
 PR_SET_PDEATHSIG = 1  # of prctl(2)
@@ -93,7 +92,8 @@ def prepare(study: Study, out: Path) -> list[State]:
 
 def _data_changes(state: State, identities: "Mapping[str, DataIdentity]") -> str:
     identity = identities.get(state.cell.arm)
-    changes = identity.changes(state.manifest["data"], RunFolder(state.cell.folder).data) if identity else []
+    recorded = state.manifest.get("data")
+    changes = identity.changes(recorded, RunFolder(state.cell.folder).data) if identity and recorded else []
     return f": {'; '.join(changes)}" if changes else ""
 
 
@@ -104,8 +104,10 @@ def typed_configs(study: Study, identities: "dict[str, DataIdentity] | None" = N
     are on this machine, and every arm's network, optimizer and objective are tried.
     """
     from reslab.config import Experiment
+    from reslab.training.rehearsal import check_model
 
     configs: dict[str, str] = {}
+    loaded: dict[str, DataIdentity | None] = {}  # by the config of the data
     with tempfile.TemporaryDirectory() as scratch:
         for arm in study.arms.values():
             file = Path(scratch, ARM)
@@ -117,7 +119,11 @@ def typed_configs(study: Study, identities: "dict[str, DataIdentity] | None" = N
                     near = difflib.get_close_matches(study.metric, model.metric_names, 3, 0.4) or model.metric_names
                     raise UserError(f"metric {study.metric!r} is not logged; nearest: {', '.join(near)}")
                 if identities is not None:
-                    _rehearse(arm.name, data, model, identities)
+                    model.objective.prepare(model.net)
+                    check_model(model, data)
+                    key = str(experiment.config.data)
+                    loaded[key] = loaded.get(key) or _identity(data)
+                    identities |= {arm.name: identity} if (identity := loaded[key]) else {}
             except UserError as error:
                 message = "\n".join(line for line in str(error).split("\n") if scratch not in line)
                 raise UserError(f"{study.path}: arm {arm.name}: {message}") from error
@@ -125,16 +131,14 @@ def typed_configs(study: Study, identities: "dict[str, DataIdentity] | None" = N
     return configs
 
 
-def _rehearse(arm: str, data: "ImageData", model: "Classifier", identities: "dict[str, DataIdentity]") -> None:
-    """Find what would stop a cell before its first step; data that only the cluster has are checked there."""
+def _identity(data: "ImageData") -> "DataIdentity | None":
+    """Return the identity of an arm's data; None if only the cluster has them, where the cells check them."""
     from reslab.data.files import DataError
-    from reslab.training.rehearsal import check_model
 
-    model.objective.prepare(model.net)
-    check_model(model, data)
     with contextlib.suppress(DataError):
         data.prepare_data()
-        identities[arm] = data.identity()
+        return data.identity()
+    return None
 
 
 def command(cell: Cell) -> list[str]:

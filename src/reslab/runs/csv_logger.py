@@ -20,9 +20,8 @@ class MetricsCSV(Logger):
     def __init__(self, path: Path, columns: Sequence[str]) -> None:
         super().__init__()
         self.path = path
-        columns_in_file, rows = read_rows(path)
-        self._columns = columns_in_file or list(columns)
-        self._row: dict[str, Any] = dict(rows[-1]) if rows else {}  # the last one in the file
+        self._columns = list(columns)
+        self._row: dict[str, Any] | None = None  # the last one in the file; None until the file is read
 
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
         """Do nothing: config.yaml beside this file holds the whole configuration."""
@@ -31,6 +30,9 @@ class MetricsCSV(Logger):
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         if step is None:
             raise ValueError("metrics.csv has one row per step: log_metrics requires the step")
+        if self._row is None:  # not earlier: a run that resumes first cuts the file
+            columns, rows = read_rows(self.path)
+            self._columns, self._row = columns or self._columns, dict(rows[-1]) if rows else {}
         new = [name for name in metrics if name not in self._columns]
         self._columns += new
         if new or not self.path.exists():

@@ -44,6 +44,8 @@ class RunRecord:
     def is_finished(self) -> bool:
         """Return whether the run is complete. Raises UserError if the directory belongs to another run."""
         finished = self.manifest.get("status") == "complete"
+        if self.manifest and not self.folder.config.exists():
+            raise UserError(f"{self.folder.path} has a manifest.json but no config.yaml: choose another --run.dir")
         if finished or self.folder.holds_checkpoint():
             self._refuse_other_config()
         return finished
@@ -107,14 +109,12 @@ class RunRecord:
     def _config_changes(self) -> list[tuple[str, Any, Any]]:
         """Identifying keys that differ from the config in the run directory: (key, value there, value here)."""
         if not self.folder.config.exists():
-            return [("config.yaml", "missing", "requested")] if self.manifest else []
+            return []
         recorded = yaml.safe_load(self.folder.config.read_text(encoding="utf-8"))
         rows = differences(recorded, self.values)
         return [row for row in rows if not row[0].startswith(manifests.NOT_IDENTITY)]
 
     def _refuse_other_config(self) -> None:
-        if not self.folder.config.exists():
-            raise UserError(f"{self.folder.path} has a manifest.json but no config.yaml: choose another --run.dir")
         if self._config_changes:
             message = "holds a run with a different config: choose another --run.dir, or use the same config"
             rows = (
