@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-import reslab.experiment
+from reslab import experiment
 from runner import EPOCH_END, TRAINING, Fault, fit, manifest, reslab
 
 NET = "--model.net.class_path=reslab.user_code."
@@ -104,7 +104,7 @@ def test_fit_works_in_a_thread(tmp_path: Path, repo: Path) -> None:
     options = ["--trainer.accelerator=cpu", "--trainer.max_epochs=1", "--run.dir", str(tmp_path / "run")]
     argv = ["--config", str(repo / "configs/experiment/digits.yaml"), *options]
     statuses: list[int] = []
-    thread = threading.Thread(target=lambda: statuses.append(reslab.experiment.fit(argv)))
+    thread = threading.Thread(target=lambda: statuses.append(experiment.fit(argv)))
     thread.start()
     thread.join()
     assert statuses == [0]

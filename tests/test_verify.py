@@ -154,6 +154,35 @@ def test_reproduce_is_identical_after_interruption(run: Path, capfd: pytest.Capt
     assert [attempt["how"].partition(":")[0] for attempt in manifest["attempts"]] == ["preempted", "complete"]
 
 
+def test_reproduce_always_runs_and_compares_with_an_earlier_run_only_on_request(
+    run: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    earlier = Path(shutil.copytree(run, run.with_name("a run-reproduced")))
+    change_a_weight(earlier / "weights.safetensors")  # what an earlier reproduction holds must not matter
+    with pytest.raises(UserError, match=r"holds a finished run.*--compare"):
+        reproduce(str(run), out=str(earlier))
+    assert reproduce(str(run)) == 0
+    new = run.with_name("a run-reproduced-2")
+    assert "identical" in capfd.readouterr().out
+    assert manifests.read(new / "manifest.json")["attempts"][0]["started"] >= manifests.now()[:10]
+    before = {path.name for path in run.parent.iterdir()}
+    edit_manifest(new, weights_sha256="0" * 64)
+    assert main(["reproduce", str(run), "--compare", str(new)]) == 1
+    out = capfd.readouterr().out
+    assert f"nothing is run: {new} finished at " in out and "the weights differ" in out
+    assert before == {path.name for path in run.parent.iterdir()}
+
+
+def test_unfinished_reproduction_by_other_code_is_left_alone(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    unfinished = Path(shutil.copytree(run, run.with_name("a run-reproduced")))
+    edit_manifest(unfinished, status="preempted")  # its code is that of `run`: f00d
+    monkeypatch.setattr(sys, "executable", shutil.which("false"))
+    with pytest.raises(UserError, match="unfinished run of other code"):
+        reproduce(str(run), out=str(unfinished))
+    assert reproduce(str(run)) == 1
+    assert manifests.read(unfinished / "manifest.json")["status"] == "preempted"
+
+
 def test_reproduce_reports_first_difference_and_possible_causes(
     run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
