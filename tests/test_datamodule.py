@@ -384,6 +384,21 @@ def test_any_image_is_converted_to_the_size_and_channels_of_the_data_set(tmp_pat
         assert loaded.batch.images.shape == shape
 
 
+@pytest.mark.parametrize("apply_exif_orientation", [True, False])
+def test_images_of_a_directory_are_rotated_as_in_evaluation(tmp_path, apply_exif_orientation):
+    exif, rng = Image.Exif(), np.random.default_rng(0)
+    exif[0x0112] = 6
+    for part in ("train", "val"):
+        (tmp_path / part / "cat").mkdir(parents=True)
+        noise = Image.fromarray(rng.integers(0, 256, (20, 20, 3), dtype=np.uint8))
+        noise.save(tmp_path / part / "cat" / "rotated.png", exif=exif)
+    source = ImageFolder(str(tmp_path), image_size=16, apply_exif_orientation=apply_exif_orientation)
+    data = ImageData(source, batch_size=1, val_split=0, num_workers=0)
+    (predicted,) = batches_of(data, tmp_path / "val")
+    (evaluated,) = data.test_dataloader()
+    assert torch.equal(predicted.batch.images, evaluated.images)
+
+
 def test_unreadable_images_of_a_directory_are_reported_or_an_error(tmp_path):
     data = ImageData(Colours(), batch_size=4, num_workers=0)
     folder = folder_of(data, tmp_path / "images")

@@ -220,7 +220,8 @@ class ImageData(LightningDataModule):
         """
         if not Path(folder).is_dir():
             raise DataError(f"{folder} is not a directory or does not exist")
-        batches = FolderBatches(Path(folder), self.channels, self.image_size, self.test_resize, skip_unreadable)
+        view = self.channels, self.dataset.apply_exif_orientation, self.image_size, self.test_resize
+        batches = FolderBatches(Path(folder), *view, skip_unreadable)
         return self._loader(batches, FolderOrder(Path(folder), self._eval_size))
 
     @property
