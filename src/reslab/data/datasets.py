@@ -4,7 +4,6 @@ An `ImageSource` describes a data set and loads it into memory (`Arrays`) or as 
 """
 
 import hashlib
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ import numpy.typing as npt
 import torchvision.datasets as tvd
 from torchvision.datasets.utils import check_integrity
 
-from reslab.data.files import DataError, Files, file_table
+from reslab.data.files import DataError, Files, Walk, file_table
 from reslab.data.order import stratified_split
 from reslab.errors import UserError
 
@@ -218,7 +217,7 @@ class ImageFolder(ImageSource):
         top = root / self.folder / (self.train if split == "train" else self.test)
         if not top.is_dir():
             raise DataError(f"{top} does not exist. {self._remedy(root, top)}")
-        folders = sorted(entry.name for entry in os.scandir(top) if entry.is_dir() and entry.name[0] != ".")
+        folders = Walk(top).directories()
         if not folders:
             raise DataError(f"{top} has no class directories. {self._remedy(root, top)}")
         return top, folders
