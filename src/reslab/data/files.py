@@ -35,11 +35,11 @@ from reslab.errors import UserError
 
 CACHE_FROM = 20_000  # files; listing fewer takes less than a second
 SAMPLED = 1000  # files whose sizes are compared with a cached table
-DEVICE = np.uint64(0x9E3779B97F4A7C15)  # see Files.inodes
+DEVICE = np.uint64(0x9E3779B97F4A7C15)  # see Files.pictures
 Identity = tuple[int, int]  # device and inode of a directory
 ModificationTimes = dict[str, int]  # of directories: relative name -> ns
 SYSTEM_DIRECTORIES = ("__MACOSX", "@eaDir", "$RECYCLE.BIN")  # macOS archives, Synology thumbnails, Windows
-COLUMNS = ("names", "ends", "sizes", "labels", "keys", "inodes")  # of Files
+COLUMNS = ("names", "ends", "sizes", "labels", "keys", "pictures")  # of Files
 IMAGE_TYPES = ", ".join(IMG_EXTENSIONS)
 
 
@@ -84,7 +84,7 @@ class Files:
     sizes: npt.NDArray[np.int64]  # (n,), bytes
     labels: npt.NDArray[np.int64]  # (n,)
     keys: npt.NDArray[np.uint64]  # (n,), hashes of the names: the identities of the images in the data set
-    inodes: npt.NDArray[np.uint64]  # (n,): equal if two names are links to one file
+    pictures: npt.NDArray[np.uint64]  # (n,), from device and inode: equal if two names are links to one file
     skipped: Skipped
     cache: Path | None = None  # the file that the arrays are mapped from, if any
 
@@ -106,6 +106,9 @@ class Files:
 
     def path(self, index: int) -> Path:
         return self.folder / self.name(index)
+
+    def describe(self, index: int) -> str:
+        return str(self.path(index))
 
     @cached_property
     def sha256(self) -> str:
