@@ -304,8 +304,8 @@ def test_evaluation_padding_has_label_minus_one():
             1,
             r"batch_size 2000 is larger than the number of training images \(1294\): use at most 1294",
         ),
-        ({"val_split": 1438}, 1, r"a split of 1438 does not fit"),
-        ({"val_split": 0.999}, 1, r"at most 1428"),
+        ({"val_split": 1438}, 1, r"data\.val_split 1438 does not fit 1438 images of 10 classes: .* at most 1428"),
+        ({"val_split": 0.9999}, 1, r"would hold out all \d+ images of class \d: use less or 0"),
     ],
 )
 def test_sizes_that_do_not_fit_are_rejected_before_the_first_step(settings, accumulate, message):

@@ -76,7 +76,10 @@ class ImageData(LightningDataModule):
 
     @cached_property
     def class_names(self) -> list[str]:
-        names = self.classes or self._call("classes")
+        return self.classes or self._dataset_classes()
+
+    def _dataset_classes(self) -> list[str]:
+        names = self._call("classes")
         if not names or not all(isinstance(name, str) for name in names):
             raise DataError(f"{self._source}.classes must return a list of names, got {names!r}")
         for name in names:
@@ -141,7 +144,7 @@ class ImageData(LightningDataModule):
             DataError: Data are missing, damaged, or have labels outside the classes.
             UserError: A batch size, validation split or list of classes does not fit the data or the devices.
         """
-        if self.classes and len(self.classes) != (count := len(self._call("classes"))):
+        if self.classes and len(self.classes) != (count := len(self._dataset_classes())):
             raise UserError(f"data.classes has {len(self.classes)} names, but the data set has {count} classes")
         self._check_data(self.train_data, "training")
         self._check_data(self.test_data, "test")
