@@ -314,6 +314,18 @@ def test_class_names_that_are_not_utf8_are_rejected(folder):
         _ = pets(folder).num_classes
 
 
+@pytest.mark.parametrize("name", [b"caf\xe9.png", b".caf\xe9.png", b"1.caf\xe9"])
+def test_notes_and_errors_about_names_that_are_not_utf8_can_be_printed(folder, name):
+    path = folder / "pets/train/cat" / os.fsdecode(name)
+    path.write_bytes(b"no image")
+    path.with_name(os.fsdecode(b"z" + name)).symlink_to(path)
+    (folder / "pets/val/cat" / os.fsdecode(b"z" + name)).symlink_to(path)
+    data = pets(folder, batch_size=20, val_split=0)
+    for line in data.notes():
+        line.encode()
+    assert str(DataError(f"{path} cannot be read")).isascii()
+
+
 def test_hidden_directories_are_no_classes_and_hold_no_images(folder):
     for name in ("cat/.ipynb_checkpoints/0-checkpoint.png", ".trash/0.png", "__MACOSX/cat/0.png", "dog/.git/0.png"):
         write_image(folder / "pets/train" / name)
@@ -321,7 +333,7 @@ def test_hidden_directories_are_no_classes_and_hold_no_images(folder):
     data.setup("fit")
     assert data.class_names == ["cat", "dog"]
     assert len(data.train_data) == 20
-    assert data.notes() == ["training data: skipped 4 hidden images or directories, such as .trash"]
+    assert data.notes() == ["training data: hidden images and directories skipped: 4, such as .trash"]
 
 
 def test_images_that_are_in_two_classes_or_splits_are_noted(folder):
@@ -333,11 +345,9 @@ def test_images_that_are_in_two_classes_or_splits_are_noted(folder):
     (test / "cat/seen.png").symlink_to(train / "cat/0.png")
     (test / "dog/1.gif").write_bytes(b"")
     first, second, third = pets(folder).notes()
-    assert (
-        first == f"training data: 2 images are in several classes, such as {train}/cat/3.png and {train}/dog/link.png"
-    )
-    assert second.startswith("test data: ignored files: 1 .gif (image types: .jpg")
-    assert third == f"1 test images are also training images, such as {train}/cat/0.png and {test}/cat/seen.png"
+    assert first == f"training data: images in several classes: 2, such as {train}/cat/3.png and {train}/dog/link.png"
+    assert second.startswith("test data: other files ignored: 1 .gif (image types: .jpg")
+    assert third == f"test images that are also training images: 1, such as {train}/cat/0.png and {test}/cat/seen.png"
 
 
 @pytest.mark.parametrize(
@@ -363,8 +373,8 @@ def test_arrays_with_the_same_image_twice_are_noted():
     train[5], test[3] = train[0], train[7]
     data = ImageData(Own(iter([Arrays(train, LABELS), Arrays(test, LABELS)]).__next__))
     assert data.notes() == [
-        "training data: 1 images are in several classes, such as image 0 and image 5",
-        "1 test images are also training images, such as image 7 and image 3",
+        "training data: images in several classes: 1, such as image 0 and image 5",
+        "test images that are also training images: 1, such as image 7 and image 3",
     ]
 
 
@@ -406,7 +416,7 @@ def test_doctor_prints_what_is_odd_about_the_data(folder, monkeypatch, capsys):
     arguments = ["--config", str(configs / "experiment/imagenette_resnet18.yaml"), f"--data.root={folder}"]
     arguments += [f"--data.dataset={configs / 'data/imagefolder.yaml'}", "--data.dataset.init_args.folder=pets"]
     assert examine([*arguments, "--data.batch_size=4"]) == 0
-    assert "\n          training data: ignored files: 1 .gif" in capsys.readouterr().out
+    assert "\n          training data: other files ignored: 1 .gif" in capsys.readouterr().out
 
 
 def test_labels_outside_the_classes_are_an_error():

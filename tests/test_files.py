@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from reslab.data import DataError, files
 from reslab.data.files import Files, Skipped, Walk, file_table
@@ -121,6 +122,18 @@ def test_damaged_cache_is_replaced(top, monkeypatch, damage):
     assert listed == [top]
 
 
+def test_cache_of_an_earlier_version_is_replaced(top, monkeypatch):
+    expected = file_table(top, CLASSES)
+    columns = {name: expected.arrays()[name] for name in ("names", "ends", "sizes", "labels")}
+    path = files._cache_paths(top)[0]
+    metadata = {"sha256": expected.sha256, "folders": "{}"}
+    save_file(columns, path, metadata)
+    listed = listings(monkeypatch)
+    assert np.array_equal(file_table(top, CLASSES).keys, expected.keys)
+    assert np.array_equal(file_table(top, CLASSES).pictures, expected.pictures)
+    assert listed == [top]
+
+
 def test_directory_modified_within_the_last_second_is_not_cached(top, monkeypatch):
     write(top / "cat" / "new.jpg")
     listed = listings(monkeypatch)
@@ -229,15 +242,15 @@ def test_skipped_files_are_counted_also_by_a_cached_table(top, monkeypatch):
     assert len(first) == 20
     assert first.skipped == second.skipped == Skipped(2, "cat/.1.jpg", 2, "0.jpg", {".gif": 2})
     assert first.skipped.notes()[:2] == [
-        "skipped 2 hidden images or directories, such as cat/.1.jpg",
-        "skipped 2 outside of the classes, such as 0.jpg",
+        "hidden images and directories skipped: 2, such as cat/.1.jpg",
+        "images and directories outside of the classes: 2, such as 0.jpg",
     ]
-    assert first.skipped.notes()[2].startswith("ignored files: 2 .gif (image types: .jpg, ")
+    assert first.skipped.notes()[2].startswith("other files ignored: 2 .gif (image types: .jpg, ")
 
 
 def test_class_with_ignored_types_only_names_them(top):
     write(top / "cow" / "1.heic")
-    with pytest.raises(DataError, match=r"cow contains no images .*; ignored files: 1 \.heic"):
+    with pytest.raises(DataError, match=r"cow contains no images .*; other files ignored: 1 \.heic"):
         file_table(top, [*CLASSES, "cow"])
 
 

@@ -17,7 +17,7 @@ from reslab.data.augment import Augment, mix, normalize
 from reslab.data.batches import ArrayBatches, Batch, FileBatches, FolderBatch, FolderBatches
 from reslab.data.datasets import Arrays, ImageSource, Split
 from reslab.data.decode import simplejpeg
-from reslab.data.files import DataError, Files
+from reslab.data.files import DataError, Files, printable
 from reslab.data.loader import LazyLoader, ignore_job_signals
 from reslab.data.order import Ints, hold_out
 from reslab.data.resize import ResizeConfig
@@ -83,9 +83,8 @@ class ImageData(LightningDataModule):
         if not names or not all(isinstance(name, str) for name in names):
             raise DataError(f"{self._source}.classes must return a list of names, got {names!r}")
         for name in names:
-            if name != name.encode(errors="replace").decode():
-                escaped = os.fsencode(name).decode(errors="backslashreplace")
-                raise DataError(f"the class name {escaped} is not valid UTF-8: rename the class or its directory")
+            if name != printable(name):
+                raise DataError(f"the class name {name} is not valid UTF-8: rename the class or its directory")
         return list(names)
 
     @property
@@ -320,7 +319,8 @@ class ImageData(LightningDataModule):
     def notes(self) -> list[str]:
         """Describe what may be wrong with the data, one line each: skipped files, images in two classes or splits."""
         train, test = self.train_data, self.test_data
-        return [*_notes_on(train, "training"), *_notes_on(test, "test"), *_overlap(train, test)]
+        lines = [*_notes_on(train, "training"), *_notes_on(test, "test"), *_overlap(train, test)]
+        return [printable(line) for line in lines]
 
     def preview(self, n_images: int = 8, n_epochs: int = 8) -> tuple[np.ndarray, list[str]]:
         """Return training images as seen in the first epochs, uint8 (images, epochs, H, W, C), and their classes."""
@@ -342,7 +342,7 @@ def _notes_on(data: Arrays | Files, name: str) -> list[str]:
     if len(pairs):
         first = np.sort(by_picture[pairs[0] : pairs[0] + 2])
         count, names = len(np.unique(data.pictures[a[pairs]])), " and ".join(data.describe(i) for i in first)
-        lines.append(f"{count:,} images are in several classes, such as {names}")
+        lines.append(f"images in several classes: {count:,}, such as {names}")
     return [f"{name} data: {line}" for line in lines]
 
 
@@ -355,9 +355,11 @@ def _overlap(train: Arrays | Files, test: Arrays | Files) -> list[str]:
         if a in b.parents or b in a.parents:
             inner, outer = ("test", "training") if a in b.parents else ("training", "test")
             return [f"the directory of {inner} data is inside that of {outer} data: {max(a, b)}"]
+    if type(train) is not type(test):
+        return []
     shared = np.flatnonzero(np.isin(test.pictures, train.pictures))
-    if type(train) is not type(test) or not len(shared):
+    if not len(shared):
         return []
     first = int(np.argmax(train.pictures == test.pictures[shared[0]]))
     names = f"{train.describe(first)} and {test.describe(shared[0])}"
-    return [f"{len(shared):,} test images are also training images, such as {names}"]
+    return [f"test images that are also training images: {len(shared):,}, such as {names}"]

@@ -233,7 +233,8 @@ class CIFAR100(CIFAR10):
 class ImageFolder(ImageSource):
     """Image files in one directory per class: ROOT/FOLDER/TRAIN/<class>/ and ROOT/FOLDER/TEST/<class>/.
 
-    For evaluation, the shorter side is resized to image_size × 256/224 and the centre is cropped, as in torchvision's
+    Hidden files and directories are skipped; `reslab doctor` reports what is skipped or ignored. For evaluation, the
+    shorter side is resized to image_size × 256/224 and the centre is cropped, as in torchvision's
     reference. Statistics default to ImageNet's.
 
     Args:

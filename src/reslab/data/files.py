@@ -48,7 +48,15 @@ class DataError(UserError):
 
     def __init__(self, message: str) -> None:
         # An error in a DataLoader worker arrives as its whole traceback in one string: keep the message at its end.
-        super().__init__(message.rpartition("DataError: ")[2].strip())
+        super().__init__(printable(message.rpartition("DataError: ")[2].strip()))
+
+
+def printable(text: str) -> str:
+    """Return text that can be encoded as UTF-8: bytes of a file name that are not UTF-8 are written as \\xe9."""
+    try:
+        return text.encode(errors="surrogateescape").decode(errors="backslashreplace")
+    except UnicodeEncodeError:
+        return text.encode(errors="backslashreplace").decode()
 
 
 @dataclass
@@ -63,15 +71,17 @@ class Skipped:
 
     def notes(self) -> list[str]:
         """Return a line for each kind of skipped files."""
-        types = ", ".join(f"{count:,} {kind or 'without an extension'}" for kind, count in sorted(self.types.items()))
-        return [
-            *(
-                [f"skipped {self.hidden:,} hidden images or directories, such as {self.first_hidden}"]
-                * (self.hidden > 0)
-            ),
-            *([f"skipped {self.outside:,} outside of the classes, such as {self.first_outside}"] * (self.outside > 0)),
-            *([f"ignored files: {types} (image types: {IMAGE_TYPES})"] if types else []),
-        ]
+        lines = []
+        if self.hidden:
+            lines.append(f"hidden images and directories skipped: {self.hidden:,}, such as {self.first_hidden}")
+        if self.outside:
+            lines.append(
+                f"images and directories outside of the classes: {self.outside:,}, such as {self.first_outside}"
+            )
+        if self.types:
+            types = (f"{count:,} {kind or 'without an extension'}" for kind, count in sorted(self.types.items()))
+            lines.append(f"other files ignored: {', '.join(types)} (image types: {IMAGE_TYPES})")
+        return lines
 
 
 @dataclass(frozen=True, eq=False)
