@@ -304,8 +304,8 @@ def test_evaluation_padding_has_label_minus_one():
             1,
             r"batch_size 2000 is larger than the number of training images \(1294\): use at most 1294",
         ),
-        ({"val_split": 1438}, 1, r"a split of 1438 does not fit"),
-        ({"val_split": 0.999}, 1, r"at most 1428"),
+        ({"val_split": 1438}, 1, r"data\.val_split 1438 does not fit 1438 images of 10 classes: .* at most 1428"),
+        ({"val_split": 0.9999}, 1, r"would hold out all \d+ images of class \d: use less or 0"),
     ],
 )
 def test_sizes_that_do_not_fit_are_rejected_before_the_first_step(settings, accumulate, message):
@@ -382,6 +382,21 @@ def test_any_image_is_converted_to_the_size_and_channels_of_the_data_set(tmp_pat
     for data, shape in ((ImageData(Colours()), (1, 8, 8, 3)), (digits(), (1, 8, 8, 1))):
         (loaded,) = batches_of(data, tmp_path)
         assert loaded.batch.images.shape == shape
+
+
+@pytest.mark.parametrize("apply_exif_orientation", [True, False])
+def test_images_of_a_directory_are_rotated_as_in_evaluation(tmp_path, apply_exif_orientation):
+    exif, rng = Image.Exif(), np.random.default_rng(0)
+    exif[0x0112] = 6
+    for part in ("train", "val"):
+        (tmp_path / part / "cat").mkdir(parents=True)
+        noise = Image.fromarray(rng.integers(0, 256, (20, 20, 3), dtype=np.uint8))
+        noise.save(tmp_path / part / "cat" / "rotated.png", exif=exif)
+    source = ImageFolder(str(tmp_path), image_size=16, apply_exif_orientation=apply_exif_orientation)
+    data = ImageData(source, batch_size=1, val_split=0, num_workers=0)
+    (predicted,) = batches_of(data, tmp_path / "val")
+    (evaluated,) = data.test_dataloader()
+    assert torch.equal(predicted.batch.images, evaluated.images)
 
 
 def test_unreadable_images_of_a_directory_are_reported_or_an_error(tmp_path):

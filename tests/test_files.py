@@ -5,10 +5,12 @@ import os
 import pickle
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from reslab.data import DataError, files
-from reslab.data.files import Files, file_table
+from reslab.data.files import Files, Skipped, Walk, file_table
 
 CLASSES = ["cat", "dog"]
 
@@ -104,6 +106,8 @@ DAMAGE = {
     "empty": lambda content: b"",
     "another file": lambda content: b"PK\x03\x04" + bytes(500),
     "one bit": lambda content: content[:-3] + bytes([content[-3] ^ 4]) + content[-2:],
+    "an identity": lambda content: content[:-100] + bytes([content[-100] ^ 4]) + content[-99:],
+    "another version": lambda content: content.replace(b'"skipped"', b'"skippen"'),
     "no state": lambda content: content.replace(b'"folders"', b'"folderz"'),
 }
 
@@ -115,6 +119,18 @@ def test_damaged_cache_is_replaced(top, monkeypatch, damage):
     path.write_bytes(DAMAGE[damage](path.read_bytes()))
     listed = listings(monkeypatch)
     assert rows(file_table(top, CLASSES)) == rows(file_table(top, CLASSES)) == expected
+    assert listed == [top]
+
+
+def test_cache_of_an_earlier_version_is_replaced(top, monkeypatch):
+    expected = file_table(top, CLASSES)
+    columns = {name: expected.arrays()[name] for name in ("names", "ends", "sizes", "labels")}
+    path = files._cache_paths(top)[0]
+    metadata = {"sha256": expected.sha256, "folders": "{}"}
+    save_file(columns, path, metadata)
+    listed = listings(monkeypatch)
+    assert np.array_equal(file_table(top, CLASSES).keys, expected.keys)
+    assert np.array_equal(file_table(top, CLASSES).pictures, expected.pictures)
     assert listed == [top]
 
 
@@ -162,16 +178,102 @@ def test_several_processes_can_write_a_cache_at_once(top):
     assert sorted(file.name for file in top.parent.iterdir()) == [path.name, "train"]
 
 
-def test_image_names_are_sorted_depth_first_without_hidden_files(tmp_path):
-    names = ["a-.png", "a/0.JPG", "a/b/1.png", "a/b-.png", "a0.png", ".thumbnails/2.png", "Z.webp"]
-    for name in [*names, "a/notes.txt", "a/._0.jpg", ".3.png", "png"]:
+def test_images_are_sorted_depth_first_without_hidden_ones(tmp_path):
+    names = ["a-.png", "a/0.JPG", "a/b/1.png", "a/b-.png", "a0.png", "Z.webp"]
+    hidden = [".3.png", ".thumbnails/2.png", "__MACOSX/a/0.JPG", "a/._0.jpg", "a/@eaDir/0.JPG/thumb.jpg"]
+    ignored = ["a/notes.txt", "b.gif", "c.HEIC", "d.heic", "png", ".hidden.txt", ".git/config"]
+    for name in [*names, *hidden, *ignored]:
         write(tmp_path / name)
-    times: files.ModificationTimes = {}
-    assert list(files.image_names(tmp_path, times=times)) == sorted(names)
-    assert times == {name: (tmp_path / name).stat().st_mtime_ns for name in ("", ".thumbnails/", "a/", "a/b/")}
-    assert list(files.image_names(tmp_path, "a/b/")) == ["a/b/1.png"]
+    walk = Walk(tmp_path)
+    assert list(walk.images()) == sorted(names)
+    assert walk.times == {name: (tmp_path / name).stat().st_mtime_ns for name in ("", "a/", "a/b/")}
+    assert walk.skipped == Skipped(5, ".3.png", types={".txt": 1, ".gif": 1, ".heic": 2, "": 1})
+    assert list(Walk(tmp_path).images("a/b/")) == ["a/b/1.png"]
     with pytest.raises(DataError, match=r"nowhere cannot be listed \(No such file"):
-        next(files.image_names(tmp_path / "nowhere"))
+        next(Walk(tmp_path / "nowhere").images())
+
+
+LOOPS = {
+    "parent": ("cat/loop", ".."),
+    "itself": ("cat/loop", "."),
+    "grandparent": ("cat/young/loop", "../.."),
+    "far above": ("cat/loop", "../../.."),
+    "root": ("cat/loop", "/"),
+    "no target": ("cat/loop", "loop"),
+    "no target, image": ("cat/loop.jpg", "loop.jpg"),
+    "class": ("cow", ".."),
+}
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_loop_of_links_is_named(top, loop):
+    link, target = LOOPS[loop]
+    (top / link).symlink_to(target)
+    for walk in (lambda: list(Walk(top).images()), lambda: file_table(top, Walk(top).directories())):
+        with pytest.raises(
+            DataError, match=rf"{link}/? (is a symbolic link to a dir|cannot be listed \(Too many levels)"
+        ):
+            walk()
+
+
+def test_links_to_other_directories_are_followed(top):
+    (top / "cow").symlink_to(top.parent / "cows")
+    write(top.parent / "cows" / "1.jpg")
+    (top / "cat" / "more").symlink_to(top / "dog")
+    table = file_table(top, [*CLASSES, "cow"])
+    assert np.bincount(table.labels).tolist() == [20, 10, 1]
+
+
+def test_skipped_files_are_counted_also_by_a_cached_table(top, monkeypatch):
+    for name in (
+        ".DS_Store",
+        "0.jpg",
+        "cat/.ipynb_checkpoints/1.jpg",
+        "cat/.1.jpg",
+        "cat/1.gif",
+        "dog/a/2.GIF",
+        "cow/1.jpg",
+    ):
+        write(top / name)
+    age(top)
+    listed = listings(monkeypatch)
+    first, second = file_table(top, CLASSES), file_table(top, CLASSES)
+    assert listed == [top]
+    assert len(first) == 20
+    assert first.skipped == second.skipped == Skipped(2, "cat/.1.jpg", 2, "0.jpg", {".gif": 2})
+    assert first.skipped.notes()[:2] == [
+        "hidden images and directories skipped: 2, such as cat/.1.jpg",
+        "images and directories outside of the classes: 2, such as 0.jpg",
+    ]
+    assert first.skipped.notes()[2].startswith("other files ignored: 2 .gif (image types: .jpg, ")
+
+
+def test_class_with_ignored_types_only_names_them(top):
+    write(top / "cow" / "1.heic")
+    with pytest.raises(DataError, match=r"cow contains no images .*; other files ignored: 1 \.heic"):
+        file_table(top, [*CLASSES, "cow"])
+
+
+def test_keys_depend_on_the_relative_name_only(top, tmp_path):
+    table = file_table(top, CLASSES)
+    assert np.array_equal(table.keys, file_table(top, CLASSES).keys)
+    moved = top.rename(tmp_path / "elsewhere")
+    write(moved / "cat" / "new.jpg")
+    age(moved)
+    keys = dict(zip(map(Files.name, [table] * 20, range(20)), table.keys.tolist(), strict=True))
+    other = file_table(moved, CLASSES)
+    assert {name: key for i, key in enumerate(other.keys.tolist()) if (name := other.name(i)) in keys} == keys
+    assert len({*other.keys.tolist()}) == 21
+    assert (
+        keys["cat/größe 0.JPEG"] == 9505742868478164715
+    )  # fixed: a change moves images between training and validation
+
+
+def test_file_names_that_are_not_utf8_are_read(top):
+    name = os.fsdecode(b"cat/caf\xe9.jpg")
+    write(top / name)
+    names = [row[0] for row in rows(file_table(top, CLASSES))]
+    assert name in names
 
 
 def test_dangling_symlink_is_named(top):

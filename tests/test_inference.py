@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from reslab.cli import main
-from reslab.data.files import image_names
+from reslab.data.files import Walk
 from reslab.data.samplers import FolderOrder
 
 Undisturbed = Callable[..., Path]
@@ -74,7 +74,7 @@ def test_directories_are_listed_lazily(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         save_gray(tmp_path / name / "0.png")
-    paths = image_names(tmp_path)
+    paths = Walk(tmp_path).images()
     assert next(paths) == "a/0.png"
     save_gray(tmp_path / "b" / "1.png")
     assert list(paths) == ["b/0.png", "b/1.png"]

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from reslab.data import order
@@ -117,35 +117,98 @@ def test_repeats_are_in_one_batch_but_not_adjacent(n, repeats, batch_size):
         assert distinct == 1 or (batch[1:] != batch[:-1]).all()  # neighbours are different images
 
 
-labels_of_few_classes = st.lists(st.integers(0, 4), max_size=100).map(lambda labels: labels + [*range(5)] * 4)
+keys_and_labels = st.lists(st.tuples(st.integers(0, 2**64 - 1), st.integers(0, 4)), max_size=60, unique=True)
 
 
-@settings(max_examples=50)
-@given(labels_of_few_classes, st.floats(0, 0.5), seeds)
-def test_split_keeps_the_class_proportions(labels, fraction, seed):
-    train, val = order.stratified_split(labels, fraction, seed)
+def with_enough_of_each_class(rows: list[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
+    rows = rows + [(key, label) for label in range(5) for key in range(label * 100, label * 100 + 20)]
+    return np.array([key for key, _ in rows], np.uint64), np.array([label for _, label in rows])
+
+
+@given(keys_and_labels, st.floats(0.05, 0.5), seeds, st.data())
+def test_fraction_decides_about_each_sample_alone(rows, fraction, seed, data):
+    keys, labels = with_enough_of_each_class(rows)
+    kept = np.delete(np.arange(len(keys)), data.draw(st.integers(0, len(keys) - 1)))
+    order_ = np.array(data.draw(st.permutations(kept.tolist())))
+    try:
+        _, val = order.hold_out(keys, labels, fraction, seed)
+        _, fewer = order.hold_out(keys[order_], labels[order_], fraction, seed)
+    except UserError:  # by chance, no sample or all of a class
+        return
+    assert set(keys[order_][fewer]) == set(keys[val]) & set(keys[kept])
+
+
+@given(keys_and_labels, st.integers(1, 60), seeds)
+def test_count_is_exact_and_keeps_the_class_proportions(rows, count, seed):
+    keys, labels = with_enough_of_each_class(rows)
+    train, val = order.hold_out(keys, labels, count, seed)
     assert sorted([*train, *val]) == list(range(len(labels)))
-    assert len(val) == round(fraction * len(labels))
+    assert np.array_equal(val, np.sort(val)) and np.array_equal(train, np.sort(train))
+    assert len(val) == count
     for c in set(labels):
-        assert abs(sum(labels[i] == c for i in val) - fraction * labels.count(c)) <= 2
+        assert abs((labels[val] == c).sum() - count * (labels == c).mean()) < 1
+
+
+def test_fraction_holds_out_about_that_share_of_each_class():
+    keys, labels = np.arange(100_000) * 77, np.arange(100_000) % 4
+    for fraction in (0.01, 0.1, 0.5):
+        _, val = order.hold_out(keys, labels, fraction, seed=3)
+        share = np.bincount(labels[val]) / 25_000
+        assert (abs(share - fraction) < 5 * np.sqrt(fraction * (1 - fraction) / 25_000)).all()  # five standard errors
+
+
+def test_equal_keys_are_on_one_side():
+    keys = np.repeat(np.arange(100), 3)
+    train, val = order.hold_out(keys, np.zeros(300, int), 0.3, seed=0)
+    assert not set(keys[train]) & set(keys[val])
+
+
+def test_ties_between_classes_are_broken_by_the_seed():
+    labels, keys = np.repeat(np.arange(20), 5), np.arange(100)
+    chosen = np.zeros(20, int)
+    for seed in range(400):
+        _, val = order.hold_out(keys, labels, 10, seed)
+        counts = np.bincount(labels[val], minlength=20)
+        assert set(counts) == {0, 1}
+        chosen += counts
+    assert (abs(chosen - 200) < 50).all()  # five standard errors of 400 throws of a coin
+
+
+def test_labels_of_any_integers_can_be_split():
+    labels = np.repeat([-3, 5, 2**40], 20)
+    _, val = order.hold_out(np.arange(60), labels, 6, seed=0)
+    assert np.unique(labels[val], return_counts=True)[1].tolist() == [2, 2, 2]
+
+
+def test_split_is_the_same_on_every_machine_and_version():
+    # Fixed values: a change here changes every published run.
+    keys, labels = np.arange(40, dtype=np.uint64) << np.uint64(57), np.arange(40) % 2
+    assert order.hold_out(keys, labels, 0.3, seed=0)[1].tolist() == [5, 6, 9, 13, 14, 25, 28, 29, 32, 35, 39]
+    assert order.hold_out(keys, labels, 8, seed=0)[1].tolist() == [6, 13, 14, 25, 28, 29, 32, 35]
 
 
 def test_split_by_count_depends_on_the_seed_only():
-    labels = np.repeat(np.arange(10), 100)
-    _, val = order.stratified_split(labels, 50, seed=0)
+    labels, keys = np.repeat(np.arange(10), 100), np.arange(1000)
+    _, val = order.hold_out(keys, labels, 50, seed=0)
     assert np.bincount(labels[val]).tolist() == [5] * 10
-    np.testing.assert_array_equal(val, order.stratified_split(labels, 50, seed=0)[1])
-    assert not np.array_equal(val, order.stratified_split(labels, 50, seed=1)[1])
-    assert len(order.stratified_split(labels, 0, seed=0)[1]) == 0
+    np.testing.assert_array_equal(val, order.hold_out(keys, labels, 50, seed=0)[1])
+    assert not np.array_equal(val, order.hold_out(keys, labels, 50, seed=1)[1])
+    assert len(order.hold_out(keys, labels, 0, seed=0)[1]) == 0
 
 
-@pytest.mark.parametrize("amount", [-1, 1000, 991, 2.5])
+@pytest.mark.parametrize("amount", [-1, -0.1, 1000, 991, 2.5, float("nan")])
 def test_split_that_does_not_fit_is_rejected(amount):
     with pytest.raises(UserError, match="a fraction from 0 to below 1 or a count of at most 990"):
-        order.stratified_split(np.repeat(np.arange(10), 100), amount, seed=0)
+        order.hold_out(np.arange(1000), np.repeat(np.arange(10), 100), amount, seed=0)
 
 
-def test_split_that_empties_a_class_is_rejected_with_its_name():
-    labels = [0] * 20 + [7]
-    with pytest.raises(UserError, match=r"all 1 samples of class 7"):
-        order.stratified_split(labels, 0.9, seed=0)
+@pytest.mark.parametrize("amount", [0.9999, 20])
+def test_split_that_empties_a_class_is_rejected_with_its_name(amount):
+    labels = [0] * 20 + [7] * 2
+    with pytest.raises(UserError, match=rf"data\.val_split {amount} would hold out all \d+ images of class [07]"):
+        order.hold_out(np.arange(22), labels, amount, seed=0)
+
+
+def test_fraction_that_holds_out_nothing_is_rejected_with_a_count():
+    with pytest.raises(UserError, match=r"data\.val_split 0\.01 holds out none of 120 images: use a count, such as 2"):
+        order.hold_out(np.arange(120), np.arange(120) % 2, 0.01, seed=3)

@@ -58,4 +58,5 @@ def _check_data(data: ImageData) -> str:
     data.setup()
     train, val = data.split
     sizes = f"{len(train):,} training, {len(val):,} validation, {len(data.test_data):,} test images"
-    return f"data      {sizes}, {data.num_classes} classes, {data.image_shape} ({time.perf_counter() - start:.1f} s)"
+    first = f"data      {sizes}, {data.num_classes} classes, {data.image_shape} ({time.perf_counter() - start:.1f} s)"
+    return "\n          ".join([first, *data.notes()])

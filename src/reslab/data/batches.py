@@ -148,12 +148,16 @@ class FileBatches(Dataset[Batch]):
             return self._crop(path.read_bytes(), u, size)
 
 
+@dataclass(eq=False, repr=False)
 class FolderBatches(Dataset[FolderBatch]):
     """Batches of unlabelled image files, preprocessed as in evaluation; the keys are those of FolderOrder."""
 
-    def __init__(self, folder: Path, channels: int, size: int, resize: int, skip_unreadable: bool) -> None:
-        self.folder, self.channels, self.size, self.resize = folder, channels, size, resize
-        self.skip_unreadable = skip_unreadable
+    folder: Path
+    channels: int
+    apply_exif_orientation: bool
+    size: int
+    resize: int
+    skip_unreadable: bool
 
     def __getitem__(self, key: tuple[int, list[str]]) -> FolderBatch:
         first, names = key
@@ -161,7 +165,7 @@ class FolderBatches(Dataset[FolderBatch]):
         readable, unreadable = [], []
         for i, name in enumerate(names):
             try:
-                image = decode(self.folder / name, self.channels)
+                image = decode(self.folder / name, self.channels, self.apply_exif_orientation)
             except DataError as error:
                 if not self.skip_unreadable:
                     raise

@@ -14,12 +14,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from reslab.data.augment import Augment, mix, normalize
 from reslab.data.batches import ArrayBatches, Batch, FileBatches, FolderBatch, FolderBatches
-from reslab.data.datasets import Arrays, ImageSource
+from reslab.data.datasets import Arrays, ImageSource, Split
 from reslab.data.decode import simplejpeg
-from reslab.data.files import DataError, Files
+from reslab.data.files import DataError, Files, printable
 from reslab.data.identity import DataIdentity, identify
 from reslab.data.loader import LazyLoader, ignore_job_signals
-from reslab.data.order import Ints, stratified_split
+from reslab.data.order import Ints, hold_out
 from reslab.data.resize import ResizeConfig
 from reslab.data.samplers import BatchKey, EvalOrder, FolderOrder, TrainOrder
 from reslab.errors import UserError
@@ -38,7 +38,8 @@ class ImageData(LightningDataModule):
         root: Directory of the data sets (default: $RESLAB_DATA, else `data`).
         batch_size: Samples per optimizer step, over all devices and accumulated micro-batches.
         eval_batch_size: Samples per evaluation batch on one device (default: as in a training batch).
-        val_split: Fraction (below 1) or number of training images held out for validation, by class; 0 for none.
+        val_split: Fraction (below 1) or number of training images held out for validation; 0 for none. Which ones
+            depends on their identity (the path of a file, the content of an array), see `order.hold_out`.
         split_seed: Seed of the validation split, independent of the run's seed.
         seed: Seed of the order and the augmentation.
         num_workers: Loader processes per device (default: 0 for data in memory, CPU cores / devices for image files).
@@ -75,7 +76,16 @@ class ImageData(LightningDataModule):
 
     @cached_property
     def class_names(self) -> list[str]:
-        return self.classes or self.dataset.classes(self.root)
+        return self.classes or self._dataset_classes()
+
+    def _dataset_classes(self) -> list[str]:
+        names = self._call("classes")
+        if not names or not all(isinstance(name, str) for name in names):
+            raise DataError(f"{self._source}.classes must return a list of names, got {names!r}")
+        for name in names:
+            if name != printable(name):
+                raise DataError(f"the class name {name} is not valid UTF-8: rename the class or its directory")
+        return list(names)
 
     @property
     def num_classes(self) -> int:
@@ -100,8 +110,31 @@ class ImageData(LightningDataModule):
         default = round(self.image_size * 256 / 224) if self.resize.test_size else self.dataset.resize
         return self.resize.test_resize or default
 
+    @property
+    def _source(self) -> str:
+        return type(self.dataset).__name__
+
+    def _call(self, method: str, *arguments: Any) -> Any:
+        """Call a method of the data set; any exception of its code becomes a DataError with the cause."""
+        try:
+            return getattr(self.dataset, method)(self.root, *arguments)
+        except (UserError, MemoryError):
+            raise
+        except Exception as error:
+            cause = str(error).strip().rpartition("\n")[2]
+            raise DataError(f"{self._source}.{method} failed: {type(error).__name__}: {cause}") from error
+
+    def _load(self, split: Split) -> Arrays | Files:
+        data = self._call("load", split)
+        if not isinstance(data, Arrays | Files):
+            raise DataError(
+                f"{self._source}.load must return reslab.data.datasets.Arrays or the Files of "
+                f"reslab.data.files.file_table, got {type(data).__name__}"
+            )
+        return data
+
     def prepare_data(self) -> None:
-        self.dataset.prepare(self.root, self.download)
+        self._call("prepare", self.download)
 
     def setup(self, stage: str | None = None) -> None:
         """Load the data and check everything that can be checked before the first step.
@@ -110,32 +143,42 @@ class ImageData(LightningDataModule):
             DataError: Data are missing, damaged, or have labels outside the classes.
             UserError: A batch size, validation split or list of classes does not fit the data or the devices.
         """
-        if self.classes and len(self.classes) != (count := len(self.dataset.classes(self.root))):
+        if self.classes and len(self.classes) != (count := len(self._dataset_classes())):
             raise UserError(f"data.classes has {len(self.classes)} names, but the data set has {count} classes")
+        self._check_data(self.train_data, "training")
+        self._check_data(self.test_data, "test")
         if stage in (None, "fit"):
             self._check_batch_size()
             self._check_resize()
-        for data, name in ((self.train_data, "training"), (self.test_data, "test")):
-            wrong = data.labels[(data.labels < 0) | (data.labels >= self.num_classes)]
-            if len(wrong):
-                raise DataError(
-                    f"{len(wrong)} {name} labels are outside 0 to {self.num_classes - 1} "
-                    f"({self.num_classes} classes), the first is {wrong[0]}"
-                )
+
+    def _check_data(self, data: Arrays | Files, name: str) -> None:
+        wrong = data.labels[(data.labels < 0) | (data.labels >= self.num_classes)]
+        if len(wrong):
+            raise DataError(
+                f"{len(wrong)} {name} labels are outside 0 to {self.num_classes - 1} "
+                f"({self.num_classes} classes), the first is {wrong[0]}"
+            )
+        if isinstance(data, Arrays) and data.images.shape[3] != self.channels:
+            raise DataError(
+                f"{self._source} has {name} images of {data.images.shape[3]} channels, shape {data.images.shape}, but "
+                f"a mean of {self.channels} values: return (n, H, W, C) and give one mean and std per channel"
+            )
 
     @cached_property
     def train_data(self) -> Arrays | Files:
         """All training images, including those held out for validation."""
-        return self.dataset.load(self.root, "train")
+        return self._load("train")
 
     @cached_property
     def test_data(self) -> Arrays | Files:
-        return self.dataset.load(self.root, "test")
+        return self._load("test")
 
     @cached_property
     def split(self) -> tuple[Ints, Ints]:
         """Indices of `train_data` for training and for validation."""
-        return stratified_split(self.train_data.labels, self.val_split, self.split_seed)
+        if not self.val_split:
+            return np.arange(len(self.train_data)), np.arange(0)
+        return hold_out(self.train_data.keys, self.train_data.labels, self.val_split, self.split_seed)
 
     def _check_batch_size(self) -> None:
         accumulate, world, _ = self._parts
@@ -220,7 +263,8 @@ class ImageData(LightningDataModule):
         """
         if not Path(folder).is_dir():
             raise DataError(f"{folder} is not a directory or does not exist")
-        batches = FolderBatches(Path(folder), self.channels, self.image_size, self.test_resize, skip_unreadable)
+        view = self.channels, self.dataset.apply_exif_orientation, self.image_size, self.test_resize
+        batches = FolderBatches(Path(folder), *view, skip_unreadable)
         return self._loader(batches, FolderOrder(Path(folder), self._eval_size))
 
     @property
@@ -266,6 +310,12 @@ class ImageData(LightningDataModule):
         """Return what identifies the data: images, labels, split and classes."""
         return identify(self.train_data, self.test_data, self.split, self.class_names)
 
+    def notes(self) -> list[str]:
+        """Describe what may be wrong with the data, one line each: skipped files, images in two classes or splits."""
+        train, test = self.train_data, self.test_data
+        lines = [*_notes_on(train, "training"), *_notes_on(test, "test"), *_overlap(train, test)]
+        return [printable(line) for line in lines]
+
     def preview(self, n_images: int = 8, n_epochs: int = 8) -> tuple[np.ndarray, list[str]]:
         """Return training images as seen in the first epochs, uint8 (images, epochs, H, W, C), and their classes."""
         batches, train = self.train_dataloader().dataset, self.split[0]
@@ -275,3 +325,35 @@ class ImageData(LightningDataModule):
         pixels = ((torch.stack(augmented, 1).float() * std + mean) * 255).round().clamp(0, 255).byte()
         names = [self.class_names[label] for label in self.train_data.labels[rows]]
         return pixels.permute(0, 1, 3, 4, 2)[:n_images].numpy(), names[:n_images]
+
+
+def _notes_on(data: Arrays | Files, name: str) -> list[str]:
+    """Describe the skipped files of one split, and its images that are in several classes."""
+    lines = data.skipped.notes() if isinstance(data, Files) else []
+    by_picture = np.argsort(data.pictures)
+    a, b = by_picture[:-1], by_picture[1:]
+    pairs = np.flatnonzero((data.pictures[a] == data.pictures[b]) & (data.labels[a] != data.labels[b]))
+    if len(pairs):
+        first = np.sort(by_picture[pairs[0] : pairs[0] + 2])
+        count, names = len(np.unique(data.pictures[a[pairs]])), " and ".join(data.describe(i) for i in first)
+        lines.append(f"images in several classes: {count:,}, such as {names}")
+    return [f"{name} data: {line}" for line in lines]
+
+
+def _overlap(train: Arrays | Files, test: Arrays | Files) -> list[str]:
+    """Describe images that are both in training and test data."""
+    if isinstance(train, Files) and isinstance(test, Files):
+        a, b = (Path(os.path.realpath(data.folder)) for data in (train, test))
+        if a == b:
+            return [f"training and test data are the same directory: {test.folder}"]
+        if a in b.parents or b in a.parents:
+            inner, outer = ("test", "training") if a in b.parents else ("training", "test")
+            return [f"the directory of {inner} data is inside that of {outer} data: {max(a, b)}"]
+    if type(train) is not type(test):
+        return []
+    shared = np.flatnonzero(np.isin(test.pictures, train.pictures))
+    if not len(shared):
+        return []
+    first = int(np.argmax(train.pictures == test.pictures[shared[0]]))
+    names = f"{train.describe(first)} and {test.describe(shared[0])}"
+    return [f"test images that are also training images: {len(shared):,}, such as {names}"]

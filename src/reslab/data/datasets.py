@@ -4,21 +4,20 @@ An `ImageSource` describes a data set and loads it into memory (`Arrays`) or as 
 """
 
 import hashlib
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import torchvision.datasets as tvd
 from torchvision.datasets.utils import check_integrity
 
-from reslab.data.files import DataError, Files, file_table
-from reslab.data.order import stratified_split
+from reslab.data.files import DataError, Files, Walk, file_table
+from reslab.data.order import hold_out
 from reslab.errors import UserError
 
 Split = Literal["train", "test"]
@@ -27,19 +26,37 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class Arrays:
-    """A data set in memory: images uint8 (n, H, W, C), labels int64 (n,)."""
+    """A data set in memory: images uint8 (n, H, W, C), labels int64 (n,); other integers are accepted as labels.
+
+    Raises:
+        DataError: The images or labels have another type or shape, or their numbers differ.
+    """
 
     images: npt.NDArray[np.uint8]
     labels: npt.NDArray[np.int64]
 
+    def __post_init__(self) -> None:
+        images, labels = _as_array(self.images, "images"), _as_array(self.labels, "labels")
+        if images.dtype != np.uint8 or images.ndim != 4:
+            raise DataError(
+                f"images must be uint8 (n, H, W, C), got {images.dtype} {images.shape}: {_how_to_convert(images)}"
+            )
+        if labels.ndim != 1:
+            raise DataError(
+                f"labels must have shape (n,), got {labels.shape}: use labels.argmax(1) if they are one-hot"
+            )
+        if labels.dtype.kind not in "iu":
+            raise DataError(
+                f"labels must be integers, got {labels.dtype}: each is the position of its class in `classes`, "
+                "convert them with .astype(np.int64)"
+            )
+        if len(images) != len(labels):
+            raise DataError(f"{len(images)} images have {len(labels)} labels: give one label per image")
+        object.__setattr__(self, "images", images)
+        object.__setattr__(self, "labels", labels.astype(np.int64, copy=False))
+
     def __len__(self) -> int:
         return len(self.labels)
-
-    @cached_property
-    def keys(self) -> npt.NDArray[np.uint64]:
-        """One hash per image of its content, uint64 (n,)."""
-        digests = (hashlib.blake2b(image.tobytes(), digest_size=8).digest() for image in self.images)
-        return np.frombuffer(b"".join(digests), np.uint64)
 
     @property
     def sha256(self) -> str:
@@ -47,6 +64,44 @@ class Arrays:
         digest.update(np.ascontiguousarray(self.images).data)
         digest.update(np.ascontiguousarray(self.labels).data)
         return digest.hexdigest()
+
+    @cached_property
+    def keys(self) -> npt.NDArray[np.uint64]:
+        """Hash of each image's shape and pixels, uint64 (n,): equal for exact duplicates."""
+        shape = hashlib.blake2b(repr(self.images.shape[1:]).encode(), digest_size=8)
+        pixels = np.ascontiguousarray(self.images).reshape(len(self), -1)
+        return np.frombuffer(b"".join([_digest(shape.copy(), image) for image in pixels]), "<u8")
+
+    @property
+    def pictures(self) -> npt.NDArray[np.uint64]:
+        """Equal for two images with the same content, see `Files.pictures`."""
+        return self.keys
+
+    def describe(self, index: int) -> str:
+        return f"image {index}"
+
+
+def _digest(digest: "hashlib.blake2b", image: npt.NDArray[np.uint8]) -> bytes:
+    digest.update(image.data)
+    return digest.digest()
+
+
+def _as_array(values: npt.ArrayLike, name: str) -> npt.NDArray[Any]:
+    try:
+        return np.asarray(values)
+    except ValueError as error:
+        raise DataError(f"{name} must form one array: {error}") from None
+
+
+def _how_to_convert(images: npt.NDArray[Any]) -> str:
+    """Return the code that makes uint8 (n, H, W, C) of other images."""
+    if images.dtype.kind == "f":
+        return "multiply images in [0, 1] by 255 and convert with .astype(np.uint8)"
+    if images.dtype == np.uint16:
+        return "keep the upper 8 bits of 16 with (images >> 8).astype(np.uint8)"
+    if images.dtype != np.uint8:
+        return "convert images in 0 to 255 with .astype(np.uint8)"
+    return "add the channel of grey images with images[..., None]" if images.ndim == 3 else "reshape them"
 
 
 class ImageSource(ABC):
@@ -112,7 +167,7 @@ class Digits(ImageSource):
 
         pixels, labels = load_digits(return_X_y=True)
         images = np.round(pixels * 255 / 16).astype(np.uint8).reshape(-1, 8, 8, 1)
-        train, test = stratified_split(labels, 0.2, seed=0)
+        train, test = hold_out(np.arange(len(labels)), labels, 359, seed=0)
         part = train if split == "train" else test
         return Arrays(images[part], labels[part].astype(np.int64))
 
@@ -178,7 +233,8 @@ class CIFAR100(CIFAR10):
 class ImageFolder(ImageSource):
     """Image files in one directory per class: ROOT/FOLDER/TRAIN/<class>/ and ROOT/FOLDER/TEST/<class>/.
 
-    For evaluation, the shorter side is resized to image_size × 256/224 and the centre is cropped, as in torchvision's
+    Hidden files and directories are skipped; `reslab doctor` reports what is skipped or ignored. For evaluation, the
+    shorter side is resized to image_size × 256/224 and the centre is cropped, as in torchvision's
     reference. Statistics default to ImageNet's.
 
     Args:
@@ -225,7 +281,7 @@ class ImageFolder(ImageSource):
         top = root / self.folder / (self.train if split == "train" else self.test)
         if not top.is_dir():
             raise DataError(f"{top} does not exist. {self._remedy(root, top)}")
-        folders = sorted(entry.name for entry in os.scandir(top) if entry.is_dir() and entry.name[0] != ".")
+        folders = Walk(top).directories()
         if not folders:
             raise DataError(f"{top} has no class directories. {self._remedy(root, top)}")
         return top, folders

@@ -5,6 +5,7 @@ without any state. So no random number depends on the number of loader workers, 
 run was resumed. Unlike numpy's Philox, it gives random access by sample index.
 """
 
+import math
 from typing import Any
 
 import numpy as np
@@ -37,14 +38,14 @@ def _words(n: int | npt.ArrayLike) -> npt.NDArray[np.uint64]:
     return np.arange(n, dtype=np.uint64) if isinstance(n, int) else np.asarray(n).astype(np.uint64)
 
 
-def _sort_keys(seed: int, epoch: int, n: int, stream: int) -> npt.NDArray[np.uint64]:
-    high, low, _, _ = philox((_words(n), 0, epoch, stream), seed)
+def _random_bits(counter: tuple[Any, Any, Any, Any], seed: int) -> npt.NDArray[np.uint64]:
+    high, low, _, _ = philox(counter, seed)
     return (high << 32) | low
 
 
 def permutation(seed: int, epoch: int, n: int) -> Ints:
     """Return a random permutation of range(n), int64 (n,): the indices, sorted by 64 random bits each."""
-    return _argsort(_sort_keys(seed, epoch, n, ORDER))
+    return _argsort(_random_bits((_words(n), 0, epoch, ORDER), seed))
 
 
 def _argsort(keys: npt.NDArray[np.uint64]) -> Ints:
@@ -110,39 +111,66 @@ def evaluation_share(indices: Ints, world: int, rank: int) -> Ints:
     return np.pad(indices, (0, -len(indices) % world), constant_values=-1)[rank::world]
 
 
-def stratified_split(labels: npt.ArrayLike, amount: int | float, seed: int) -> tuple[Ints, Ints]:
-    """Hold out samples with the class proportions of the whole set, by largest remainders.
+def hold_out(keys: npt.ArrayLike, labels: npt.ArrayLike, amount: int | float, seed: int) -> tuple[Ints, Ints]:
+    """Split off samples for validation by one random number per sample, a function of its key and the seed.
+
+    With a fraction, a sample is held out if its number is below the fraction. So adding or removing a sample moves no
+    other one, samples with equal keys stay together, and the number of samples held out, in total and per class, is the
+    fraction only in expectation. With a count, exactly that many are held out, in the proportions of the classes
+    (largest remainders; ties are broken by the seed): those with the smallest numbers of each class.
 
     Args:
+        keys: Identity of each sample, uint64 (n,).
         labels: Class of each sample, (n,).
         amount: A fraction of all samples if below 1, else a count.
-        seed: Chooses the samples of each class.
+        seed: Chooses the samples.
 
     Returns:
         Sorted indices of the remaining samples, and of the samples held out.
 
     Raises:
-        UserError: The amount is negative, or a class would have no remaining sample.
+        UserError: The amount is negative or holds out nothing, or a class would have no remaining sample.
     """
-    labels = np.asarray(labels)
-    n = len(labels)
-    count = round(amount * n) if amount < 1 else int(amount)
+    key, labels = np.asarray(keys).astype(np.uint64), np.asarray(labels)
     classes, sizes = np.unique(labels, return_counts=True)
-    if not 0 <= count <= n - len(classes) or (amount > 1 and amount != count):
+    most = len(labels) - len(classes)
+    if not 0 <= amount <= max(most, 0) or (amount > 1 and amount != int(amount)):
         raise UserError(
-            f"a split of {amount} does not fit {n} samples of {len(classes)} classes: "
-            f"use a fraction from 0 to below 1 or a count of at most {n - len(classes)}"
+            f"data.val_split {amount} does not fit {len(labels)} images of {len(classes)} classes: "
+            f"use a fraction from 0 to below 1 or a count of at most {most}"
         )
-    quotas = sizes * count / sizes.sum()
-    counts = np.floor(quotas).astype(np.int64)
-    largest_remainders = np.argsort(counts - quotas, kind="stable")[: count - counts.sum()]
-    counts[largest_remainders] += 1
-    if (counts >= sizes).any():
-        c = int(np.argmax(counts >= sizes))
-        raise UserError(f"a split of {amount} would hold out all {sizes[c]} samples of class {classes[c]}: use less")
-    shuffled = _argsort(_sort_keys(seed, 0, n, SPLIT))
-    small = (labels - classes[0]).astype(np.min_scalar_type(classes[-1] - classes[0]))  # radix sort, up to 16 bits
-    by_class = shuffled[np.argsort(small[shuffled], kind="stable")]  # class after class, each in random order
-    rank_in_class = np.arange(n) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-    held_out = rank_in_class < np.repeat(counts, sizes)
-    return np.sort(by_class[~held_out]), np.sort(by_class[held_out])
+    numbers = _random_bits((key & _MASK, key >> 32, 0, SPLIT), seed)
+    if amount < 1:
+        held_out = numbers < np.uint64(int(amount * 2**64))
+    else:
+        small = (labels - classes[0]).astype(np.min_scalar_type(classes[-1] - classes[0]))  # radix sort, up to 16 bits
+        held_out = _smallest_of_each_class(numbers, small, sizes, _quotas(classes, sizes, int(amount), seed))
+    if len(left := np.unique(labels[~held_out])) < len(classes):
+        c = int(np.argmin(np.isin(classes, left)))
+        raise UserError(
+            f"data.val_split {amount} would hold out all {sizes[c]} images of class {classes[c]}: use less or 0"
+        )
+    if amount and not held_out.any():
+        count = math.ceil(amount * len(labels))
+        raise UserError(f"data.val_split {amount} holds out none of {len(labels)} images: use a count, such as {count}")
+    return np.flatnonzero(~held_out), np.flatnonzero(held_out)
+
+
+def _quotas(classes: Ints, sizes: Ints, count: int, seed: int) -> Ints:
+    """Divide `count` among the classes in proportion to their sizes, by largest remainders; the seed breaks ties."""
+    quotas, remainders = np.divmod(sizes * count, sizes.sum())
+    ties = _random_bits((_words(classes) & _MASK, 0, 1, SPLIT), seed)
+    quotas[np.lexsort((ties, -remainders))[: count - quotas.sum()]] += 1
+    return quotas
+
+
+def _smallest_of_each_class(
+    numbers: npt.NDArray[np.uint64], labels: npt.NDArray[Any], sizes: Ints, counts: Ints
+) -> npt.NDArray[np.bool_]:
+    """Return which samples have the smallest numbers of their class: `counts` of the `sizes` of each class."""
+    ascending = _argsort(numbers)
+    by_class = ascending[np.argsort(labels[ascending], kind="stable")]
+    rank_in_class = np.arange(len(labels)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    chosen = np.zeros(len(labels), bool)
+    chosen[by_class[rank_in_class < np.repeat(counts, sizes)]] = True
+    return chosen

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from torch.utils.data import DistributedSampler
 
 from reslab.data import order
-from reslab.data.files import IMG_EXTENSIONS, DataError, image_names
+from reslab.data.files import IMAGE_TYPES, DataError, Walk
 from reslab.data.order import Ints
 
 
@@ -89,10 +89,12 @@ class FolderOrder:
         self.folder, self.batch_size = folder, batch_size
 
     def __iter__(self) -> Iterator[tuple[int, list[str]]]:
-        names = image_names(self.folder)
-        count = 0
+        walk, count = Walk(self.folder), 0
+        names = walk.images()
         while batch := list(islice(names, self.batch_size)):
             yield count, batch
             count += len(batch)
         if not count:
-            raise DataError(f"{self.folder} contains no image files ({', '.join(IMG_EXTENSIONS)})")
+            raise DataError(
+                "; ".join([f"{self.folder} contains no image files ({IMAGE_TYPES})", *walk.skipped.notes()])
+            )
