@@ -58,7 +58,7 @@ def start(top: str) -> None:
     start_time, start_cpu = time.perf_counter(), time.process_time()
     data = ImageData(ImageFolder(top), top, 256, num_workers=0, val_split=10_000)
     data.setup("fit")
-    data.fingerprint()
+    data.identity()
     seconds = time.perf_counter() - start_time, time.process_time() - start_cpu
     growth = {}
     for method in ("fork", "spawn"):

@@ -509,16 +509,16 @@ def test_imagenette_trains_on_random_crops(shared_data):
 
 
 def test_fingerprint_distinguishes_data_split_and_classes(folder):
-    original = pets(folder).fingerprint()
-    assert original == pets(folder, seed=3).fingerprint()
-    other_split = pets(folder, split_seed=1).fingerprint()
+    original = pets(folder).identity().hashes
+    assert original == pets(folder, seed=3).identity().hashes
+    other_split = pets(folder, split_seed=1).identity().hashes
     assert {key for key in original if original[key] != other_split[key]} == {"split"}
     write_image(folder / "pets/train/cat/0.png", size=(41, 30))
-    other_file = pets(folder).fingerprint()
+    other_file = pets(folder).identity().hashes
     assert {key for key in original if original[key] != other_file[key]} == {"files"}
     for part in ("train", "val"):
         (folder / "pets" / part / "dog").rename(folder / "pets" / part / "dogs")
-    assert pets(folder).fingerprint()["classes"] != original["classes"]
+    assert pets(folder).identity().hashes["classes"] != original["classes"]
 
 
 def test_pickle_with_the_name_of_a_cifar_file_is_never_loaded(tmp_path):

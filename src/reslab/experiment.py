@@ -120,6 +120,7 @@ class Run:
         objective = self.model.objective.prepare(self.model.net)  # a missing teacher, too
         if self.record.writes:
             rehearse(trainer, self.model, self.data, self._needed_metrics())
+            print(*(f"data: {note}\n" for note in self.data.notes()), sep="", end="", flush=True)
         return objective
 
     def _needed_metrics(self) -> list[str]:
