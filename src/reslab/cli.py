@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from reslab.errors import Exit, UserError
 from reslab.host import CONFIGS
+from reslab.training.launchers import started_processes
 
 if TYPE_CHECKING:
     from reslab.ablation.study import Study
 
+ONE_PROCESS = ("predict", "export", "preview", "ablate")  # commands whose copies would write the same files
 LISTS = {"data": "data", "experiments": "experiment", "recipes": "recipe", "ablations": "ablation"}  # in configs/
 
 
@@ -26,6 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if argv[:1] == ["fit"]:  # LightningCLI parses its options
             return _call("experiment:fit", argv=argv[1:])
         args, overrides = _parser().parse_known_args(argv)
+        _refuse_copies(argv[0])
         options = vars(args)
         if options.pop("takes_config"):
             options["overrides"] = overrides
@@ -43,6 +46,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print("reslab: interrupted", file=sys.stderr)
         return Exit.INTERRUPTED
+
+
+def _refuse_copies(command: str) -> None:
+    """Raise UserError if a launcher such as torchrun started several processes of a command that needs one."""
+    for by, processes, _ in started_processes(os.environ):
+        if command in ONE_PROCESS and processes > 1:
+            raise UserError(f"{by.name} started {processes} processes, reslab {command} runs in one: start it directly")
 
 
 def _call(target: str, **options: Any) -> int:

@@ -29,6 +29,7 @@ from reslab.runs.tracking import WandB
 from reslab.training import Classifier, processes
 from reslab.training.checkpoint import Checkpoints, VerifiedCheckpointIO, read_checkpoint, resume_point, weights_sha256
 from reslab.training.classifier import Diverged
+from reslab.training.launchers import check_trainer
 from reslab.training.lightning_internals import rank, saves_distributed_checkpoints
 from reslab.training.log_rows import LogRows
 from reslab.training.preemption import Preempted, Preemption
@@ -126,7 +127,9 @@ class Run:
             raise UserError("a checkpoint must be one file: set --trainer.strategy.save_distributed_checkpoint false")
         own: dict[str, Any] = {"callbacks": callbacks, "logger": [metrics], "plugins": [VerifiedCheckpointIO()]}
         lists = {name: [*settings[name], *added] for name, added in own.items()}
-        return Trainer(**{**settings, **lists, "default_root_dir": str(self.folder.path)})
+        trainer = Trainer(**{**settings, **lists, "default_root_dir": str(self.folder.path)})
+        check_trainer(trainer)
+        return trainer
 
     def _test(self, trainer: Trainer, model: Classifier, data: ImageData, saver: Checkpoints) -> None:
         """Test once, with the weights chosen by run.test_weights, and save weights, predictions and results."""
