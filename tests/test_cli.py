@@ -137,7 +137,7 @@ def test_wrong_usage_is_exit_status_2(command: list[str], capsys: pytest.Capture
     ],
 )
 def test_ctrl_c_ends_a_command_with_one_line(
-    command: list[str], moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    command: list[str], moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     options = ["--run.dir", str(tmp_path / "run")] if command[0] == "fit" else []
     monkeypatch.setattr(f"reslab.{moment}", lambda *args, **kwargs: signal.raise_signal(signal.SIGINT))
@@ -146,4 +146,4 @@ def test_ctrl_c_ends_a_command_with_one_line(
         assert main([*command, *options]) == 130
     finally:
         signal.signal(signal.SIGINT, handler)  # Lightning ignores it during its teardown
-    assert capsys.readouterr().err == "reslab: interrupted\n"
+    assert capfd.readouterr().err == "reslab: interrupted\n"

@@ -6,6 +6,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from reslab import interrupt
 from reslab.host import STOP_SIGNALS
 from reslab.training.checkpoint import Checkpoints, at_step_end, max_over_ranks
 from reslab.training.lightning_internals import keep_signal_handlers
@@ -42,8 +43,9 @@ class Preemption(Callback):
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self._received == number == signal.SIGINT:
+            interrupt.close()  # second Ctrl-C: stop at once
             signal.signal(signal.SIGINT, signal.SIG_DFL)
-            signal.raise_signal(signal.SIGINT)  # second Ctrl-C: stop at once
+            signal.raise_signal(signal.SIGINT)
         self._received = number
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
