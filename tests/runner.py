@@ -60,6 +60,25 @@ def terminate_all(*args: Any) -> None:
     subprocess.run(["kill", "-TERM", *map(str, pids)], check=True)
 
 
+def interrupt(*args: Any) -> None:
+    signal.raise_signal(signal.SIGINT)
+
+
+def interrupt_repeatedly(*args: Any) -> None:
+    """Press Ctrl-C again and again, also while the program cleans up and exits."""
+    for i in range(20):
+        timer = threading.Timer(0.01 * i, os.kill, [os.getpid(), signal.SIGINT])
+        timer.daemon = True
+        timer.start()
+    time.sleep(1)
+
+
+def interrupt_all(*args: Any) -> None:
+    """Signal a loader process and the run, as a terminal does."""
+    os.kill(os.getppid(), signal.SIGINT)
+    signal.raise_signal(signal.SIGINT)
+
+
 def interrupt_twice(*args: Any) -> None:
     signal.raise_signal(signal.SIGINT)
     signal.raise_signal(signal.SIGINT)

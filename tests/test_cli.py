@@ -94,6 +94,27 @@ def test_mistake_is_one_message_and_exit_status_2(
     assert expected in message and "Traceback" not in message and len(message.splitlines()) <= 6
 
 
+def test_unsupported_platform_is_one_message(tmp_path: Path) -> None:
+    commands = [
+        ["fit", "--config", DIGITS],
+        ["test", "run"],
+        ["export", "run", "--format", "pt2", "--out", "x.pt2"],
+        ["verify", "run"],
+        ["ablate", "plan", "digits_shortcuts"],
+    ]
+    code = (
+        "import signal, sys\n"
+        "sys.modules['fcntl'] = None\n"  # as on Windows, which also lacks some signals
+        "del signal.SIGUSR1, signal.SIGUSR2\n"
+        "from reslab.cli import main\n"
+        f"print([int(main(command)) for command in {commands!r}], main(['list', 'data']))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout.endswith("[2, 2, 2, 2, 2] 0\n"), result.stderr
+    message = "Linux and macOS are supported; on Windows, use WSL 2 (this Python has no module fcntl)"
+    assert result.stderr == f"reslab: {message}\n" * len(commands)
+
+
 @pytest.mark.parametrize("command", [["bogus"], [], ["summary"], ["summary", "resnet50", "--input", "a,b"]])
 def test_wrong_usage_is_exit_status_2(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
@@ -116,7 +137,7 @@ def test_wrong_usage_is_exit_status_2(command: list[str], capsys: pytest.Capture
     ],
 )
 def test_ctrl_c_ends_a_command_with_one_line(
-    command: list[str], moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    command: list[str], moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     options = ["--run.dir", str(tmp_path / "run")] if command[0] == "fit" else []
     monkeypatch.setattr(f"reslab.{moment}", lambda *args, **kwargs: signal.raise_signal(signal.SIGINT))
@@ -125,4 +146,4 @@ def test_ctrl_c_ends_a_command_with_one_line(
         assert main([*command, *options]) == 130
     finally:
         signal.signal(signal.SIGINT, handler)  # Lightning ignores it during its teardown
-    assert capsys.readouterr().err == "reslab: interrupted\n"
+    assert capfd.readouterr().err == "reslab: interrupted\n"

@@ -21,6 +21,7 @@ from PIL import Image
 from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args, load_sweep_config
 
 from reslab.config import Experiment
+from reslab.errors import UserError
 from reslab.experiment import fit
 from reslab.runs.tracking import WandB
 
@@ -271,6 +272,64 @@ def test_fit_logs_to_wandb(
     drawn = {path.stem for path in (tmp_path / "figures").glob("*.png")}
     sent = {path.name.rsplit("_", 2)[0] for path in run.glob("files/media/images/figures/*.png")}
     assert drawn and drawn == sent
+
+
+REFUSED: list[tuple[dict[str, Any], dict[str, str], str]] = [
+    ({"tags": ["short", "t" * 65]}, {}, r"run.tags: .*65 characters"),
+    ({"tags": [""]}, {}, "run.tags: .*empty"),
+    ({"tags": [3]}, {}, "run.tags: .*string"),
+    ({"project": "a/b"}, {}, "trainer.logger.project: .*'a/b'.*cannot contain"),
+    ({"project": "p" * 129}, {}, "trainer.logger.project: .*129 characters, and at most 128"),
+    ({"project": 3}, {}, "trainer.logger.project: .*string"),
+    ({"id": "a/b"}, {}, "the run's id: .*cannot contain"),
+    ({"id": ""}, {}, "the run's id: .*empty"),
+    ({"group": "g" * 129}, {}, "run.group: .*129 characters"),  # these four by the server
+    ({"name": "n" * 129}, {}, "run.name: .*129 characters"),
+    ({"entity": "e" * 129}, {}, "trainer.logger.entity: .*129 characters"),
+    ({"job_type": "j" * 65}, {}, "run.job_type: .*65 characters, and at most 64"),
+    ({}, {"WANDB_MODE": "onlin"}, "environment variables .*mode"),
+    ({}, {"WANDB_BASE_URL": "nowhere"}, "environment variables .*base_url"),
+    ({}, {"WANDB_TAGS": "t" * 65}, "environment variables .*65 characters"),
+    ({}, {"WANDB_PROJECT": "a/b"}, "environment variables .*cannot contain"),
+]
+OPTIONS = {"id": "digits-1", "name": "digits", "group": "shortcuts", "job_type": None, "tags": ["a", "t" * 64]}
+
+
+@pytest.mark.parametrize(("options", "environ", "message"), REFUSED)
+def test_refused_settings_are_found_before_the_run(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    options: dict[str, Any],
+    environ: dict[str, str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    logger = WandB(**{name: value for name, value in options.items() if name in ("project", "entity")})
+    others = {name: value for name, value in options.items() if name not in ("project", "entity")}
+    with pytest.raises(UserError, match=f"^trainer.logger: W&B refuses .*{message}"):
+        logger.check(**OPTIONS | others)
+    assert not list(tmp_path.iterdir()) and capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("mode", ["online", "offline", "disabled"])
+def test_accepted_settings_start_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    logger = WandB(project="p" * 128, mode=mode)
+    logger.check(**OPTIONS)
+    assert not list(tmp_path.iterdir())
+    if mode == "offline":
+        logger.start(tmp_path, config=CONFIG, **OPTIONS)
+        logger.finish({})
+        assert len(offline_runs(tmp_path)) == 1
+
+
+def test_missing_wandb_is_found_before_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match="pip install wandb"):
+        WandB().check(**OPTIONS)
 
 
 def test_logger_that_was_not_started_logs_nothing() -> None:

@@ -295,7 +295,7 @@ def test_saved_diff_restores_the_tree_in_a_clean_clone(dirty: Path, tmp_path: Pa
 
 def test_diff_leaves_out_large_files_secrets_and_runs(dirty: Path, tmp_path: Path) -> None:
     clean = manifests.git_state(dirty)
-    (dirty / "big").write_bytes(bytes(2**20 + 1))
+    (dirty / "big").write_bytes(b"x" * (2**20 + 1))
     (dirty / ".env").write_text("A=1")
     (dirty / "api_key.txt").write_text("1")
     (dirty / "noise.log").write_text("ignored")

@@ -7,26 +7,37 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reslab.errors import Exit, UserError
 from reslab.host import CONFIGS
+from reslab.interrupt import close, guarded, resume_hint
+from reslab.runs.masking import mask_command
+from reslab.training.launchers import started_processes
 
 if TYPE_CHECKING:
     from reslab.ablation.study import Study
 
+ONE_PROCESS = ("predict", "export", "preview", "ablate")  # commands whose copies would write the same files
 LISTS = {"data": "data", "experiments": "experiment", "recipes": "recipe", "ablations": "ablation"}  # in configs/
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status (see `reslab.errors.Exit`)."""
-    argv = list(sys.argv[1:] if argv is None else argv)
+    return guarded(partial(_main, list(sys.argv[1:] if argv is None else argv)))
+
+
+def _main(argv: list[str]) -> int:
     try:
         if argv[:1] == ["fit"]:  # LightningCLI parses its options
             return _call("experiment:fit", argv=argv[1:])
         args, overrides = _parser().parse_known_args(argv)
+        _refuse_copies(argv[0])
         options = vars(args)
+        if argv[0] == "ablate":
+            options["command"] = mask_command(["reslab", *argv])
         if options.pop("takes_config"):
             options["overrides"] = overrides
         elif overrides:
@@ -38,11 +49,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `reslab list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (KeyboardInterrupt, SystemExit) as stop:
-        if KeyboardInterrupt not in (type(stop), type(stop.__context__)):  # Lightning turns Ctrl-C into SystemExit(1)
-            raise
-        print("reslab: interrupted", file=sys.stderr)
-        return Exit.INTERRUPTED
+
+
+def _refuse_copies(command: str) -> None:
+    """Raise UserError if a launcher such as torchrun started several processes of a command that needs one."""
+    for by, processes, _ in started_processes(os.environ):
+        if command in ONE_PROCESS and processes > 1:
+            raise UserError(f"{by.name} started {processes} processes, reslab {command} runs in one: start it directly")
 
 
 def _call(target: str, **options: Any) -> int:
@@ -183,7 +196,10 @@ def _summary(model: str, input: tuple[int, ...], classes: int) -> None:
     print(summarize(create_model(model, num_classes=classes, in_channels=input[0], **size), input))
 
 
-def _ablate(step: str, name: str, out: str | None, overrides: list[str], check: bool = False, **options: Any) -> int:
+def _ablate(
+    step: str, name: str, out: str | None, overrides: list[str], command: str, check: bool = False, **options: Any
+) -> int:
+    from reslab.ablation.cells import PLAN
     from reslab.ablation.launch import typed_configs
     from reslab.ablation.plan import describe
     from reslab.ablation.study import read_study
@@ -195,7 +211,10 @@ def _ablate(step: str, name: str, out: str | None, overrides: list[str], check: 
             typed_configs(study)
         print(describe(study, folder))
         return Exit.OK
-    status = _run_study(study, folder, **options) if step == "run" else Exit.OK
+    status: int = Exit.OK
+    if step == "run":
+        resume_hint(lambda: f"to resume, run {command}" if (folder / PLAN).exists() else "")
+        status = _run_study(study, folder, **options)
     if status != Exit.PREEMPTED and not options.get("detach"):
         from reslab.ablation.report import log_summary, write_report
 
@@ -216,4 +235,5 @@ def _run_study(
         return run_slurm(study, folder, cluster, jobs, retries, detach)
     if detach or slurm or any(job_options.values()):
         raise UserError("--detach, --slurm and job options require --launcher slurm")
-    return run_local(study, folder, LocalResources(jobs, jobs_per_gpu), retries)
+    status = run_local(study, folder, LocalResources(jobs, jobs_per_gpu), retries)
+    return close() if status == Exit.PREEMPTED else status

@@ -23,6 +23,7 @@ from reslab.data.samplers import BatchKey
 from reslab.errors import Exit, UserError, cause
 from reslab.files import replacing
 from reslab.host import handling_signals
+from reslab.interrupt import resume_hint
 from reslab.models.zoo import load_weights
 from reslab.runs.csv_logger import MetricsCSV
 from reslab.runs.folder import RunFolder
@@ -32,6 +33,7 @@ from reslab.runs.tracking import WandB
 from reslab.training import Classifier, processes
 from reslab.training.checkpoint import Checkpoints, VerifiedCheckpointIO, read_checkpoint, resume_point, weights_sha256
 from reslab.training.classifier import Diverged
+from reslab.training.launchers import check_trainer
 from reslab.training.lightning_internals import rank, saves_distributed_checkpoints
 from reslab.training.log_rows import LogRows
 from reslab.training.preemption import Preempted, Preemption
@@ -47,6 +49,7 @@ def fit(argv: list[str]) -> int:
     experiment = Experiment(argv)
     built = experiment.build()  # first: a value refused at construction must leave no run directory behind
     folder = RunFolder(experiment.run_dir())
+    resume_hint(lambda: "run the same command again to resume" if folder.holds_checkpoint() else "")
     if rank() != 0:
         return Run(experiment, folder, argv, *built).execute()
     with folder.claimed():
@@ -80,7 +83,7 @@ class Run:
             self._open(trainer, objective)
             with handling_signals(self.preemption.note):
                 self._train_and_test(trainer)
-            self._finish(trainer)
+            self._finish()
         except (Preempted, SIGTERMException) as stop:
             return self._close("preempted", str(stop))
         except Diverged as error:
@@ -106,9 +109,11 @@ class Run:
         own: dict[str, Any] = {"callbacks": callbacks, "logger": [metrics], "plugins": [VerifiedCheckpointIO()]}
         lists = {name: [*self.settings[name], *added] for name, added in own.items()}
         try:
-            return Trainer(**{**self.settings, **lists, "default_root_dir": str(self.folder.path)})
+            trainer = Trainer(**{**self.settings, **lists, "default_root_dir": str(self.folder.path)})
         except Exception as error:
             raise UserError(f"trainer: {cause(error)}") from error
+        check_trainer(trainer)
+        return trainer
 
     def _rehearse(self, trainer: Trainer) -> dict[str, Any]:
         """Find errors before the run directory is claimed; return the objective's entry of the manifest, if any."""
@@ -120,6 +125,8 @@ class Run:
         objective = self.model.objective.prepare(self.model.net)  # a missing teacher, too
         if self.record.writes:
             rehearse(trainer, self.model, self.data, self._needed_metrics())
+            for logger in self._wandb():
+                logger.check(id="00000000", **self._wandb_options())
             print(*(f"data: {note}\n" for note in self.data.notes()), sep="", end="", flush=True)
         return objective
 
@@ -139,15 +146,17 @@ class Run:
         self.record.open(data, identity, trainer.world_size)
         if objective:
             self.record.write(objective=objective)
-        for logger in trainer.loggers:
-            if isinstance(logger, WandB) and self.record.writes:
-                logger.start(self.folder.path, self.record.manifest["id"], **self._wandb_options())
+        for logger in self._wandb():
+            config = yaml.safe_load(self.folder.config.read_text(encoding="utf-8"))
+            logger.start(self.folder.path, id=self.record.manifest["id"], config=config, **self._wandb_options())
+
+    def _wandb(self) -> list[WandB]:
+        return [logger for logger in self.settings["logger"] if isinstance(logger, WandB) and self.record.writes]
 
     def _wandb_options(self) -> dict[str, Any]:
         options = self.options
         return {
             "name": f"{options.name} seed {self.record.values['seed_everything']}",
-            "config": yaml.safe_load(self.folder.config.read_text(encoding="utf-8")),
             "group": options.group or options.name,
             "job_type": options.job_type,
             "tags": options.tags,
@@ -172,12 +181,11 @@ class Run:
             cut(self.folder.metrics, step)
         return checkpoint
 
-    def _finish(self, trainer: Trainer) -> None:
+    def _finish(self) -> None:
         if self.record.writes:
             pictures = self._draw()
-            for logger in trainer.loggers:
-                if isinstance(logger, WandB):
-                    logger.finish(self.record.manifest["results"], pictures)
+            for logger in self._wandb():
+                logger.finish(self.record.manifest["results"], pictures)
 
     def _test(self, trainer: Trainer) -> None:
         """Test once, with the weights chosen by run.test_weights, and save weights, predictions and results."""

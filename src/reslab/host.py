@@ -11,7 +11,7 @@ from typing import Any
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 # Signals that ask a run to stop: it writes a checkpoint and exits with Exit.PREEMPTED.
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+STOP_SIGNALS = tuple(getattr(signal, f"SIG{n}") for n in ("TERM", "INT", "USR1", "USR2") if hasattr(signal, f"SIG{n}"))
 
 
 def available_cores() -> int:

@@ -20,6 +20,7 @@ from reslab.files import replacing
 from reslab.runs import manifest as manifests
 from reslab.runs.folder import RunFolder
 from reslab.training import Classifier
+from reslab.training.launchers import check_trainer
 
 
 def load_run(run: str, overrides: list[str]) -> tuple[ImageData, Classifier, dict[str, Any]]:
@@ -53,6 +54,7 @@ def evaluate(run: str, split: str, overrides: list[str]) -> None:
     """Print the metrics of a run's weights on the data of a split: validation or test."""
     data, model, settings = load_run(run, overrides)
     trainer = Trainer(**settings)
+    check_trainer(trainer)
     (trainer.test if split == "test" else trainer.validate)(model, datamodule=data, verbose=False, weights_only=True)
     if trainer.is_global_zero:
         for name, value in model.latest.items():

@@ -43,7 +43,10 @@ class Cell:
         return self.folder / LOG
 
 
-Status = Literal["missing", "running", "preempted", "failed", "diverged", "complete", "unreadable", "mismatched"]
+Status = Literal[
+    "missing", "interrupted", "running", "preempted", "failed", "diverged", "complete", "unreadable", "mismatched"
+]
+NOT_BEGUN = "it was stopped before it began to train; `ablate run` starts it again"
 FINAL = ("complete", "unreadable", "mismatched")  # cells that are not run
 
 
@@ -52,7 +55,8 @@ class State:
     """State of a cell's run directory; only `complete` cells have results."""
 
     cell: Cell
-    status: Status  # of the manifest, or `missing`, `unreadable` (damaged), or `mismatched` (other config or seed)
+    # Of the manifest, or `missing`, `interrupted`, `unreadable` (damaged), or `mismatched` (other config or seed).
+    status: Status
     detail: str  # the reason, in one line
     manifest: Config  # or {}
 
@@ -80,7 +84,9 @@ def state(study: Study, cell: Cell, config: Config, data: Config | None = None) 
     """Return the state of a cell that should have this config ({} if none was written yet) and data (None: any)."""
     folder = RunFolder(cell.folder)
     if not folder.manifest.exists():
-        return State(cell, "missing", _last_line(cell), {})
+        line = _last_line(cell)
+        stopped = line == "KeyboardInterrupt" or line.startswith("reslab: interrupted")
+        return State(cell, "interrupted", NOT_BEGUN, {}) if stopped else State(cell, "missing", line, {})
     try:
         manifest = manifests.read(folder.manifest)
         status, seed = manifest["status"], manifest["seed"]

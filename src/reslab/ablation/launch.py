@@ -192,6 +192,10 @@ class Pool:
                 signal.signal(number, handler)
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
+        if self.stopped and number == signal.SIGINT:  # second Ctrl-C
+            for process, _ in self.running.values():
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
         self.stopped = True
         self._signal(number)
 
@@ -208,8 +212,10 @@ class Pool:
                 return
             self.waiting.remove(cell)
             slot = self.free.pop(0)
-            self.running[cell] = start(cell, slot), slot
+            self.running[cell] = (process := start(cell, slot)), slot
             self.progress.started(cell)
+            if self.stopped:  # perhaps before `process` was among those to signal
+                process.terminate()
 
     def _reap(self) -> None:
         for cell, (process, slot) in list(self.running.items()):
@@ -217,7 +223,7 @@ class Pool:
                 del self.running[cell]
                 self.free.append(slot)
                 may_retry = not self.stopped and process.returncode not in (Exit.OK, Exit.USAGE)
-                if self.progress.ended(cell, may_retry):
+                if self.progress.ended(cell, may_retry, interrupted=self.stopped):
                     self.waiting.append(cell)
 
 

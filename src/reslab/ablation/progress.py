@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from reslab.ablation.cells import FINAL, Cell, State, read_config, seconds_per_cell, state
+from reslab.ablation.cells import FINAL, NOT_BEGUN, Cell, State, read_config, seconds_per_cell, state
 from reslab.ablation.study import Study
 from reslab.errors import Exit
 from reslab.runs.folder import RunFolder
@@ -60,9 +60,14 @@ class StudyProgress:
         again = f" (try {self._tries[cell] + 1})" if self._tries[cell] else ""
         self._report(f"{cell.name}: started{note}{again}")
 
-    def ended(self, cell: Cell, may_retry: bool, how: str = "") -> bool:
-        """Report how a cell ended; return whether to retry it, if it `may_retry` and would not end the same again."""
+    def ended(self, cell: Cell, may_retry: bool, how: str = "", interrupted: bool = False) -> bool:
+        """Report how a cell ended; return whether to retry it, if it `may_retry` and would not end the same again.
+
+        `interrupted`: all cells were stopped, so one that left no run directory did not fail.
+        """
         ended = state(self.study, cell, read_config(cell.config))
+        if interrupted and ended.status == "missing":
+            ended = State(cell, "interrupted", NOT_BEGUN, {})
         self._tries[cell] += 1
         retry = may_retry and ended.status not in (*FINAL, "diverged") and self._tries[cell] <= self.retries
         self.running.pop(cell, None)

@@ -1,7 +1,6 @@
 """The run directory: its layout, and the lock that keeps two runs from sharing one."""
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
@@ -12,6 +11,11 @@ from pathlib import Path
 from reslab.errors import UserError
 from reslab.files import write_text
 from reslab.runs.manifest import now
+
+try:
+    import fcntl
+except ImportError as error:
+    raise UserError("Linux and macOS are supported; on Windows, use WSL 2 (this Python has no module fcntl)") from error
 
 MIN_FREE_BYTES = 64 * 2**20
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import math
 import os
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,6 +14,18 @@ from lightning.pytorch.utilities import rank_zero_only
 from pandas import DataFrame
 
 from reslab.errors import UserError
+
+# Arguments of wandb.init: where the config sets them, their name in W&B's settings, and the longest text that W&B's
+# server accepts. The client checks no length of these: an offline run would be refused when it is uploaded.
+OPTIONS: dict[str, tuple[str, str, float]] = {
+    "project": ("trainer.logger.project", "project", 128),
+    "entity": ("trainer.logger.entity", "entity", 128),
+    "id": ("the run's id", "run_id", 128),
+    "name": ("run.name", "run_name", 128),
+    "group": ("run.group", "run_group", 128),
+    "job_type": ("run.job_type", "run_job_type", 64),
+    "tags": ("run.tags", "run_tags", math.inf),  # checked by the client
+}
 
 
 class WandB(Logger):
@@ -58,6 +71,32 @@ class WandB(Logger):
     def experiment(self) -> Any:
         """The wandb.Run; None before `start` and after W&B failed."""
         return self._run
+
+    def check(self, **options: Any) -> None:
+        """Raise UserError if W&B is not installed or would refuse its settings; start and write nothing.
+
+        `options` are those of `start`: id, name, group, job_type, tags. W&B's environment variables and settings
+        files are checked too.
+        """
+        try:
+            import wandb
+        except ImportError as error:
+            raise UserError(f"trainer.logger: WandB requires the package wandb: pip install wandb ({error})") from error
+        settings, refused = wandb.Settings(), (ValueError, TypeError, wandb.errors.UsageError)
+        try:
+            settings.update_from_system_settings()
+            settings.update_from_env_vars(dict(os.environ))
+        except refused as error:
+            source = "its environment variables (WANDB_*) or settings file"
+            raise UserError(f"trainer.logger: W&B refuses {source}: {_reason(error)}") from error
+        for option, value in {"project": self.project, "entity": self.entity, **options}.items():
+            key, setting, longest = OPTIONS[option]
+            try:
+                if isinstance(value, str) and len(value) > longest:
+                    raise ValueError(f"it has {len(value)} characters, and at most {longest} are allowed")
+                setattr(settings, setting, value)
+            except refused as error:
+                raise UserError(f"trainer.logger: W&B refuses {key}: {_reason(error)}") from error
 
     def start(self, dir: Path, id: str, name: str, config: dict[str, Any], **options: Any) -> None:
         """Start the run in W&B, or resume the one with this id; its files are written to `dir`/wandb.
@@ -132,6 +171,12 @@ class WandB(Logger):
     def _how_to_upload(self) -> str:
         command = ["wandb", "sync", "--include-online", str(Path(self._run.dir).parent)]
         return f"To upload this run: {shlex.join(command)}"
+
+
+def _reason(error: Exception) -> str:
+    """Return the cause of a refusal; pydantic prints its own around it."""
+    causes = [f"{cause['loc'][0]}: {cause['msg']}" for cause in getattr(error, "errors", list)()]
+    return "; ".join(dict.fromkeys(causes)).replace("Value error, ", "") or str(error)
 
 
 def _first_line(error: Exception) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from reslab import interrupt
 from reslab.training.checkpoint import Checkpoints, at_step_end, max_over_ranks
 from reslab.training.lightning_internals import keep_signal_handlers
 
@@ -30,6 +31,7 @@ class Preemption(Callback):
     def note(self, number: int, frame: FrameType | None) -> None:
         """Remember a signal; the second Ctrl-C stops at once."""
         if self._received == number == signal.SIGINT:
+            interrupt.close()
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             signal.raise_signal(signal.SIGINT)
         self._received = number
