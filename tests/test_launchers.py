@@ -155,4 +155,4 @@ def test_torchrun_with_another_number_of_devices_trains_nothing(tmp_path: Path, 
     message = f"reslab: torchrun started 2 processes, this config runs {devices} "
     assert output.count(message) == 1 and "--trainer.devices 2 --trainer.num_nodes 1" in output
     assert re.search(r"exitcode\s*: 2", output)
-    assert not (tmp_path / "run/metrics.csv").exists() and not list(tmp_path.rglob("*.ckpt"))
+    assert not (tmp_path / "run").exists()
