@@ -275,7 +275,13 @@ def _keep_new_layers(net: "Network", state: "dict[str, Tensor]", source: str) ->
 
 
 def load_state(net: "nn.Module", state: "Mapping[str, Tensor]", source: str) -> None:
-    """Load a state dict by the network's own keys; raise a ModelError that is short if anything does not fit."""
+    """Load a state dict by the network's own keys; raise a ModelError as `check_state` does."""
+    check_state(net, state, source)
+    net.load_state_dict(state)
+
+
+def check_state(net: "nn.Module", state: "Mapping[str, Tensor]", source: str) -> None:
+    """Raise a short ModelError if the names or shapes of a state dict are not those of the network."""
     own = net.state_dict()
     differences = {
         # Files of before 2018 have no num_batches_tracked; torch fills it in.
@@ -289,7 +295,6 @@ def load_state(net: "nn.Module", state: "Mapping[str, Tensor]", source: str) -> 
     }
     if any(differences.values()):
         raise ModelError(_misfit(net, state, source, differences))
-    net.load_state_dict(state)
 
 
 def _misfit(net: "nn.Module", state: "Mapping[str, Tensor]", source: str, differences: dict[str, list[str]]) -> str:
