@@ -371,6 +371,9 @@ def test_damaged_files_are_refused_in_one_message(
         ("w.bin", r"there is no weights file w\.bin"),
         ("model.tar", r"there is no weights file model\.tar"),
         ("~/no-such-folder/w.pth", r"there is no weights file /.*no-such-folder/w\.pth$"),
+        ("~no-such-user/w.pth", r"there is no weights file ~no-such-user/w\.pth$"),
+        ("a/" + 300 * "x", r"there is no weights file a/x+$"),
+        ("{dir}", r"there is no weights file .*weights\.safetensors$"),
         ("../w", r"there is no weights file \.\./w$"),
         (r"C:\weights\w.pth", r"there is no weights file C:"),
         ("https://example.org/w.pth", r"download https://example\.org/w\.pth yourself"),
@@ -383,6 +386,16 @@ def test_missing_files_are_named(weights: str, message: str, tmp_path: Path) -> 
     with pytest.raises(UserError, match=message) as caught:
         load_weights(tiny(), weights.format(dir=tmp_path))
     assert "IMAGENET1K_V1" not in str(caught.value) or "file '" in str(caught.value)
+
+
+def test_the_checkpoint_of_an_unfinished_run_is_named(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    state, net = random_state(tiny()), tiny()
+    torch.save({"state_dict": prefixed("net.", state)}, tmp_path / "checkpoints/last.ckpt")
+    with pytest.raises(UserError, match=r"the run is not finished; its last checkpoint is .*checkpoints/last\.ckpt$"):
+        load_weights(net, tmp_path)
+    load_weights(net, tmp_path / "checkpoints/last.ckpt")
+    assert equal(net, state)
 
 
 def test_home_directory_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

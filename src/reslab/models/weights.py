@@ -5,6 +5,7 @@ A training checkpoint may hold several networks (EMA, momentum encoder, teacher)
 projects is kept: the tensors whose names and shapes fit the network best are its weights.
 """
 
+import os
 import pickle
 import re
 from collections import Counter, OrderedDict
@@ -49,7 +50,7 @@ def read_states(file: Path) -> dict[str, dict[str, Tensor]]:
     Raises:
         ModelError: There is no such file, it needs code to be loaded, or it holds no tensors by name.
     """
-    if not file.is_file():
+    if not os.path.isfile(file):  # noqa: PTH113 - Path raises for a name that is too long
         raise ModelError(f"there is no weights file {file}{_similar_file(file)}")
     try:
         content = load_file(file) if file.suffix == ".safetensors" else _load_pickle(file)
@@ -85,7 +86,9 @@ def _load_pickle(file: Path) -> Any:
 def _similar_file(file: Path) -> str:
     from reslab.models.zoo import nearest
 
-    names = [path.name for path in file.parent.iterdir() if path.is_file()] if file.parent.is_dir() else []
+    if os.path.isfile(last := file.parent / "checkpoints" / "last.ckpt"):  # noqa: PTH113
+        return f": the run is not finished; its last checkpoint is {last}"
+    names = [path.name for path in file.parent.iterdir()] if os.path.isdir(file.parent) else []  # noqa: PTH112
     hint = nearest(file.name, names)
     return hint if "did you mean" in hint else ""
 

@@ -8,6 +8,7 @@ import fnmatch
 import importlib
 import inspect
 import json
+import os
 import pickle
 import re
 import textwrap
@@ -119,13 +120,13 @@ def load_weights(net: "nn.Module", weights: str | Path) -> list[str]:
         ModelError: No such weights, a file that cannot be read without running code, or names or shapes that do not
             fit.
     """
-    path = Path(weights).expanduser()
+    path = Path(os.path.expanduser(weights))  # noqa: PTH111 - Path raises for an unknown user, and for a long name below
     if "://" in str(weights):
         raise ModelError(f"weights must be a file: download {weights} yourself, and give the file")
-    if not path.exists() and not _is_path(str(weights)):
+    if not os.path.exists(path) and not _is_path(str(weights)):  # noqa: PTH110
         states, file = {"": _download(net, str(weights))}, path
     else:
-        file = path / WEIGHTS_FILE if path.is_dir() else path
+        file = path / WEIGHTS_FILE if os.path.isdir(path) else path  # noqa: PTH112
         states = _read_states(file)
     state, messages = _select(net, states, str(file))
     if isinstance(net, reslab.models.Network):
