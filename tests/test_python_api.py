@@ -262,6 +262,8 @@ def test_calls_without_a_trainer_work() -> None:
         torch.testing.assert_close(model.predict_step(batch).sum(1), torch.ones(4))
     with pytest.raises(UserError, match="pass datamodule=data"):
         model(torch.zeros(2, 8, 8, 1, dtype=torch.uint8))
+    with pytest.raises(RuntimeError, match="not attached to a `Trainer`"):
+        model.configure_optimizers()  # the schedule requires the number of steps
 
 
 def test_a_loop_of_the_users_own_trains_on_batches_of_image_data() -> None:

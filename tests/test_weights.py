@@ -207,6 +207,15 @@ CHOICES: dict[str, tuple[Callable[[State, State], Any], list[str]]] = {
         lambda ours, other: {"student": prefixed("module.", ours), "teacher": other},
         ["weights: student.module of FILE", "left out: teacher"],
     ),
+    "copy_inside": (
+        lambda ours, other: {"state_dict": prefixed("copy.", other) | ours},
+        ["weights: state_dict of FILE", "left out: state_dict.copy"],
+    ),
+    "copy_without_place": (lambda ours, other: ours | prefixed("copy.", other), ["weights: FILE", "left out: copy"]),
+    "average_inside": (
+        lambda ours, other: other | prefixed("ema.", ours),
+        ["weights: ema (EMA) of FILE", "left out: keys without a prefix"],
+    ),
     "probe": (
         lambda ours, other: {
             **prefixed("module.encoder.", {k: v for k, v in ours.items() if not k.startswith("fc.")}),
@@ -224,6 +233,43 @@ def test_training_checkpoints_load_and_say_which_weights(name: str, tmp_path: Pa
     torch.save(make(ours, other), file)
     assert load_weights(net, file) == [message.replace("FILE", str(file)) for message in messages]
     assert equal(net, ours)
+
+
+names = st.text("abcxyz_", min_size=1, max_size=6).filter(lambda name: name != "_")
+
+
+@given(
+    prefix=st.lists(names, max_size=3),
+    others=st.lists(
+        st.tuples(names, st.sampled_from(["wide", "part", "head", "table"])), max_size=3, unique_by=lambda x: x[0]
+    ),
+    places=st.lists(names, max_size=2),
+    data=st.data(),
+)
+def test_the_network_is_found_among_other_branches(
+    prefix: list[str], others: list[tuple[str, str]], places: list[str], data: st.DataObject, tmp_path_factory: Any
+) -> None:
+    ours, file = random_state(tiny()), tmp_path_factory.getbasetemp() / "branches.pth"
+    kinds = {
+        "wide": lambda: random_state(tiny(width=8)),
+        "part": lambda: {k: v for k, v in random_state(tiny()).items() if not k.startswith("layer2")},
+        "head": lambda: {"0.weight": torch.ones(8, 64), "2.weight": torch.ones(8, 8)},
+        "table": lambda: {"queue": torch.ones(4, 8)},
+    }
+    branches = {f"{name}.": kinds[kind]() for name, kind in others if name not in prefix} if prefix else {}
+    branches["".join(f"{part}." for part in prefix)] = ours
+    order = data.draw(st.permutations([*branches]))
+    content: Any = {key: value for name in order for key, value in prefixed(name, branches[name]).items()}
+    for place in places:
+        content = {place: content, "epoch": 3}
+    torch.save(content, file)
+    net = tiny()
+    messages = load_weights(net, file)
+    assert equal(net, ours)
+    left_out = messages[1].removeprefix("left out: ").split(", ") if len(messages) > 1 else []
+    assert {name.split(".")[-1].removesuffix(" (EMA)") for name in left_out} == {n[:-1] for n in branches} - {
+        ".".join(prefix)
+    }
 
 
 PREFIXES = ["module.", "_orig_mod.", "net.", "model.", "backbone.", "encoder.", "encoder_q.", "resnet.", "student.",

@@ -127,7 +127,7 @@ class Branch(NamedTuple):
 
     @property
     def label(self) -> str:
-        return f"{self.name} (EMA)" if self.is_average else self.name
+        return f"{self.name} (EMA)" if self.is_average else self.name or "keys without a prefix"
 
 
 def find_branch(own: Mapping[str, torch.Size], states: Mapping[str, dict[str, Tensor]]) -> tuple[Branch, list[Branch]]:
@@ -148,23 +148,26 @@ def _branches(own: Mapping[str, torch.Size], place: str, state: dict[str, Tensor
     names = Counter(key[:i] for key in state for i in _starts(key) if key[i:] in own)
     least = min(len(own), len(state)) / 2
     common = _common_prefix([*state]) if not names else ""  # other names throughout: the library may convert them
-    for prefix in dict.fromkeys(["", common, *(prefix for prefix, count in names.items() if count >= least)]):
-        inside = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    prefixes = [*dict.fromkeys(["", common, *(prefix for prefix, count in names.items() if count >= least)])]
+    for prefix in prefixes:
+        nested = tuple(other for other in prefixes if other.startswith(prefix) and other != prefix)
+        inside = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)
+                  and (key.removeprefix(prefix) in own or not key.startswith(nested))}  # fmt: skip
         same = sum(own.get(key) == value.shape for key, value in inside.items())
+        outside = {key: value for key, value in state.items() if key.removeprefix(prefix) not in inside}
         name = f"{place}.{prefix}".strip(".")
-        yield Branch(name, inside, *_outside(state, place, prefix), (same, names[prefix]))
+        yield Branch(name, inside, *_relative(outside, place, prefix), (same, names[prefix]))
 
 
-def _outside(state: Mapping[str, Tensor], place: str, prefix: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _relative(outside: Mapping[str, Tensor], place: str, prefix: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return `Branch.others` and `Branch.siblings`."""
-    parents = [prefix[:i] for i in reversed(_starts(prefix)[:-1])]  # module.model., module., ""
+    parents = [prefix[:i] for i in reversed(_starts(prefix))]  # module.model., module., ""
     others, siblings = {}, {}
-    for key, value in state.items():
-        if not key.startswith(prefix):
-            parent = next(p for p in parents if key.startswith(p))
-            name = key.removeprefix(parent)
-            first = name.partition(".")[0]
-            others[name], siblings[first] = value, f"{place}.{parent}{first}".lstrip(".")
+    for key, value in outside.items():
+        parent = next(p for p in parents if key.startswith(p))
+        name = key.removeprefix(parent)
+        first = name.partition(".")[0]
+        others[name], siblings[first] = value, f"{place}.{parent}{first}".lstrip(".")
     return others, siblings
 
 
@@ -176,6 +179,15 @@ def _common_prefix(keys: Sequence[str]) -> str:
     first, last = min(keys), max(keys)
     shared = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), 0)
     return first[: first.rfind(".", 0, shared) + 1]
+
+
+def left_out(branch: Branch, rivals: Sequence[Branch], used: Collection[str]) -> list[str]:
+    """Return the names of other branches, and of tensors beside the branch that are not used; scalars are counters."""
+    unused = {key.partition(".")[0] for key, value in branch.others.items() if key not in used and value.ndim}
+    siblings = [name for first, name in branch.siblings.items() if first in unused]
+    covered = [f"{rival.name}." for rival in rivals]
+    rest = [name for name in siblings if not any(rival.startswith(f"{name}.") for rival in covered)]
+    return [*(rival.label for rival in rivals), *rest]
 
 
 def take_head(branch: Branch, own: Collection[str], head: Mapping[str, torch.Size]) -> dict[str, Tensor]:

@@ -201,7 +201,7 @@ def _select(
 ) -> "tuple[dict[str, Tensor], list[str]]":
     """Return the tensors for a network by its own keys, and messages on where they are in the file."""
     from reslab.models.library import LibraryNetwork
-    from reslab.models.weights import find_branch, take_head
+    from reslab.models.weights import find_branch, left_out, take_head
 
     inner = "model." if isinstance(net, LibraryNetwork) else ""
     own = {key.removeprefix(inner): value.shape for key, value in net.state_dict().items()}
@@ -212,18 +212,11 @@ def _select(
     head = {key.removeprefix(inner): shape for key, shape in _head_shapes(net).items()}
     found = take_head(branch, own, head)
     state = {**branch.state, **found}
-    unused = {key.partition(".")[0] for key, value in branch.others.items() if key not in state and value.ndim}
-    names = [rival.name for rival in rivals]
-    siblings = [
-        name
-        for first, name in branch.siblings.items()
-        if first in unused and not any(f"{rival}.".startswith(f"{name}.") for rival in names)
-    ]
-    left_out = [*(rival.label for rival in rivals), *siblings]
-    is_choice = branch.is_average or left_out
+    rest = left_out(branch, rivals, state)
+    is_choice = branch.name and (branch.is_average or rest)
     messages = [f"weights: {branch.label} of {source}" if is_choice else f"weights: {source}"]
-    if left_out:
-        messages.append(f"left out: {', '.join(left_out)}")
+    if rest:
+        messages.append(f"left out: {', '.join(rest)}")
     resized = [inner + key for key, value in state.items() if shapes.get(key, value.shape) != value.shape]
     if resized:
         messages.append(f"resized to this image size: {', '.join(resized)}")

@@ -135,7 +135,7 @@ class Classifier(LightningModule):
     def configure_model(self) -> None:
         if internals.is_attached(self):  # otherwise a checkpoint is loaded next
             if not self.trainer.ckpt_path:
-                self._load_pretrained()
+                self.load_pretrained()
             if self.trainer.state.fn == "fit":
                 self.objective.prepare(self.net)
         if self.ema_decay is not None and self.ema is None:
@@ -146,8 +146,8 @@ class Classifier(LightningModule):
         if self.execution.compile:
             self.net.compile()
 
-    def _load_pretrained(self) -> None:
-        """Load `weights`, once; not at construction, since a checkpoint may take their place."""
+    def load_pretrained(self) -> None:
+        """Load `weights` now, once. Otherwise a Trainer or the first use does it, unless a checkpoint replaces them."""
         if self.weights is not None:
             for message in load_weights(self.net, self.weights):
                 (self.print if internals.is_attached(self) else print)(message)
@@ -164,7 +164,7 @@ class Classifier(LightningModule):
     def forward(self, images: Tensor) -> Tensor:
         """Return logits (N, num_classes) of images (N, C, H, W); in eval mode with the averaged weights, if any."""
         _check_images(images, self.net)
-        self._load_pretrained()
+        self.load_pretrained()
         if self.training:
             return self.net(images)
         net = self.evaluated_net()
@@ -202,7 +202,7 @@ class Classifier(LightningModule):
             index = internals.micro_batch_index(self.trainer)
         else:  # a loop of the user's own
             index = batch_idx
-            self._load_pretrained()
+            self.load_pretrained()
             self.objective.prepare(self.net)
         reseed(step_seed(self.seed or 0, index, self.global_rank), self.device)
         loss, logits = self.objective.loss(self.net, batch)
