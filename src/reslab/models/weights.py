@@ -137,7 +137,8 @@ def find_branch(own: Mapping[str, torch.Size], states: Mapping[str, dict[str, Te
     names that fit as they are before names with a prefix.
     """
     branches = [branch for place, state in states.items() for branch in _branches(own, place, state)]
-    chosen = max(branches, key=lambda branch: (*branch.fit, branch.is_average))
+    some_fit = any(branch.fit[1] for branch in branches)  # if none does, the largest may be converted by its library
+    chosen = max(branches, key=lambda b: (*b.fit, b.is_average, 0 if some_fit else len(b.state)))
     return chosen, [b for b in branches if b is not chosen and b.fit[1] >= len(own) / 2]
 
 
@@ -240,7 +241,7 @@ def describe_resnets(file: Mapping[str, Tensor], network: Mapping[str, Tensor]) 
 def _resnet(state: Mapping[str, Tensor]) -> dict[str, Any]:
     state = {key.removeprefix("model."): value for key, value in state.items()}  # of a LibraryNetwork
     blocks = [match for key in state if (match := re.fullmatch(r"layer(\d+)\.\d+\.conv1\.weight", key))]
-    if not blocks or "conv1.weight" not in state:
+    if not blocks or "conv1.weight" not in state or state["conv1.weight"].ndim != 4:
         return {}
     per_stage, stem = Counter(int(match[1]) for match in blocks), state["conv1.weight"].shape
     return {
