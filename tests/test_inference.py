@@ -2,6 +2,8 @@
 
 import csv
 import os
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -95,3 +97,93 @@ def test_pretrained_weights_are_not_fetched_again(tmp_path: Path, init_args: str
     config = tmp_path / "config.yaml"
     config.write_text(f"model: {{net: {{class_path: Net, init_args: {init_args}}}}}")
     assert _without_pretrained(config) == overrides
+
+
+# ---- where outputs go: the same for all commands that write a file
+
+COMMANDS = {
+    "predict": lambda run, images: ["predict", run, "--images", images],
+    "export": lambda run, images: ["export", run, "--format", "safetensors"],
+    "preview": lambda run, images: ["preview", "lr", "--config", run / "config.yaml"],
+}
+IMPOSSIBLE = {
+    "directory": ("here", "it is a directory"),
+    "parent": ("here/..", "it is a directory"),
+    "file in the way": ("file/out", "Not a directory|File exists"),
+    "file further up": ("file/a/b/out", "Not a directory"),
+    "no rights": ("locked/out", "Permission denied"),
+    "name too long": ("x" * 300, "name too long"),
+    "no regular file": ("pipe", "not a regular file"),
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("kind", IMPOSSIBLE)
+def test_impossible_outputs_are_refused_before_anything_is_loaded(
+    command: str,
+    kind: str,
+    undisturbed: Undisturbed,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    name, message = IMPOSSIBLE[kind]
+    (tmp_path / "here").mkdir()
+    (tmp_path / "file").touch()
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "locked").mkdir(mode=0o500)
+    if kind == "no rights" and os.access(tmp_path / "locked", os.W_OK):  # root may write anywhere
+        monkeypatch.setattr(Path, "touch", lambda *args: os.open(tmp_path / "none", os.O_RDONLY))
+        message = "No such file"
+    loaded = []
+    monkeypatch.setattr("reslab.config.Experiment.__init__", lambda *args: loaded.append(args))
+    words = COMMANDS[command](undisturbed(), tmp_path)
+    assert main([*map(str, words), "--out", str(tmp_path / name)]) == 2
+    error = capsys.readouterr().err
+    assert re.search(rf"cannot write .*({message})", error, re.IGNORECASE) and error.count("\n") == 1
+    assert not loaded
+    assert not list(tmp_path.rglob("*.test"))
+
+
+@pytest.mark.parametrize(
+    ("command", "output"), [("predict", "predictions-images.csv"), ("export", "export/*.safetensors")]
+)
+@pytest.mark.parametrize("directory", ["", "."])
+def test_default_outputs_are_inside_of_the_run_directory(
+    command: str,
+    output: str,
+    directory: str,
+    undisturbed: Undisturbed,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run, images = tmp_path / "run", tmp_path / "images"
+    shutil.copytree(undisturbed(), run)
+    images.mkdir()
+    save_gray(images / "a.png")
+    monkeypatch.chdir(images)
+    before = {*tmp_path.rglob("*")}
+    assert main([*map(str, COMMANDS[command](run, directory or images))]) == 0
+    new = {path.relative_to(run) for path in {*tmp_path.rglob("*")} - before}  # nothing elsewhere
+    files = [path for path in new if (run / path).match(output)]
+    assert len(files) == 1 and str(run / files[0]) in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["p.foo", "p"])
+def test_format_of_a_preview_is_checked_before_the_work(
+    name: str, undisturbed: Undisturbed, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = COMMANDS["preview"](undisturbed(), tmp_path)
+    assert main([*map(str, words), "--out", str(tmp_path / name)]) == 2
+    assert re.fullmatch(r"reslab: --out must end in \.png, .*\n", capsys.readouterr().err)
+
+
+def test_weights_of_another_network_are_described_in_one_line(
+    undisturbed: Undisturbed, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = undisturbed()
+    assert main(["test", str(run), "--model.net.init_args.width=32"]) == 2
+    error = capsys.readouterr().err
+    assert f"{run} is ResNet [1, 1, 1], width 16; this network is [1, 1, 1], width 32" in error
+    assert error.count("\n") == 1

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import reslab.models
 from reslab.models import ModelError, ResNet, create_model, list_models, summarize
-from reslab.models.resnet import BlurredConv2d, ResidualBlock
+from reslab.models.resnet import BlurredConv2d, ResidualBlock, SubsampleAndPad
 
 PUBLISHED = {
     "resnet18": 11_689_512,
@@ -141,13 +141,13 @@ def test_drop_path_zero_init_and_blur_add_no_keys(kwargs: dict[str, Any]) -> Non
         assert shapes(ResNet(**kwargs)) == shapes(ResNet(**plain))
 
 
-def test_option_a_pads_channels_with_zeros_and_subsamples() -> None:
-    block = create_model("resnet8").layer2[0]
-    x = torch.randn(2, 16, 8, 8)
-    padded = block.downsample(x)
-    assert padded.shape == (2, 32, 4, 4)
-    assert torch.equal(padded[:, :16], x[:, :, ::2, ::2])
-    assert not padded[:, 16:].any()
+@given(channels=st.integers(1, 9), new=st.integers(0, 9), stride=st.integers(1, 2))
+def test_option_a_pads_half_of_the_new_channels_on_each_side(channels: int, new: int, stride: int) -> None:
+    x = torch.rand(2, channels, 4, 4) + 1
+    y = SubsampleAndPad(new, stride)(x)
+    assert y.shape == (2, channels + new, 4 // stride, 4 // stride)
+    assert torch.equal(y[:, new // 2 : new // 2 + channels], x[:, :, ::stride, ::stride])
+    assert float(y.sum()) == pytest.approx(float(x[:, :, ::stride, ::stride].sum()))
 
 
 def test_blur_precedes_every_strided_convolution_except_the_stem() -> None:

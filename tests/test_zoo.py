@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -115,24 +115,9 @@ def test_run_directory_loads_its_weights(tmp_path: Path) -> None:
         load_weights(net, tmp_path / "empty")
 
 
-def test_other_mismatches_list_keys_and_counts(tmp_path: Path) -> None:
-    saved = create_model("resnet8", num_classes=4, width=8, shortcut="identity")
-    net = create_model("resnet14", num_classes=4)
-    torch.save(saved.state_dict(), tmp_path / "w.pth")
-    with pytest.raises(UserError) as caught:
-        load_weights(net, tmp_path / "w.pth")
-    message = str(caught.value)
-    missing = [key for key in net.state_dict().keys() - saved.state_dict().keys() if "tracked" not in key]
-    unexpected = saved.state_dict().keys() - net.state_dict().keys()
-    assert f"missing in the file ({len(missing)}): layer1.1.conv1.weight" in message
-    assert f"only in the file ({len(unexpected)}): layer2.0.downsample.0.weight" in message
-    assert "conv1.weight" in message and "[8, 3, 3, 3]" in message and "[16, 3, 3, 3]" in message  # shapes
-    assert len(message) < 1000  # not all of them
-
-
 def test_another_stem_is_a_mismatch_even_if_the_channels_differ(tmp_path: Path) -> None:
     torch.save(tiny().state_dict(), tmp_path / "w.pth")
-    with pytest.raises(UserError, match=r"conv1\.weight"):
+    with pytest.raises(UserError, match=r"stem 3×3; .* stem 7×7"):
         load_weights(create_model("resnet8", num_classes=4, in_channels=1, stem="imagenet"), tmp_path / "w.pth")
 
 
@@ -176,12 +161,10 @@ def test_file_without_a_state_dict_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def hub(tmp_path: Path) -> Iterator[Path]:
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty download cache of torch.hub. A file with the right name in it is not downloaded again."""
-    before = torch.hub.get_dir()
-    torch.hub.set_dir(tmp_path)
-    yield tmp_path / "checkpoints"
-    torch.hub.set_dir(before)
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
+    return tmp_path / "checkpoints"
 
 
 @pytest.mark.parametrize("name", ["IMAGENET1K_V1", "DEFAULT", "ResNet18_Weights.IMAGENET1K_V1"])

@@ -101,11 +101,13 @@ def _parser() -> argparse.ArgumentParser:
         add_for_run(name, help, target="inference:evaluate", split=split)
     command = add_for_run("predict", "classify image files with a run's weights", target="inference:predict")
     command.add_argument("--images", required=True, metavar="DIR", help="directory of images, searched recursively")
-    command.add_argument("--out", required=True, type=Path, metavar="FILE.csv", help="CSV file with one row per image")
+    help = "CSV file with one row per image (default: RUN/predictions-<name of DIR>.csv)"
+    command.add_argument("--out", type=Path, metavar="FILE.csv", help=help)
     command.add_argument("--all", dest="all_classes", action="store_true", help="add one probability column per class")
     command = add_for_run("export", "export to ONNX, torch.export (pt2) or safetensors", target="export:export")
     command.add_argument("--format", required=True, choices=["onnx", "pt2", "safetensors"])
-    command.add_argument("--out", required=True, type=Path, metavar="FILE", help="output; FILE.json describes its use")
+    help = "output; FILE.json describes its use (default: RUN/export/<name of the run>.<format>)"
+    command.add_argument("--out", type=Path, metavar="FILE", help=help)
     command.add_argument("--with-normalization", action="store_true", help="accept uint8 images and normalize them")
     add_for_run("verify", "verify a run's hashes: RUN [--data.root DIR]", target="runs.verify:verify")
     help = "repeat a finished run and compare: RUN [--KEY VALUE ...]"

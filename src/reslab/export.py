@@ -18,7 +18,7 @@ from reslab.data.augment import normalize
 from reslab.data.datasets import DataError
 from reslab.data.samplers import BatchKey
 from reslab.errors import UserError
-from reslab.files import replacing, sha256_file, write_text
+from reslab.files import check_output, replacing, sha256_file, write_text
 from reslab.inference import load_run
 from reslab.runs import manifest as manifests
 from reslab.runs.folder import RunFolder
@@ -40,7 +40,7 @@ class Normalized(nn.Module):
         return self.net((images.float() - self.mean) / self.std)
 
 
-def export(run: str, format: str, out: Path, with_normalization: bool, overrides: list[str]) -> None:
+def export(run: str, format: str, out: Path | None, with_normalization: bool, overrides: list[str]) -> None:
     """Write the network with the weights that the run tested, and a description for its users in FILE.json.
 
     The file is read back and compared with the network on test images (or on noise if the test data are missing);
@@ -49,7 +49,7 @@ def export(run: str, format: str, out: Path, with_normalization: bool, overrides
     Args:
         run: Run directory; `overrides` change its config.
         format: onnx (for onnxruntime and others), pt2 (torch.export.load) or safetensors (weights only).
-        out: Output file.
+        out: Output file; default: RUN/export/NAME.FORMAT, with the run's name.
         with_normalization: Accept decoded uint8 images instead of normalized float32 images.
 
     Raises:
@@ -61,6 +61,11 @@ def export(run: str, format: str, out: Path, with_normalization: bool, overrides
     missing = [name for name in ONNX_PACKAGES if importlib.util.find_spec(name) is None]
     if format == "onnx" and missing:
         raise UserError(f"ONNX export requires {', '.join(missing)}: pip install {' '.join(missing)}")
+    folder = RunFolder.existing(run)
+    out = out or folder.path / "export" / f"{Path(manifests.read(folder.manifest)['name']).name}.{format}"
+    check_output(out)
+    record_file = out.with_name(f"{out.name}.json")
+    check_output(record_file)
     data, model, _ = load_run(run, overrides)
     net = model.net.float().eval().requires_grad_(False).to(memory_format=torch.contiguous_format)
     images, source = _check_images(data)
@@ -71,7 +76,6 @@ def export(run: str, format: str, out: Path, with_normalization: bool, overrides
     logits = net(inputs)
     if with_normalization:
         graph, inputs = Normalized(net, *statistics).eval(), images.permute(0, 3, 1, 2).contiguous()
-    out.parent.mkdir(parents=True, exist_ok=True)
     with replacing(out) as part:
         try:
             WRITERS[format](graph, inputs[[0, 0]], description, part)  # a batch of one would be specialized
@@ -85,7 +89,6 @@ def export(run: str, format: str, out: Path, with_normalization: bool, overrides
             raise UserError(f"{out} not written: its outputs differ from the network's ({summary})")
     check = {"images": source, "n": len(inputs), "max_abs_difference": difference, "max_abs_logit": largest}
     record = {**description, "format": format, "sha256": sha256_file(out), "check": check}
-    record_file = out.with_name(f"{out.name}.json")
     write_text(record_file, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
     print(f"{out}: {out.stat().st_size / 1e6:.1f} MB, {summary}\n{record_file}")
 

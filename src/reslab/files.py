@@ -6,6 +6,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from reslab.errors import UserError
+
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
@@ -27,6 +29,21 @@ def replacing(path: Path) -> Iterator[Path]:
         os.fsync(directory)
     finally:
         os.close(directory)
+
+
+def check_output(path: Path) -> None:
+    """Create the directory of an output file, and raise a UserError if the file cannot be written there."""
+    probe = path.parent / f".{path.name}.test"  # as long as the name in `replacing`
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+        problem = "it is a directory; give the name of a file in it" if path.is_dir() else "it is not a regular file"
+        if not path.exists() or path.is_file():
+            return
+    except OSError as error:
+        problem = error.strerror or str(error)
+    raise UserError(f"cannot write {path}: {problem}")
 
 
 def write_text(path: Path, text: str) -> None:

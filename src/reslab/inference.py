@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from reslab.config import Experiment
 from reslab.data import ImageData
 from reslab.errors import UserError
-from reslab.files import replacing
+from reslab.files import check_output, replacing
+from reslab.models.zoo import load_state
 from reslab.runs import manifest as manifests
 from reslab.runs.folder import RunFolder
 from reslab.training import Classifier
@@ -39,7 +40,7 @@ def load_run(run: str, overrides: list[str]) -> tuple[ImageData, Classifier, dic
     fixed = ["--model.ema_decay", "null", "--model.weights", "null", "--model.execution.compile", "false"]
     fixed += [*_without_pretrained(folder.config), "--data.classes", json.dumps(manifest["data"]["class_names"])]
     data, model, settings = Experiment(["--config", str(folder.config), *fixed, *overrides]).build()
-    model.net.load_state_dict(load_file(folder.weights))
+    load_state(model.net, load_file(folder.weights), run)
     return data, model, {**settings, "logger": False, "callbacks": []}
 
 
@@ -61,17 +62,19 @@ def evaluate(run: str, split: str, overrides: list[str]) -> None:
             print(f"{name} {value:.6f}")
 
 
-def predict(run: str, images: str, out: Path, all_classes: bool, overrides: list[str]) -> None:
+def predict(run: str, images: str, out: Path | None, all_classes: bool, overrides: list[str]) -> None:
     """Write a CSV with one row per image (file, prediction, probability, error); an unreadable file has only an error.
 
-    `images` is searched recursively and may hold any number of images. `out` appears when it is complete; with
-    `all_classes`, it has one probability column per class.
+    `images` is searched recursively and may hold any number of images. `out` (default: RUN/predictions-IMAGES.csv)
+    appears when it is complete; with `all_classes`, it has one probability column per class.
     """
+    folder = RunFolder.existing(run)
+    out = out or folder.path / f"predictions-{Path(images).resolve().name or 'images'}.csv"
+    check_output(out)
     data, model, settings = load_run(run, overrides)
     device = "cuda" if torch.cuda.is_available() and settings["accelerator"] != "cpu" else "cpu"
     count = failed = 0
     start = time.monotonic()
-    out.parent.mkdir(parents=True, exist_ok=True)
     # File names are bytes and not always UTF-8: surrogateescape writes them unchanged.
     with replacing(out) as part, part.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.writer(file)

@@ -8,10 +8,13 @@ from lightning.pytorch.callbacks import LambdaCallback
 
 from reslab.config import Experiment
 from reslab.data import ImageData
+from reslab.errors import UserError
+from reslab.files import check_output
 from reslab.runs.figures import draw_grid, draw_lr
 from reslab.training import Classifier
 
 IMAGES, EPOCHS = 6, 8
+FORMATS = (".png", ".pdf", ".svg")
 
 
 def preview(what: str, out: Path | None, overrides: list[str]) -> None:
@@ -20,9 +23,11 @@ def preview(what: str, out: Path | None, overrides: list[str]) -> None:
     The default of `out` is preview-WHAT.png; `overrides` include --config FILE.
     """
     out = out or Path(f"preview-{what}.png")
+    check_output(out)
+    if out.suffix.lower() not in FORMATS:
+        raise UserError(f"--out must end in {', '.join(FORMATS)}, got {out}")
     data, model, settings = Experiment(overrides).build()
     data.prepare_data()
-    out.parent.mkdir(parents=True, exist_ok=True)
     if what == "lr":
         rates = learning_rates(data, model, settings)
         draw_lr(range(len(rates)), rates, out)

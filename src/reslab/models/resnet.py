@@ -50,14 +50,20 @@ NORMS: dict[str, Callable[[int], nn.Module]] = {
 
 
 class SubsampleAndPad(nn.Module):
-    """Shortcut option A: take every stride-th position and fill new channels with zeros. No parameters."""
+    """Shortcut option A: take every stride-th position and fill new channels with zeros. No parameters.
+
+    Half of the new channels (rounded down) come before the others and the rest after, as in the most used published
+    CIFAR networks (https://github.com/akamaster/pytorch_resnet_cifar10), whose weights therefore fit.
+    """
 
     def __init__(self, new_channels: int, stride: int) -> None:
         super().__init__()
         self.new_channels, self.stride = new_channels, stride
 
     def forward(self, x: Tensor) -> Tensor:  # (N, C, H, W) -> (N, C + new, H/s, W/s)
-        return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.new_channels))
+        before = self.new_channels // 2
+        padding = (0, 0, 0, 0, before, self.new_channels - before)
+        return F.pad(x[:, :, :: self.stride, :: self.stride], padding)
 
 
 class BlurredConv2d(nn.Conv2d):

@@ -8,10 +8,11 @@ import fnmatch
 import importlib
 import inspect
 import json
+import os
 import pickle
 import re
 import textwrap
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ import reslab.models
 from reslab.models import ModelError
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
     from reslab.models.network import Network
@@ -56,7 +58,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 LIBRARIES = {"timm": "TimmNetwork", "torchvision": "TorchvisionNetwork"}  # in reslab.models
 WEIGHTS_FILE = "weights.safetensors"  # of a run directory
-WRAPPERS = re.compile(r"^(module|net|model|_orig_mod)\.")  # DDP, Classifier, LibraryNetwork and others, torch.compile
 
 
 def list_models(pattern: str | None = None) -> list[str]:
@@ -103,32 +104,46 @@ def create_model(name: str, *, weights: str | Path | None = None, **kwargs: Any)
 
 
 def load_weights(net: "nn.Module", weights: str | Path) -> list[str]:
-    """Load pretrained weights into a network, and return a line or two on what was loaded and what is new.
+    """Load pretrained weights into a network, and return a few lines on what was loaded, left out and new.
 
-    The head keeps its initial values if the number of classes differs, and the first convolution if the number of
-    channels does. Any other difference is an error. Prefixes of wrappers (module., net., model., _orig_mod.) are
-    removed only as far as the network's own keys require.
+    A file may be a training checkpoint of another project: the tensors whose names fit the network best are loaded,
+    below any key and prefix; of several that fit equally, an EMA. The head keeps its initial values if the number of
+    classes differs, and the first convolution if the number of channels does. Any other difference is an error.
 
     Args:
         net: The network; changed in place. A module that is not a `Network` must fit exactly.
-        weights: A file (.safetensors; .pth or .pt, from which only tensors are read and no code is run), a run
-            directory, or for ResNet and TorchvisionNetwork a name in torchvision: IMAGENET1K_V2 (of the same network),
-            ResNet50_Weights.IMAGENET1K_V2.
+        weights: A file (.safetensors, or any file of torch.save, from which only tensors are read and no code is run),
+            a run directory, or for ResNet and TorchvisionNetwork a name in torchvision: IMAGENET1K_V2 (of the same
+            network), ResNet50_Weights.IMAGENET1K_V2.
 
     Raises:
-        ModelError: No such weights, a file that holds more than weights, or keys or shapes that do not fit.
+        ModelError: No such weights, a file that cannot be read without running code, or names or shapes that do not
+            fit.
     """
-    file = Path(weights) / WEIGHTS_FILE if Path(weights).is_dir() else Path(weights)
-    is_file = file.is_file() or file.suffix in (".pth", ".pt", ".ckpt", ".safetensors")
-    state, resized = _rename(net, _read_file(file) if is_file else _download(net, str(weights)))
-    source = str(file)
-    messages = [f"weights: {source}"]
-    if resized:
-        messages.append(f"resized to this image size: {', '.join(resized)}")
+    path = Path(os.path.expanduser(weights))  # noqa: PTH111 - Path raises for an unknown user, and for a long name below
+    if "://" in str(weights):
+        raise ModelError(f"weights must be a file: download {weights} yourself, and give the file")
+    if not os.path.exists(path) and not _is_path(str(weights)):  # noqa: PTH110
+        states, file = {"": _download(net, str(weights))}, path
+    else:
+        file = path / WEIGHTS_FILE if os.path.isdir(path) else path  # noqa: PTH112
+        states = _read_states(file)
+    state, messages = _select(net, states, str(file))
     if isinstance(net, reslab.models.Network):
-        messages += _keep_new_layers(net, state, source)
-    _load(net, state, source)
+        messages += _keep_new_layers(net, state, str(file))
+    load_state(net, state, str(path))
     return messages
+
+
+def _is_path(weights: str) -> bool:
+    """Whether this is not a name of torchvision's: DEFAULT, ResNet18_Weights.DEFAULT."""
+    return not re.fullmatch(r"(\w+_Weights\.)?\w+", weights)
+
+
+def _read_states(file: Path) -> "dict[str, dict[str, Tensor]]":
+    from reslab.models.weights import read_states
+
+    return read_states(file)
 
 
 def network_of_run(run_dir: str | Path, **overrides: Any) -> "Network":
@@ -143,6 +158,13 @@ def network_of_run(run_dir: str | Path, **overrides: Any) -> "Network":
     Raises:
         ModelError: The run is not finished, or its network is not a class of reslab: anything else is not imported.
     """
+    net = build_network_of_run(run_dir, **overrides)
+    load_state(net, _read_states(Path(run_dir) / WEIGHTS_FILE)[""], str(run_dir))
+    return net
+
+
+def build_network_of_run(run_dir: str | Path, **overrides: Any) -> "Network":
+    """Build the network of a run, as `network_of_run`, without loading weights: the run need not be finished."""
     import torch
 
     run_dir = Path(run_dir)
@@ -158,9 +180,7 @@ def network_of_run(run_dir: str | Path, **overrides: Any) -> "Network":
     fixed |= {"pretrained": False, "weights": None}
     init_args |= {name: fixed[name] for name in inspect.signature(cls).parameters if name in fixed}
     with torch.random.fork_rng(devices=[]):  # what is built next must not depend on this network's initialization
-        net = cls(**{**init_args, **overrides})
-    _load(net, _read_file(run_dir / WEIGHTS_FILE), str(run_dir))
-    return net
+        return cls(**{**init_args, **overrides})
 
 
 def _network_class(class_path: str) -> "type[Network]":
@@ -176,46 +196,51 @@ def _network_class(class_path: str) -> "type[Network]":
     return cls
 
 
-def _read_file(file: Path) -> "dict[str, Tensor]":
-    """Return the state dict in a file: the content, or the part of a training checkpoint."""
-    import torch
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    if not file.is_file():
-        raise ModelError(f"there is no weights file {file}")
-    try:
-        is_pickle = file.suffix != ".safetensors"
-        state = torch.load(file, map_location="cpu", weights_only=True) if is_pickle else load_file(file)
-    except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError, OSError) as error:
-        reason = str(error).split("WeightsUnpickler error: ")[-1].strip().split("\n")[0]
-        raise ModelError(
-            f"{file} is not a file of weights only; no code in it was run ({reason}). "
-            "Save net.state_dict() with torch.save, or as .safetensors"
-        ) from None
-    for key in ("state_dict", "model"):
-        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
-            state = state[key]
-    if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise ModelError(f"{file} holds no state dict (names and tensors): save net.state_dict()")
-    return dict(state)
-
-
-def _rename(net: "nn.Module", state: "dict[str, Tensor]") -> "tuple[dict[str, Tensor], list[str]]":
-    """Return the state by the network's own keys, and the keys whose tensors the library resized to the image size."""
+def _select(
+    net: "nn.Module", states: "dict[str, dict[str, Tensor]]", source: str
+) -> "tuple[dict[str, Tensor], list[str]]":
+    """Return the tensors for a network by its own keys, and messages on where they are in the file."""
     from reslab.models.library import LibraryNetwork
+    from reslab.models.weights import find_branch, left_out, take_head
 
-    prefix = "model." if isinstance(net, LibraryNetwork) else ""
-    own = {key.removeprefix(prefix): value.shape for key, value in net.state_dict().items()}
-    candidates = [state]
-    while any(map(WRAPPERS.match, candidates[-1])):
-        candidates.append({WRAPPERS.sub("", key): value for key, value in candidates[-1].items()})
-    state = max(candidates, key=lambda candidate: len(candidate.keys() & own.keys()))  # the first of equals
-    shapes = {key: value.shape for key, value in state.items()}
+    inner = "model." if isinstance(net, LibraryNetwork) else ""
+    own = {key.removeprefix(inner): value.shape for key, value in net.state_dict().items()}
+    branch, rivals = find_branch(own, states)
+    shapes = {key: value.shape for key, value in branch.state.items()}
     if isinstance(net, LibraryNetwork) and shapes != own:
-        state = net.convert_state(state)
-    resized = [prefix + key for key, value in state.items() if shapes.get(key, value.shape) != value.shape]
-    return {prefix + key: value for key, value in state.items()}, resized
+        branch = branch._replace(state=net.convert_state(branch.state))
+    head = {key.removeprefix(inner): shape for key, shape in _head_shapes(net).items()}
+    found = take_head(branch, own, head)
+    state = {**branch.state, **found}
+    rest = left_out(branch, rivals, state)
+    is_choice = branch.name and (branch.is_average or rest)
+    messages = [f"weights: {branch.label} of {source}" if is_choice else f"weights: {source}"]
+    if rest:
+        messages.append(f"left out: {', '.join(rest)}")
+    resized = [inner + key for key, value in state.items() if shapes.get(key, value.shape) != value.shape]
+    if resized:
+        messages.append(f"resized to this image size: {', '.join(resized)}")
+    return {inner + key: value for key, value in state.items()}, messages
+
+
+def _head_keys(net: "nn.Module", keys: Iterable[str]) -> list[str]:
+    """Return the keys of a network's head; none if it is no `Network`."""
+    heads = {*net.head.modules()} if isinstance(net, reslab.models.Network) else set()
+    prefixes = tuple(f"{name}." for name, module in net.named_modules() if module in heads)
+    return [key for key in keys if key.startswith(prefixes)]
+
+
+def _head_shapes(net: "nn.Module") -> "dict[str, torch.Size]":
+    """Return the shapes of a network's head by key; of a network without a head, those that it would have."""
+    import torch
+
+    own = net.state_dict()
+    shapes = {key: own[key].shape for key in _head_keys(net, own)}
+    if not shapes and isinstance(net, reslab.models.Network):
+        names = [name for name, module in net.named_modules() if module is net.head]
+        ends = {"weight": (0, net.num_features), "bias": (0,)}
+        shapes = {f"{name}.{end}": torch.Size(shape) for name in names for end, shape in ends.items()}
+    return shapes
 
 
 def _keep_new_layers(net: "Network", state: "dict[str, Tensor]", source: str) -> list[str]:
@@ -223,16 +248,16 @@ def _keep_new_layers(net: "Network", state: "dict[str, Tensor]", source: str) ->
     from reslab.models.network import params
 
     own, messages = net.state_dict(), []
-    heads = {*net.head.modules()}
-    prefixes = tuple(f"{name}." for name, module in net.named_modules() if module in heads)
-    ours, theirs = ([key for key in keys if key.startswith(prefixes)] for keys in (own, state))
-    classes = len(state[(ours or theirs)[-1]]) if theirs else 0
-    if classes != net.num_classes:
+    ours, theirs = _head_keys(net, own), _head_keys(net, state)
+    classes = len(state[theirs[-1]]) if theirs else 0
+    same_layers = not (ours and theirs) or {*ours} == {*theirs}
+    if classes != net.num_classes or not same_layers:
+        fate = "new" if net.num_classes else "left out"
+        sides = (f"{classes} classes", str(net.num_classes)) if same_layers else (", ".join(theirs), ", ".join(ours))
+        messages.append(f"the head is {fate}: {sides[0]} in {source}, {sides[1]} in this network")
         for key in theirs:
             del state[key]
         state |= {key: own[key] for key in ours}
-        fate = "new" if net.num_classes else "left out"
-        messages.append(f"the head is {fate}: {classes} classes in {source}, {net.num_classes} in this network")
     stem = params(next(iter(net.layer_groups().values())))
     for key, p in net.named_parameters():  # one first convolution, or several side by side
         loaded = state.get(key, p).shape
@@ -243,7 +268,14 @@ def _keep_new_layers(net: "Network", state: "dict[str, Tensor]", source: str) ->
     return messages
 
 
-def _load(net: "nn.Module", state: "dict[str, Tensor]", source: str) -> None:
+def load_state(net: "nn.Module", state: "Mapping[str, Tensor]", source: str) -> None:
+    """Load a state dict by the network's own keys; raise a ModelError as `check_state` does."""
+    check_state(net, state, source)
+    net.load_state_dict(state)
+
+
+def check_state(net: "nn.Module", state: "Mapping[str, Tensor]", source: str) -> None:
+    """Raise a short ModelError if the names or shapes of a state dict are not those of the network."""
     own = net.state_dict()
     differences = {
         # Files of before 2018 have no num_batches_tracked; torch fills it in.
@@ -256,14 +288,21 @@ def _load(net: "nn.Module", state: "dict[str, Tensor]", source: str) -> None:
         ],
     }
     if any(differences.values()):
-        lines = [f"{source} does not fit this network"]
-        for name, tensors in (("file", state), (f"network ({type(net).__name__})", own)):
-            lines.append(f"{name}: {len(tensors)} tensors, {sum(v.numel() for v in tensors.values()):,} values")
-        for kind, keys in differences.items():
-            if keys:
-                lines.append(f"{kind} ({len(keys)}): {textwrap.shorten(', '.join(keys), 200, placeholder=' …')}")
-        raise ModelError("\n  ".join(lines))
-    net.load_state_dict(state)
+        raise ModelError(_misfit(net, state, source, differences))
+
+
+def _misfit(net: "nn.Module", state: "Mapping[str, Tensor]", source: str, differences: dict[str, list[str]]) -> str:
+    from reslab.models.weights import describe_resnets
+
+    if sides := describe_resnets(state, net.state_dict()):
+        return f"{source} is ResNet {sides[0]}; this network is {sides[1]}"
+    lines = [f"{source} does not fit this network"]
+    for name, tensors in (("file", state), (f"network ({type(net).__name__})", net.state_dict())):
+        lines.append(f"{name}: {len(tensors)} tensors, {sum(v.numel() for v in tensors.values()):,} values")
+    for kind, keys in differences.items():
+        if keys:
+            lines.append(f"{kind} ({len(keys)}): {textwrap.shorten(', '.join(keys), 200, placeholder=' …')}")
+    return "\n  ".join(lines)
 
 
 def _download(net: "nn.Module", name: str) -> "dict[str, Tensor]":
@@ -271,7 +310,7 @@ def _download(net: "nn.Module", name: str) -> "dict[str, Tensor]":
     known = _published(net)
     if name not in known:
         hint = nearest(name, known) if known else "; there are none for it by name: give a file or a run directory"
-        raise ModelError(f"no weights for this network are called {name!r}{hint}")
+        raise ModelError(f"there is no file {name!r}, and no weights for this network have that name{hint}")
     weight = known[name]
     try:
         return dict(weight.get_state_dict(progress=True, check_hash=True, map_location="cpu", weights_only=True))

@@ -3,6 +3,7 @@
 import math
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -15,7 +16,7 @@ from reslab.data.batches import Batch
 from reslab.data.order import step_seed
 from reslab.errors import UserError
 from reslab.models.network import Network
-from reslab.models.zoo import load_weights
+from reslab.models.zoo import build_network_of_run, check_state, load_weights
 from reslab.training import lightning_internals as internals
 from reslab.training.ema import EMA
 from reslab.training.objectives import CrossEntropy, Objective
@@ -53,7 +54,10 @@ def reseed(seed: int, device: torch.device) -> None:
 
 
 class Classifier(LightningModule):
-    """Train and evaluate a network on batches of (images, labels, indices, …).
+    """Train and evaluate a network on batches of (images, labels, …).
+
+    A Trainer accepts it with any DataModule or loader of normalized float images. ImageData normalizes in a hook of
+    the DataModule: pass `datamodule=data`, not its loaders.
 
     Args:
         net: Float images (N, C, H, W) to logits (N, num_classes). From Python any nn.Module will do; freezing and
@@ -129,12 +133,11 @@ class Classifier(LightningModule):
             raise UserError(f"the network has num_classes={num_classes}, the data have {expected} classes")
 
     def configure_model(self) -> None:
-        if self.weights and not self.trainer.ckpt_path:
-            for message in load_weights(self.net, self.weights):
-                self.print(message)
-            self.weights = None
-        if self.trainer.state.fn == "fit":
-            self.objective.prepare(self.net)
+        if internals.is_attached(self):  # otherwise a checkpoint is loaded next
+            if not self.trainer.ckpt_path:
+                self.load_pretrained()
+            if self.trainer.state.fn == "fit":
+                self.objective.prepare(self.net)
         if self.ema_decay is not None and self.ema is None:
             self.ema = EMA(self.net, self.ema_decay)
         if self.device_mesh is not None:
@@ -142,6 +145,13 @@ class Classifier(LightningModule):
                 shard(net, self.device_mesh)
         if self.execution.compile:
             self.net.compile()
+
+    def load_pretrained(self) -> None:
+        """Load `weights` now, once. Otherwise a Trainer or the first use does it, unless a checkpoint replaces them."""
+        if self.weights is not None:
+            for message in load_weights(self.net, self.weights):
+                (self.print if internals.is_attached(self) else print)(message)
+            self.weights = None
 
     def train(self, mode: bool = True) -> Self:
         """Set the mode of all modules, except frozen layer groups: they stay in eval mode."""
@@ -153,6 +163,8 @@ class Classifier(LightningModule):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits (N, num_classes) of images (N, C, H, W); in eval mode with the averaged weights, if any."""
+        _check_images(images, self.net)
+        self.load_pretrained()
         if self.training:
             return self.net(images)
         net = self.evaluated_net()
@@ -185,7 +197,14 @@ class Classifier(LightningModule):
         self._window = self._window.to(self.device)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        reseed(step_seed(self.seed or 0, internals.micro_batch_index(self.trainer), self.global_rank), self.device)
+        _check_images(_images(batch, labelled=True), self.net)
+        if internals.is_attached(self):
+            index = internals.micro_batch_index(self.trainer)
+        else:  # a loop of the user's own
+            index = batch_idx
+            self.load_pretrained()
+            self.objective.prepare(self.net)
+        reseed(step_seed(self.seed or 0, index, self.global_rank), self.device)
         loss, logits = self.objective.loss(self.net, batch)
         with torch.no_grad():
             sums = self.objective.training_sums(loss.detach(), logits, batch)
@@ -231,9 +250,61 @@ class Classifier(LightningModule):
         self._check_finite(windows[:, :-1].sum(0).tolist(), self.trainer.global_step)
         checkpoint["windows"] = windows.tolist()
         checkpoint["latest"] = self.latest
+        # Arguments on which evaluation depends, for load_from_checkpoint.
+        checkpoint["hyper_parameters"] = {"ema_decay": self.ema_decay, "flip_tta": self.flip_tta}
+
+    @classmethod
+    def load_from_checkpoint(
+        cls,
+        checkpoint_path: Any,
+        map_location: Any = None,
+        hparams_file: Any = None,
+        strict: bool | None = None,
+        weights_only: bool | None = True,
+        **kwargs: Any,
+    ) -> Self:
+        """Return the model in a checkpoint, with its EMA if it has one. No code in the file is run.
+
+        Args:
+            checkpoint_path: last.ckpt or best.ckpt of a run.
+            map_location, hparams_file, strict, weights_only: As in Lightning.
+            kwargs: Arguments of Classifier. `net` is required unless the checkpoint is in its run directory and the
+                network's class is one of reslab. To continue training pass the optimizer, schedule and objective.
+
+        Raises:
+            UserError: An argument is missing (the message names it), or the network does not fit.
+        """
+        if "net" not in kwargs:
+            kwargs["net"] = _net_of(checkpoint_path)
+        options = {"hparams_file": hparams_file, "strict": strict, "weights_only": weights_only}
+        return super().load_from_checkpoint(checkpoint_path, map_location, **options, **kwargs)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.weights = None  # the checkpoint's replace them
+        self._match_state(checkpoint)
         self.latest = dict(checkpoint.get("latest", {}))
+        if internals.is_attached(self):
+            self._restore_window(checkpoint)
+
+    def _match_state(self, checkpoint: dict[str, Any]) -> None:
+        """Check the network's weights, and make the EMA of both sides agree."""
+        state = checkpoint["state_dict"]
+        trained = {key.removeprefix("net."): value for key, value in state.items() if key.startswith("net.")}
+        check_state(self.net, trained, "the checkpoint")
+        unknown = [key for key in state if key.startswith("objective.") and key not in self.state_dict()]
+        if unknown:
+            name = type(self.objective).__name__
+            raise UserError(f"the checkpoint has {', '.join(unknown)}, which {name} lacks: pass its objective=")
+        averaged = any(key.startswith("ema.") for key in state)
+        if averaged and self.ema is None:
+            self.ema_decay = checkpoint.get("hyper_parameters", {}).get("ema_decay")
+            if self.ema_decay is None:
+                raise UserError("the checkpoint has an EMA, but does not state its decay: pass ema_decay=")
+            self.ema = EMA(self.net, self.ema_decay)
+        elif self.ema is not None and not averaged:  # the average starts here
+            state.update({f"ema.module.{key}": value.clone() for key, value in trained.items()})
+
+    def _restore_window(self, checkpoint: dict[str, Any]) -> None:
         windows = torch.tensor(checkpoint.get("windows", [[0.0] * (len(self._window) + 1)]))
         if len(windows) != self.trainer.world_size:  # another world size: rank 0 takes over the sums of all ranks
             none = torch.zeros(self.trainer.world_size - 1, windows.shape[1])
@@ -250,15 +321,15 @@ class Classifier(LightningModule):
             metric.update(logits, labels)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self._update_metrics("val", self(batch[0]), batch[1])
+        self._update_metrics("val", self(_images(batch, labelled=True)), batch[1])
 
     def on_validation_epoch_end(self) -> None:
         self._log_evaluation("val")
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        logits = self(batch[0])
+        logits = self(_images(batch, labelled=True))
         self._update_metrics("test", logits, batch[1])
-        if len(batch) > 2:  # our batches hold the images' indices; those of other loaders may not
+        if isinstance(batch, Batch):  # those of other loaders need not hold the images' indices
             self._test_outputs.append(_outcomes(logits, batch[1], batch[2]))
 
     def on_test_epoch_end(self) -> None:
@@ -268,9 +339,9 @@ class Classifier(LightningModule):
             self.predictions = _by_index(torch.as_tensor(everywhere))
             self._test_outputs = []
 
-    def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Return class probabilities (N, num_classes) in float32."""
-        return self(batch[0]).float().softmax(1)
+    def predict_step(self, batch: Batch | Tensor, batch_idx: int = 0) -> Tensor:
+        """Return class probabilities (N, num_classes) in float32; `batch` may also be the images alone."""
+        return self(_images(batch)).float().softmax(1)
 
     def _log_evaluation(self, split: str) -> None:
         metrics = self._metrics[split]
@@ -280,6 +351,43 @@ class Classifier(LightningModule):
         self.latest.update(values)
         # float64: log_dict would round plain numbers to float32.
         self.log_dict({name: torch.tensor(value, dtype=torch.float64) for name, value in values.items()})
+
+
+def _images(batch: Any, labelled: bool = False) -> Any:
+    """Return the images of a batch (images, labels, …), or a batch of nothing else."""
+    if isinstance(batch, Tensor) and not labelled:
+        return batch
+    if isinstance(batch, tuple | list) and len(batch) > labelled:
+        return batch[0]
+    size = f" of {len(batch)}" if isinstance(batch, tuple | list) else ""
+    raise UserError(f"a batch must be a tuple (images, labels, ...), got a {type(batch).__name__}{size}")
+
+
+def _check_images(images: Any, net: nn.Module) -> None:
+    """Raise a UserError for images that no hook has normalized, and for another number of channels."""
+    if not isinstance(images, Tensor) or not images.is_floating_point():
+        kind = f"{images.dtype} {tuple(images.shape)}" if isinstance(images, Tensor) else f"a {type(images).__name__}"
+        raise UserError(
+            f"images must be normalized floats (N, C, H, W), got {kind}. Loaders of ImageData give uint8 images: "
+            "pass datamodule=data instead of the loader, or call data.on_after_batch_transfer(batch) in your own loop"
+        )
+    if isinstance(net, Network) and images.ndim == 4 and images.shape[1] != net.in_channels:
+        raise UserError(f"images must be (N, C, H, W) with C = {net.in_channels}, got {tuple(images.shape)}")
+
+
+def _net_of(checkpoint_path: Any) -> nn.Module:
+    """Build the network of the run directory that a checkpoint is in."""
+    remedy = "pass net= with the checkpoint's network"
+    try:
+        run = Path(checkpoint_path).parents[1]
+    except (TypeError, IndexError):
+        raise UserError(f"load_from_checkpoint does not know the network: {remedy}") from None
+    if not (run / "config.yaml").is_file():
+        raise UserError(f"{checkpoint_path} is not in a run directory (RUN/checkpoints/last.ckpt): {remedy}")
+    try:
+        return build_network_of_run(run)
+    except UserError as error:
+        raise UserError(f"{error}: {remedy}") from None
 
 
 OUTCOMES = ("index", "label", "prediction", "confidence", "correct_probability")

@@ -10,7 +10,7 @@ from typing import Any
 
 import lightning
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loops import _FitLoop, _TrainingEpochLoop
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher, subprocess_script
@@ -36,6 +36,7 @@ _USED: tuple[tuple[Any, str], ...] = (
     (_TrainingEpochLoop, "batch_progress"),
     (_TrainingEpochLoop, "total_batch_idx"),
     (_TrainingEpochLoop, "val_loop"),
+    (LightningModule, "_trainer"),
     (ModelParallelStrategy, "_save_distributed_checkpoint"),
     (Trainer, "_signal_connector"),
     (Trainer, "_logger_connector"),
@@ -58,6 +59,11 @@ if _missing := [f"{getattr(owner, '__name__', owner)}.{name}" for owner, name in
 def rank() -> int:
     """Return this process's rank, before any Trainer exists: Lightning reads the launcher's environment at import."""
     return int(getattr(rank_zero_only, "rank", 0))
+
+
+def is_attached(module: LightningModule) -> bool:
+    """Return whether a Trainer runs this module: `module.trainer` raises otherwise."""
+    return module._trainer is not None
 
 
 def batches_taken(trainer: Trainer) -> int:
