@@ -24,7 +24,6 @@ from reslab.errors import Exit, UserError, cause
 from reslab.files import replacing
 from reslab.host import handling_signals
 from reslab.interrupt import resume_hint
-from reslab.models.zoo import load_weights
 from reslab.runs.csv_logger import MetricsCSV
 from reslab.runs.folder import RunFolder
 from reslab.runs.metrics import cut
@@ -117,13 +116,10 @@ class Run:
 
     def _rehearse(self, trainer: Trainer) -> dict[str, Any]:
         """Find errors before the run directory is claimed; return the objective's entry of the manifest, if any."""
-        if self.model.weights and not self.folder.holds_checkpoint():  # else the checkpoint has the weights
-            messages = load_weights(self.model.net, self.model.weights)
-            if self.record.writes:
-                print(*messages, sep="\n", flush=True)
-            self.model.weights = None
         objective = self.model.objective.prepare(self.model.net)  # a missing teacher, too
         if self.record.writes:
+            if not self.folder.holds_checkpoint():  # else the checkpoint has the weights
+                self.model.load_pretrained()
             rehearse(trainer, self.model, self.data, self._needed_metrics())
             for logger in self._wandb():
                 logger.check(id="00000000", **self._wandb_options())
