@@ -15,12 +15,12 @@ from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch import seed_everything
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from reslab.config_errors import ALLOWED, explain, located, places
+from reslab.config_errors import ALLOWED, explain, explain_failure, located, one_line, places
 from reslab.data import ImageData
 from reslab.errors import UserError
 from reslab.host import CONFIGS
 from reslab.models import ResNet, TimmNetwork, TorchvisionNetwork  # noqa: F401 - short names: of imported classes only
-from reslab.training import Classifier
+from reslab.training import Classifier, compatibility
 from reslab.training.lightning_internals import rank
 
 BASE = CONFIGS / "base.yaml"
@@ -100,6 +100,8 @@ class Experiment(LightningCLI):
         except ArgumentError as error:
             keys = [key for key, _ in parser.get_defaults(skip_validation=True).items()]
             raise UserError(explain(str(error), keys, args, BASE)) from error
+        except Exception as error:  # from importing the module of a class
+            raise UserError(explain_failure(None, error, Namespace(), args, BASE)) from error
         for group in ("trainer", "model", "data", "run"):
             if not isinstance(value := self.config[group], Namespace):
                 raise UserError(located(f"{group} must hold keys and values, got {value!r}", [group], args, BASE))
@@ -142,13 +144,12 @@ class Experiment(LightningCLI):
         Raises:
             UserError: A constructor refuses its arguments, or the config names a metric that the run does not log.
         """
-        seed_everything(int(self.config.seed_everything), workers=True, verbose=False)
+        self._check_seeds()
+        self._check_trainer_options()
+        seed_everything(self.config.seed_everything, workers=True, verbose=False)
         if self.config.trainer.deterministic:  # TF32 would round float32 inputs to 10 bits
             torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-        try:
-            built = self.parser.instantiate(self.config)
-        except (ValueError, UserError) as error:  # a constructor's check
-            raise UserError(located(str(error), [key for key, _ in self.config.items()], self._args, BASE)) from error
+        built = self._instantiate()
         self._check_links(built.data)
         built.model.seed = int(self.config.seed_everything)
         settings = dict(built.trainer)
@@ -157,6 +158,35 @@ class Experiment(LightningCLI):
                 settings[name] = [] if isinstance(value, bool | None) else [value]
         self._check_metrics(built.data, built.model, settings["callbacks"])
         return built.data, built.model, settings
+
+    def _instantiate(self) -> Namespace:
+        """Call the constructors of all classes; report a failure of any kind in one message."""
+        failed: list[tuple[type, Exception]] = []
+
+        def construct(cls: type, *args: Any, **kwargs: Any) -> Any:
+            try:
+                return cls(*args, **kwargs)
+            except Exception as error:  # jsonargparse wraps some kinds in messages of its own
+                failed.append((cls, error))
+                raise
+
+        try:
+            return self.parser.instantiate(self.config, instantiators=[(construct, object, True)])
+        except Exception as error:
+            cls, cause = failed[-1] if failed else (None, error)
+            raise UserError(explain_failure(cls, cause, self.config, self._args, BASE)) from error
+
+    def _check_seeds(self) -> None:
+        for key in ("seed_everything", "data.split_seed"):
+            seed = self.config[key]
+            if isinstance(seed, bool) or not 0 <= seed < 2**32:
+                wrong = f" must be a whole number from 0 to {2**32 - 1}, got {compatibility.in_yaml(seed)}"
+                raise UserError(one_line(key, wrong, self._args, BASE))
+
+    def _check_trainer_options(self) -> None:
+        """Refuse what Lightning offers but would break one of reslab's promises, see `compatibility`."""
+        for name, problem in compatibility.problems(self.config.trainer):
+            raise UserError(one_line(f"trainer.{name}", problem, self._args, BASE))
 
     def _check_links(self, data: ImageData) -> None:
         """Refuse a class count, channel count or image size in the config that is not the one of the data."""

@@ -3,7 +3,10 @@
 import contextlib
 import importlib
 import inspect
+import pydoc
 import re
+import sysconfig
+import traceback
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from itertools import pairwise
@@ -11,6 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from jsonargparse import Namespace
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from reslab.errors import UserError
+from reslab.training.compatibility import known_refusal
 
 # Modules whose classes a config may name. All others are refused before the import: importing runs code.
 ALLOWED = [
@@ -37,8 +45,13 @@ def explain(message: str, known_keys: Sequence[str], args: Sequence[str], base: 
             reason = " ".join(str(error).replace('"<unicode string>", ', "").split())
             return f"cannot read the config file {path}: {reason}"
     key, near = _key(message), []
-    if "import path denylist" in message:
-        name = _first(r"Importing '([^']+)'", message)
+    message = _without_other_attempts(message)
+    if (path := _first(r"Expected a path but (\S+\.ya?ml) either", message)) and not Path(path).exists():
+        reason = f"no such file: {path}"
+    elif "import path denylist" in message:
+        name = _first(r"Importing '([^']+)'", message) or ""
+        if refusal := known_refusal(name.rpartition(".")[2]):
+            return one_line(key, f": {refusal}", args, base)
         reason = f"a config must not name {name!r}; it may name classes of {', '.join(ALLOWED)}"
     elif name := _first(r"No module named '(\w+)", message):
         reason = f"{name} is not installed: pip install {name}"
@@ -47,17 +60,75 @@ def explain(message: str, known_keys: Sequence[str], args: Sequence[str], base: 
     elif unknown := _unknown_key(message):
         key, reason = unknown, "no such key"
         near = _nearest(key, [*known_keys, *_class_keys(key, message)])
-    elif name := (
-        _first(r"Expected a dot import path string: (\S+)", message) or _first(r"has no attribute '(\w+)'", message)
-    ):
-        modules = [importlib.import_module(namespace) for namespace in NAMESPACES]
-        classes = {c for module in modules for c in getattr(module, "__all__", dir(module)) if c[:1].isupper()}
-        reason, near = f"no class {name!r}", get_close_matches(name, classes, 3, 0.5)
+    elif match := re.search(r"Import path (\S+) does not correspond to a subclass of (\w+)", message):
+        reason = "{} is not a {}".format(*match.groups())
+    elif name := _unknown_class(message):
+        reason, near = f"no class {name!r}", _nearest_classes(name)
     else:
         reason, near = _wrong_value(message)
-    found = list(places(key, args, base)) if key else []
-    lines = [f"{key}: {reason}" if key else reason, *(f"  set in: {place}" for place in found[-1:])]
-    return "\n".join([*lines, f"  nearest: {', '.join(near)}"] if near else lines)
+    return _at(key, reason, args, base) + (f"\n  nearest: {', '.join(near)}" if near else "")
+
+
+def _without_other_attempts(message: str) -> str:
+    """Drop what jsonargparse tried besides: to read a value as a path, and to build the base class of a list."""
+    message = re.sub(r"Expected a path but (?!\S+\.ya?ml either).*? either not accessible or invalid", "", message, flags=re.S)
+    problems = re.findall(r"Problem with given class_path '[^']+':\n\s+(.+)", message)
+    if all(problem.startswith("Importing ") for problem in problems):
+        return message
+    return re.sub(r"Problem with given class_path '[^']+':\n\s+Importing .*", "", message)
+
+
+def _unknown_class(message: str) -> str | None:
+    name = _first(r"Expected a dot import path string: (\S+)", message)
+    if name and name[:1].islower() and re.search("Expected a <class '(?!NoneType)", message):
+        return None  # a wrong value rather than a class: the key accepts both
+    return name or _first(r"has no attribute '(\w+)'", message)
+
+
+def _nearest_classes(name: str) -> list[str]:
+    """Return the nearest names of classes; for a class that only goes by its full name, that."""
+    modules = [importlib.import_module(namespace) for namespace in NAMESPACES]
+    classes = {c: m for m in modules for c in getattr(m, "__all__", dir(m)) if c[:1].isupper()}
+    return [f"{classes[name].__name__}.{name}"] if name in classes else get_close_matches(name, classes, 3, 0.5)
+
+
+def explain_failure(cls: type | None, error: Exception, config: Namespace, args: Sequence[str], base: Path) -> str:
+    """Return which class of the config could not be imported or built, why, and where it is set.
+
+    Add where the code failed, unless a check of reslab or of a library refused a value.
+    """
+    checked = isinstance(error, UserError | ValueError | MisconfigurationException)
+    reason = str(error) if isinstance(error, UserError) else _last_line(error, named=not checked)
+    raised = "".join(f"\n  raised in: {place}" for place in _raised_in(error, with_reslab=not checked)[-1:])
+    group = class_key(cls, config) if cls else None
+    keys = [key for key, _ in config.items() if group is None or key.startswith(f"{group}.")]
+    if cls is None or key_in(reason, keys) or (group is None and cls.__module__.startswith("reslab.")):
+        return located(reason, keys, args, base) + raised
+    return _at(group, f"{cls.__name__}: {reason}", args, base) + raised
+
+
+def class_key(cls: type, config: Namespace) -> str | None:
+    """Return the config key whose value names a class."""
+    for key, value in config.items():
+        paths = [getattr(item, "class_path", "") for item in value] if isinstance(value, list) else [value]
+        if (isinstance(value, list) or key.endswith(".class_path")) and cls in map(pydoc.locate, filter(None, paths)):
+            return key.removesuffix(".class_path")
+    return None
+
+
+def _last_line(error: Exception, named: bool) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    named = named and not isinstance(error, ImportError)
+    return ": ".join([*([type(error).__name__] if named or not lines else []), *lines[-1:]])
+
+
+def _raised_in(error: Exception, with_reslab: bool) -> list[str]:
+    """Return the lines of the user's code that an exception passed through, or also those of reslab; outermost first."""
+    libraries = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
+    package = Path(__file__).parent
+    other = (*libraries, "<", str(package / "config.py") if with_reslab else str(package))
+    frames = traceback.extract_tb(error.__traceback__)
+    return [f"{frame.filename}, line {frame.lineno}" for frame in frames if not frame.filename.startswith(other)]
 
 
 def key_in(message: str, known_keys: Sequence[str]) -> str | None:
@@ -69,16 +140,22 @@ def key_in(message: str, known_keys: Sequence[str]) -> str | None:
 
 def located(message: str, known_keys: Sequence[str], args: Sequence[str], base: Path) -> str:
     """Return a constructor's message with its key, and the file and line where that is set."""
-    # For a union type, jsonargparse wraps it: the constructor's message is in the list of errors.
-    own = [line for line in re.findall(r"^\s*- (.+)$", message, re.MULTILINE) if not line.startswith("Expected a")]
-    message = own[0] if own else message
     key = key_in(message, known_keys)
-    if key is None:
-        return message
-    rest, name = f": {message}", _first(r"^([\w.]+)[ :]", message)
-    if name and f".{key}".endswith(f".{name}"):  # the message begins with its key, or with the key's last parts
-        rest = message.removeprefix(name)
-    return "\n".join([key + rest, *(f"  set in: {place}" for place in [*places(key, args, base)][-1:])])
+    name = _first(r"^([\w.]+)[ :]", message)
+    if key and name and f".{key}".endswith(f".{name}"):  # the message begins with its key, or with the key's last parts
+        return _at(key, message.removeprefix(name), args, base, colon="")
+    return _at(key, message, args, base)
+
+
+def one_line(key: str, problem: str, args: Sequence[str], base: Path) -> str:
+    """Return a message of one line: the key, the problem, and the last place that sets the key."""
+    return key + problem + "".join(f" (set in: {place})" for place in [*places(key, args, base)][-1:])
+
+
+def _at(key: str | None, reason: str, args: Sequence[str], base: Path, colon: str = ": ") -> str:
+    """Return `key: reason`, and the last place that sets the key."""
+    found = [*places(key, args, base)][-1:] if key else []
+    return "\n".join([f"{key}{colon}{reason}" if key else reason, *(f"  set in: {place}" for place in found)])
 
 
 def _first(pattern: str, text: str) -> str | None:
@@ -122,16 +199,28 @@ def _nearest(key: str, known: Sequence[str]) -> list[str]:
 
 def _wrong_value(message: str) -> tuple[str, list[str]]:
     """Return a sentence with the expected type and the rejected value, and the nearest of the allowed values."""
+    class_path, message = _innermost(message)
     value = _first(r"(?:Got value|Given value): (.+)", message) or ""
     types = dict.fromkeys(re.findall(r"Expected an? (.+?)(?:\. Got value|$)", message, re.MULTILINE))
-    if types:
+    if callable_wanted := _first(r"(Type \S+ expects .+?)\.* Got value", message):
+        reason = callable_wanted
+    elif types:
         expected = " or ".join(types).replace("NoneType", "null").replace("typing.Literal", "one of ")
         expected = re.sub(r"<class '([\w.]+)'>", r"\1", expected)
         reason = f"expected {expected}" + (f", got {value}" if value else "")
     else:
         reason = " ".join(re.sub(r'Parser key "[^"]+":', "", message).split())
+        reason = f"{class_path.rpartition('.')[2]}: {reason}" if class_path else reason
     choices = re.findall(r"'([^']+)'", " ".join(re.findall(r"Literal\[([^\]]+)\]", message)))
     return reason, get_close_matches(value, {*choices}, 3, 0.5)
+
+
+def _innermost(message: str) -> tuple[str, str]:
+    """Return the innermost class that could not be built, and what was wrong with it; else '' and the message."""
+    name = ""
+    while match := re.search(r"^( *)(?:- )?Problem with given class_path '([^']+)':\n((?:\1 +.*(?:\n|$))+)", message, re.M):
+        _, name, message = match.groups()
+    return name, message
 
 
 def _files(args: Sequence[str], base: Path) -> list[Path]:
@@ -145,7 +234,7 @@ def places(key: str, args: Sequence[str], base: Path) -> Iterator[str]:
     wanted = [part for part in key.split(".") if part != "init_args"]
     for path in _files(args, base):
         yield from _lines(path, wanted)
-    options = [arg.partition("=")[0].lstrip("-").removesuffix(".class_path") for arg in args]
+    options = [arg.partition("=")[0].lstrip("-").removesuffix("+").removesuffix(".class_path") for arg in args]
     if any(option.replace("init_args.", "") == ".".join(wanted) for option in options):
         yield "the command line"
 
