@@ -60,8 +60,11 @@ def explain(message: str, known_keys: Sequence[str], args: Sequence[str], base: 
     elif unknown := _unknown_key(message):
         key, reason = unknown, "no such key"
         near = _nearest(key, [*known_keys, *_class_keys(key, message)])
-    elif match := re.search(r"Import path (\S+) does not correspond to a subclass of (\w+)", message):
-        reason = "{} is not a {}".format(*match.groups())
+    elif match := re.search(r"Import path (\S* ?)does not correspond to a subclass of (\w+)", message):
+        name = match[1].strip() or _first(r"Given value: (\S+)", message) or "it"
+        if refusal := known_refusal(name.rpartition(".")[2]):
+            return one_line(key, f": {refusal}", args, base)
+        reason = f"{name} is not a {match[2]}"
     elif name := _unknown_class(message):
         reason, near = f"no class {name!r}", _nearest_classes(name)
     else:
@@ -159,7 +162,7 @@ def _at(key: str | None, reason: str, args: Sequence[str], base: Path, colon: st
 
 
 def _first(pattern: str, text: str) -> str | None:
-    match = re.search(pattern, text)
+    match = re.search(pattern, text, re.MULTILINE)
     return match.group(1) if match else None
 
 
@@ -200,8 +203,8 @@ def _nearest(key: str, known: Sequence[str]) -> list[str]:
 def _wrong_value(message: str) -> tuple[str, list[str]]:
     """Return a sentence with the expected type and the rejected value, and the nearest of the allowed values."""
     class_path, message = _innermost(message)
-    value = _first(r"(?:Got value|Given value): (.+)", message) or ""
-    types = dict.fromkeys(re.findall(r"Expected an? (.+?)(?:\. Got value|$)", message, re.MULTILINE))
+    value = _first(r"(?:Got value|Given value): (.+?)(?:\. Got value: .*)?$", message) or ""
+    types = dict.fromkeys(re.findall(r"Expected an? (?!dot import path)(.+?)(?:\. Got value|$)", message, re.MULTILINE))
     if callable_wanted := _first(r"(Type \S+ expects .+?)\.* Got value", message):
         reason = callable_wanted
     elif types:

@@ -154,7 +154,7 @@ PROFILER_NAMES = {
 LOGGERS = {
     "CSVLogger": works("metrics.csv in the run directory is always written"),
     "CometLogger": works("requires comet_ml and an account"),
-    "LitLogger": works("requires litlogger and an account"),
+    "LitLogger": refused("does not extend lightning.pytorch's Logger: use another logger"),
     "Logger": works("your own subclass"),
     "MLFlowLogger": works("requires mlflow"),
     "TensorBoardLogger": works("requires tensorboard or tensorboardX"),
