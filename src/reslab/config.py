@@ -1,9 +1,12 @@
 """The typed configuration of a run: LightningCLI with an allowlist and one-message errors."""
 
+import copy
 import difflib
+import enum
 import hashlib
 import os
 import re
+import warnings
 from argparse import ArgumentError
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -11,11 +14,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import yaml
 from jsonargparse import Namespace, set_parsing_settings
-from lightning.pytorch import seed_everything
+from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from reslab.config_errors import ALLOWED, explain, explain_failure, located, one_line, places
+from reslab.config_errors import ALLOWED, explain, explain_failure, last_line, located, one_line, places
 from reslab.data import ImageData
 from reslab.errors import UserError
 from reslab.host import CONFIGS
@@ -25,6 +29,8 @@ from reslab.training.lightning_internals import rank
 
 BASE = CONFIGS / "base.yaml"
 FROM_DATA = {"num_classes": "num_classes", "in_channels": "channels", "image_size": "image_size"}  # of networks
+# A class may have an enum as the default of an argument that is a string.
+yaml.SafeDumper.add_multi_representer(enum.Enum, lambda dumper, member: dumper.represent_data(member.value))
 set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=ALLOWED)
 
 
@@ -156,6 +162,8 @@ class Experiment(LightningCLI):
         for name in ("callbacks", "logger", "plugins"):
             if not isinstance(value := settings[name], list):
                 settings[name] = [] if isinstance(value, bool | None) else [value]
+        if settings["accelerator"] == "auto":  # Lightning's choice includes devices on which reslab does not train
+            settings["accelerator"] = "cuda" if torch.cuda.is_available() else "cpu"
         self._check_metrics(built.data, built.model, settings["callbacks"])
         return built.data, built.model, settings
 
@@ -197,17 +205,49 @@ class Experiment(LightningCLI):
                 wrong = f"{name} is {init_args[name]} here, {value} in the data: leave it out, it follows the data"
                 raise UserError(located(wrong, [key], self._args, BASE))
 
+    def _no_validation(self, data: ImageData) -> str | None:
+        """Return the option that keeps the run from validating, with the remedy; None if it validates."""
+        trainer = self.config.trainer
+        if not data.val_split:
+            return "set data.val_split above 0"
+        if trainer.limit_val_batches == 0:
+            return "set trainer.limit_val_batches above 0"
+        every, epochs = trainer.check_val_every_n_epoch, trainer.max_epochs
+        if every and epochs and 0 < epochs < every:
+            return f"set trainer.check_val_every_n_epoch to at most trainer.max_epochs ({epochs})"
+        return None
+
+    def check_trainer(self, settings: dict[str, Any]) -> None:
+        """Create a Trainer as a test: what it refuses, such as devices that do not exist, is reported in one message.
+
+        Only for training: a run may be evaluated on a machine that could not train it.
+        """
+        alone = {"callbacks": [], "logger": False, "profiler": None, "strategy": copy.deepcopy(settings["strategy"])}
+        try:
+            with warnings.catch_warnings(action="ignore"):
+                trainer = Trainer(**{**settings, **alone})
+        except Exception as error:
+            keys = [f"trainer.{name}" for name in compatibility.FLAGS]
+            message = located(last_line(error), keys, self._args, BASE)
+            raise UserError(message if message.startswith("trainer.") else f"trainer: {message}") from error
+        if self.config.trainer.sync_batchnorm and trainer.world_size > 1 and trainer.strategy.root_device.type == "cpu":
+            wrong = " must be false on CPUs: SyncBatchNorm requires GPUs"
+            raise UserError(one_line("trainer.sync_batchnorm", wrong, self._args, BASE))
+
     def _check_metrics(self, data: ImageData, model: Classifier, callbacks: list[Any]) -> None:
         """Refuse a monitor that names a metric which neither the objective nor a callback logs."""
         own = [name for callback in callbacks for name in getattr(callback, "metric_names", [])]
-        names = [name for name in (*model.metric_names, *own) if data.val_split or not name.startswith("val/")]
+        obstacle = self._no_validation(data)
+        names = [name for name in (*model.metric_names, *own) if not (obstacle and name.startswith("val/"))]
         monitors = [(f"trainer.callbacks.{type(c).__name__}.monitor", getattr(c, "monitor", None)) for c in callbacks]
-        if data.val_split:
+        if not obstacle:
             monitors.append(("run.monitor", self.config.run.monitor))
         elif self.config.run.test_weights == "best":
-            raise UserError("run.test_weights: best requires validation data: set data.val_split above 0")
+            raise UserError(f"run.test_weights: best requires validation: {obstacle}")
         for key, monitor in monitors:
             if monitor is not None and monitor not in names:
+                if obstacle and monitor in model.metric_names:
+                    raise UserError(f"{key}: {monitor} requires validation: {obstacle}")
                 near = difflib.get_close_matches(monitor, names, 3, 0.4) or names
                 hint = "(A callback that logs metrics lists their names in its attribute metric_names.)"
                 raise UserError(f"{key}: no metric is called {monitor}; nearest: {', '.join(near)}. {hint}")

@@ -101,7 +101,7 @@ def explain_failure(cls: type | None, error: Exception, config: Namespace, args:
     Add where the code failed, unless a check of reslab or of a library refused a value.
     """
     checked = isinstance(error, UserError | ValueError | MisconfigurationException)
-    reason = str(error) if isinstance(error, UserError) else _last_line(error, named=not checked)
+    reason = str(error) if isinstance(error, UserError) else last_line(error, named=not checked)
     raised = "".join(f"\n  raised in: {place}" for place in _raised_in(error, with_reslab=not checked)[-1:])
     group = class_key(cls, config) if cls else None
     keys = [key for key, _ in config.items() if group is None or key.startswith(f"{group}.")]
@@ -119,7 +119,8 @@ def class_key(cls: type, config: Namespace) -> str | None:
     return None
 
 
-def _last_line(error: Exception, named: bool) -> str:
+def last_line(error: Exception, named: bool = False) -> str:
+    """Return the last line of an exception's message, after its type if `named` or if there is no message."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     named = named and not isinstance(error, ImportError)
     return ": ".join([*([type(error).__name__] if named or not lines else []), *lines[-1:]])

@@ -42,6 +42,7 @@ def fit(argv: list[str]) -> int:
     """Run `reslab fit`: start a run, or resume the unfinished one in --run.dir; return the exit status."""
     experiment = Experiment(argv)
     built = experiment.build()  # first: a value refused at construction must leave no run directory behind
+    experiment.check_trainer(built[2])
     built[1].objective.prepare(built[1].net)  # a missing teacher, too
     folder = RunFolder(experiment.run_dir())
     if rank() != 0:

@@ -233,6 +233,8 @@ class Classifier(LightningModule):
         checkpoint["latest"] = self.latest
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.trainer.precision == "64-true":  # Lightning converts only after loading, which would round the weights
+            self.double()
         self.latest = dict(checkpoint.get("latest", {}))
         windows = torch.tensor(checkpoint.get("windows", [[0.0] * (len(self._window) + 1)]))
         if len(windows) != self.trainer.world_size:  # another world size: rank 0 takes over the sums of all ranks

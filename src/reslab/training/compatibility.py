@@ -9,6 +9,7 @@ installed Lightning and tries every entry, and docs/lightning_options.md shows t
 """
 
 import pydoc
+import re
 from collections.abc import Callable, Iterator, Mapping
 from difflib import get_close_matches
 from typing import Any, NamedTuple
@@ -78,7 +79,7 @@ CALLBACKS = {
     "StochasticWeightAveraging": refused("adds an epoch and replaces the schedule: set model.ema_decay"),
     "TQDMProgressBar": _PROGRESS,
     "ThroughputMonitor": refused("waits for the device in every step: reslab logs images_per_second"),
-    "Timer": works("the time of all attempts counts; where training stops depends on the machine"),
+    "Timer": refused("ends training early without a note in the manifest: set trainer.max_time"),
     "WeightAveraging": _EMA,
     **dict.fromkeys(["Checkpoints", "LogRows", "Preemption", "ProgressReport", "SkipRedundantSync"], _OURS),
 }
@@ -221,6 +222,12 @@ def _is_interval(value: Any) -> bool:
     return value is None or (isinstance(value, int | float) and value > 0)
 
 
+def _is_duration(value: Any) -> bool:
+    if isinstance(value, dict):
+        return value.keys() <= {"weeks", "days", "hours", "minutes", "seconds"}
+    return not isinstance(value, str) or re.fullmatch(r"\d+:\d\d:\d\d:\d\d", value.strip()) is not None
+
+
 def _are_devices(value: Any) -> bool:
     if isinstance(value, str):
         return value == "auto" or (value.lstrip("-").isdigit() and _are_devices(int(value))) or "," in value
@@ -256,7 +263,7 @@ FLAGS = {
     "logger": _any("see Loggers", "null, true and false: metrics.csv only"),
     "max_epochs": _at_least(1, "null or -1: until max_steps", None, -1),
     "max_steps": _at_least(1, "-1: until max_epochs", -1),
-    "max_time": _any("null, DD:HH:MM:SS, or days, hours, minutes, seconds"),
+    "max_time": Flag(_is_duration, "null, DD:HH:MM:SS, or a mapping of days, hours, minutes and seconds"),
     "min_epochs": _at_least(0, "EarlyStopping waits for it", None),
     "min_steps": _at_least(0, "EarlyStopping waits for it", None),
     "model_registry": _only(None, "it uploads Lightning's checkpoints, which reslab does not write"),
@@ -359,3 +366,37 @@ def _conflicts(trainer: Namespace) -> Iterator[tuple[str, str]]:
         yield f"{key}.save_distributed_checkpoint", " must be false: a checkpoint is one file"
     if trainer.sync_batchnorm and "ModelParallel" in name:
         yield "sync_batchnorm", f" must be false: it has no effect with {name}"
+
+
+INTRODUCTION = """# Lightning's options and classes
+
+<!-- Generated: python -m reslab.training.compatibility > docs/lightning_options.md -->
+
+What a config may set under `trainer`, and what comes of it. An option that would break one of reslab's promises (exact
+resume, one global batch size, one verified checkpoint, one row per step in every log, no waiting for the device, a test
+with weights named beforehand) is refused in one message, before anything is trained, with exit status 2. A subclass
+shares the outcome of the class it extends. `tests/test_lightning_options.py` tries every row.
+"""
+TITLES = {
+    "Callbacks": CALLBACKS,
+    "Loggers": LOGGERS,
+    "Profilers": {**PROFILER_NAMES, **PROFILERS},
+    "Strategies": {**STRATEGY_NAMES, **STRATEGIES},
+    "Plugins": PLUGINS,
+    "Accelerators": ACCELERATORS,
+    "Precision": PRECISIONS,
+}
+
+
+def markdown() -> str:
+    """Return docs/lightning_options.md."""
+    rows = [f"| `{name}` | {flag.values} | {flag.note or flag.remedy} |" for name, flag in FLAGS.items()]
+    parts = [INTRODUCTION, "## Flags\n", "| trainer. | Values | |", "|---|---|---|", *rows]
+    for title, table in TITLES.items():
+        parts += [f"\n## {title}\n", "| Name | | |", "|---|---|---|"]
+        parts += [f"| `{name}` | {'works' if works else 'refused'} | {note} |" for name, (works, note) in table.items()]
+    return "\n".join(parts) + "\n"
+
+
+if __name__ == "__main__":
+    print(markdown(), end="")
