@@ -46,12 +46,14 @@ def explain(message: str, known_keys: Sequence[str], args: Sequence[str], base: 
             return f"cannot read the config file {path}: {reason}"
     key, near = _key(message), []
     message = _without_other_attempts(message)
-    if (path := _first(r"Expected a path but (\S+\.ya?ml) either", message)) and not Path(path).exists():
-        reason = f"no such file: {path}"
+    if refusal := _refusal(message):
+        return one_line(key.partition(".init_args.")[0], f": {refusal}", args, base)
+    if failure := _import_failure(message):
+        return f"{key}: {explain_failure(None, failure, Namespace(), args, base)}"
+    if (leaf := _first(r"Expected a path but (\S+\.ya?ml) either", message)) and not Path(leaf).exists():
+        reason = f"no such file: {leaf}"
     elif "import path denylist" in message:
-        name = _first(r"Importing '([^']+)'", message) or ""
-        if refusal := known_refusal(name.rpartition(".")[2]):
-            return one_line(key, f": {refusal}", args, base)
+        name = _first(r"Importing '([^']+)'", message)
         reason = f"a config must not name {name!r}; it may name classes of {', '.join(ALLOWED)}"
     elif name := _first(r"No module named '(\w+)", message):
         reason = f"{name} is not installed: pip install {name}"
@@ -62,9 +64,10 @@ def explain(message: str, known_keys: Sequence[str], args: Sequence[str], base: 
         near = _nearest(key, [*known_keys, *_class_keys(key, message)])
     elif match := re.search(r"Import path (\S* ?)does not correspond to a subclass of (\w+)", message):
         name = match[1].strip() or _first(r"Given value: (\S+)", message) or "it"
-        if refusal := known_refusal(name.rpartition(".")[2]):
-            return one_line(key, f": {refusal}", args, base)
         reason = f"{name} is not a {match[2]}"
+    elif name := _first(r"but ([\w.]+) is abstract", message):
+        missing = sorted(getattr(pydoc.locate(name), "__abstractmethods__", ()))
+        reason = f"{name} is abstract: it does not define {', '.join(missing)}"
     elif name := _unknown_class(message):
         reason, near = f"no class {name!r}", _nearest_classes(name)
     else:
@@ -72,9 +75,33 @@ def explain(message: str, known_keys: Sequence[str], args: Sequence[str], base: 
     return _at(key, reason, args, base) + (f"\n  nearest: {', '.join(near)}" if near else "")
 
 
+def _refusal(message: str) -> str | None:
+    """Return why the class that a message is about does not work with reslab, if so: its arguments do not matter."""
+    about = (
+        r"Problem with given class_path '([\w.]+)'", r"but ([\w.]+) is abstract",
+        r"Import path ([\w.]+) does not correspond", r"Given value: ([\w.]+)$",
+    )  # fmt: skip
+    names = [name.rpartition(".")[2] for pattern in about for name in re.findall(pattern, message, re.MULTILINE)]
+    return next(filter(None, map(known_refusal, names)), None)
+
+
+def _import_failure(message: str) -> Exception | None:
+    """Return why a module of the user's cannot be imported: jsonargparse takes some exceptions for a wrong type."""
+    for module in dict.fromkeys(re.findall(r"\b(reslab(?:\.\w+)*)\.\w+", message)):
+        try:
+            importlib.import_module(module)
+        except ModuleNotFoundError:
+            continue  # the message says so itself
+        except Exception as error:
+            return error
+    return None
+
+
 def _without_other_attempts(message: str) -> str:
     """Drop what jsonargparse tried besides: to read a value as a path, and to build the base class of a list."""
-    message = re.sub(r"Expected a path but (?!\S+\.ya?ml either).*? either not accessible or invalid", "", message, flags=re.S)
+    message = re.sub(
+        r"Expected a path but (?!\S+\.ya?ml either).*? either not accessible or invalid", "", message, flags=re.S
+    )
     problems = re.findall(r"Problem with given class_path '[^']+':\n\s+(.+)", message)
     if all(problem.startswith("Importing ") for problem in problems):
         return message
@@ -127,7 +154,7 @@ def last_line(error: Exception, named: bool = False) -> str:
 
 
 def _raised_in(error: Exception, with_reslab: bool) -> list[str]:
-    """Return the lines of the user's code that an exception passed through, or also those of reslab; outermost first."""
+    """Return the lines of the user's code, or also of reslab, that an exception passed through; outermost first."""
     libraries = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
     package = Path(__file__).parent
     other = (*libraries, "<", str(package / "config.py") if with_reslab else str(package))
@@ -222,7 +249,9 @@ def _wrong_value(message: str) -> tuple[str, list[str]]:
 def _innermost(message: str) -> tuple[str, str]:
     """Return the innermost class that could not be built, and what was wrong with it; else '' and the message."""
     name = ""
-    while match := re.search(r"^( *)(?:- )?Problem with given class_path '([^']+)':\n((?:\1 +.*(?:\n|$))+)", message, re.M):
+    while match := re.search(
+        r"^( *)(?:- )?Problem with given class_path '([^']+)':\n((?:\1 +.*(?:\n|$))+)", message, re.M
+    ):
         _, name, message = match.groups()
     return name, message
 

@@ -268,7 +268,7 @@ FLAGS = {
     "min_steps": _at_least(0, "EarlyStopping waits for it", None),
     "model_registry": _only(None, "it uploads Lightning's checkpoints, which reslab does not write"),
     "num_nodes": _at_least(1, "see configs/trainer/ddp_2nodes.yaml"),
-    "num_sanity_val_steps": _at_least(-1, "validation batches before training; they change no bits"),
+    "num_sanity_val_steps": _at_least(-1, "validation batches before training (null: 2); they change no bits", None),
     "overfit_batches": _only(0, "it replaces the order of the data: set trainer.limit_train_batches"),
     "plugins": _any("see Plugins"),
     "precision": _any("see Precision"),
@@ -281,19 +281,8 @@ FLAGS = {
         _is_interval, "null or a number above 0", remedy="by the clock, results would depend on the machine"
     ),
 }
-CLASSES = {
-    "callbacks": CALLBACKS,
-    "plugins": PLUGINS,
-    "strategy": STRATEGIES,
-    "profiler": PROFILERS,
-    "logger": LOGGERS,
-}
-NAMES = {
-    "accelerator": ACCELERATORS,
-    "precision": PRECISIONS,
-    "profiler": PROFILER_NAMES,
-    "strategy": STRATEGY_NAMES,
-}
+CLASSES = {"callbacks": CALLBACKS, "plugins": PLUGINS, "strategy": STRATEGIES, "profiler": PROFILERS, "logger": LOGGERS}
+NAMES = {"accelerator": ACCELERATORS, "precision": PRECISIONS, "profiler": PROFILER_NAMES, "strategy": STRATEGY_NAMES}
 
 FROM_FLAGS = ("accelerator", "parallel_devices", "cluster_environment", "checkpoint_io", "precision_plugin")
 
@@ -330,14 +319,17 @@ def known_refusal(name: str) -> str | None:
 
 
 def _wrong_name(name: str, table: Mapping[str, Entry]) -> Iterator[str]:
-    class_name = name.rpartition(".")[2]
-    if name not in table and class_name in STRATEGIES:
-        yield known_refusal(class_name) or f"{class_name} is a class: set trainer.strategy.class_path to it"
+    # A strategy that cannot be built arrives here as a string, because the flag accepts both.
+    match = re.fullmatch(r"(?:.*class_path\W+)?(?:lightning[\w.]*\.)?(\w+).*", name, re.DOTALL)
+    class_name = match[1] if match else name
+    if name in table and not table[name].works:
+        yield f"{name} {table[name].note}"
+    elif name not in table and class_name in STRATEGIES:
+        remedy = "name the class in a config file, or as --trainer.strategy.class_path, with its arguments"
+        yield known_refusal(class_name) or f"{class_name} is a class: {remedy}"
     elif name not in table:
         working = [known for known, entry in table.items() if entry.works]
         yield f"{name} is none of {', '.join(get_close_matches(name, working, 3, 0.5) or working)}"
-    elif not table[name].works:
-        yield f"{name} {table[name].note}"
 
 
 def _class_paths(value: Any) -> Iterator[str]:
@@ -391,9 +383,9 @@ TITLES = {
 def markdown() -> str:
     """Return docs/lightning_options.md."""
     rows = [f"| `{name}` | {flag.values} | {flag.note or flag.remedy} |" for name, flag in FLAGS.items()]
-    parts = [INTRODUCTION, "## Flags\n", "| trainer. | Values | |", "|---|---|---|", *rows]
+    parts = [INTRODUCTION, "## Flags\n", "| trainer. | Values that work | Note |", "|---|---|---|", *rows]
     for title, table in TITLES.items():
-        parts += [f"\n## {title}\n", "| Name | | |", "|---|---|---|"]
+        parts += [f"\n## {title}\n", "| Name | Outcome | Note |", "|---|---|---|"]
         parts += [f"| `{name}` | {'works' if works else 'refused'} | {note} |" for name, (works, note) in table.items()]
     return "\n".join(parts) + "\n"
 
