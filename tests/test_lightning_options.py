@@ -400,17 +400,16 @@ def rows(folder: Path) -> list[dict[str, str]]:
 
 
 def test_options_that_work_change_no_bits_together(tmp_path: Path, plain: dict[str, Any]) -> None:
-    folder = trained(tmp_path / "whole", *SIDE_BY_SIDE)
-    resumed = trained(tmp_path / "resumed", *SIDE_BY_SIDE, fault=Fault(TRAINING, call=6))
-    assert manifest(folder)["weights_sha256"] == manifest(resumed)["weights_sha256"] == plain["weights_sha256"]
+    folder = trained(tmp_path, *SIDE_BY_SIDE, fault=Fault(TRAINING, call=6))
+    assert manifest(folder)["weights_sha256"] == plain["weights_sha256"]
     steps = [row["step"] for row in rows(folder)]
-    assert rows(resumed) == rows(folder) and len(steps) == len({*steps})
+    assert len(steps) == len({*steps})
 
 
 def test_double_precision_resumes_with_the_same_bits(tmp_path: Path) -> None:
-    options = ["--trainer.precision=64-true", "--model.ema_decay=0.9"]
+    options = ["--trainer.precision=64-true", "--model.ema_decay=0.9", "--trainer.max_epochs=1"]
     whole = trained(tmp_path / "whole", *options)
-    resumed = trained(tmp_path / "resumed", *options, fault=Fault(TRAINING, call=6))
+    resumed = trained(tmp_path / "resumed", *options, fault=Fault(TRAINING, call=4))
     assert manifest(resumed)["weights_sha256"] == manifest(whole)["weights_sha256"]
 
 

@@ -246,8 +246,8 @@ class Experiment(LightningCLI):
             raise UserError(f"run.test_weights: best requires validation: {obstacle}")
         for key, monitor in monitors:
             if monitor is not None and monitor not in names:
-                if obstacle and monitor in model.metric_names:
-                    raise UserError(f"{key}: {monitor} requires validation: {obstacle}")
                 near = difflib.get_close_matches(monitor, names, 3, 0.4) or names
+                if obstacle and monitor in model.metric_names:
+                    raise UserError(f"{key}: {monitor} requires validation: {obstacle}, or monitor {', '.join(near)}")
                 hint = "(A callback that logs metrics lists their names in its attribute metric_names.)"
                 raise UserError(f"{key}: no metric is called {monitor}; nearest: {', '.join(near)}. {hint}")

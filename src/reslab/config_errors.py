@@ -102,10 +102,14 @@ def _without_other_attempts(message: str) -> str:
     message = re.sub(
         r"Expected a path but (?!\S+\.ya?ml either).*? either not accessible or invalid", "", message, flags=re.S
     )
-    problems = re.findall(r"Problem with given class_path '[^']+':\n\s+(.+)", message)
-    if all(problem.startswith("Importing ") for problem in problems):
-        return message
-    return re.sub(r"Problem with given class_path '[^']+':\n\s+Importing .*", "", message)
+    other = re.sub(r"Problem with given class_path '[^']+':\n\s+Importing .*", "", message)
+    _, left = _innermost(other)
+    return other if "Problem with" in other and _without_keys(left) else message
+
+
+def _without_keys(message: str) -> str:
+    """Return what is wrong as one line, without jsonargparse's introductions."""
+    return " ".join(re.sub(r'Parser key "[^"]+":', "", message).split())
 
 
 def _unknown_class(message: str) -> str | None:
@@ -240,7 +244,7 @@ def _wrong_value(message: str) -> tuple[str, list[str]]:
         expected = re.sub(r"<class '([\w.]+)'>", r"\1", expected)
         reason = f"expected {expected}" + (f", got {value}" if value else "")
     else:
-        reason = " ".join(re.sub(r'Parser key "[^"]+":', "", message).split())
+        reason = _without_keys(message)
         reason = f"{class_path.rpartition('.')[2]}: {reason}" if class_path else reason
     choices = re.findall(r"'([^']+)'", " ".join(re.findall(r"Literal\[([^\]]+)\]", message)))
     return reason, get_close_matches(value, {*choices}, 3, 0.5)
