@@ -17,6 +17,7 @@ import torch
 import yaml
 from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.accelerators import CUDAAccelerator
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from reslab.config_errors import ALLOWED, explain, explain_failure, last_line, located, one_line, places
@@ -163,7 +164,7 @@ class Experiment(LightningCLI):
             if not isinstance(value := settings[name], list):
                 settings[name] = [] if isinstance(value, bool | None) else [value]
         if settings["accelerator"] == "auto":  # Lightning's choice includes devices on which reslab does not train
-            settings["accelerator"] = "cuda" if torch.cuda.is_available() else "cpu"
+            settings["accelerator"] = "cuda" if CUDAAccelerator.is_available() else "cpu"
         self._check_metrics(built.data, built.model, settings["callbacks"])
         return built.data, built.model, settings
 
