@@ -347,7 +347,7 @@ OTHER_BITS = {
     "accumulate_grad_batches 2": ["--trainer.accumulate_grad_batches=2"],
     "gradient_clip_val": ["--trainer.gradient_clip_val=0.1"],
     "gradient_clip_algorithm": ["--trainer.gradient_clip_val=0.01", "--trainer.gradient_clip_algorithm=value"],
-    "limit_train_batches": ["--trainer.limit_train_batches=0.2"],
+    "limit_train_batches": ["--trainer.limit_train_batches=0.3"],
     "limit_test_batches": ["--trainer.limit_test_batches=0.5", "--seed_everything=1"],
     "max_epochs": ["--trainer.max_epochs=3"],
     "max_steps": ["--trainer.max_epochs=-1", "--trainer.max_steps=6"],
