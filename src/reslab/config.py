@@ -1,6 +1,7 @@
 """The typed configuration of a run: LightningCLI with an allowlist and one-message errors."""
 
 import difflib
+import enum
 import hashlib
 import os
 import re
@@ -11,20 +12,24 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import yaml
 from jsonargparse import Namespace, set_parsing_settings
-from lightning.pytorch import seed_everything
+from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.accelerators import CUDAAccelerator
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from reslab.config_errors import ALLOWED, explain, located, places
+from reslab.config_errors import ALLOWED, explain, explain_failure, located, one_line, places
 from reslab.data import ImageData
-from reslab.errors import UserError
+from reslab.errors import UserError, last_line
 from reslab.host import CONFIGS
 from reslab.models import ResNet, TimmNetwork, TorchvisionNetwork  # noqa: F401 - short names: of imported classes only
-from reslab.training import Classifier
+from reslab.training import Classifier, compatibility
 from reslab.training.lightning_internals import rank
 
 BASE = CONFIGS / "base.yaml"
 FROM_DATA = {"num_classes": "num_classes", "in_channels": "channels", "image_size": "image_size"}  # of networks
+# A class may have an enum as the default of an argument that is a string.
+yaml.SafeDumper.add_multi_representer(enum.Enum, lambda dumper, member: dumper.represent_data(member.value))
 set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=ALLOWED)
 
 
@@ -102,6 +107,8 @@ class Experiment(LightningCLI):
         except ArgumentError as error:
             keys = [key for key, _ in parser.get_defaults(skip_validation=True).items()]
             raise UserError(explain(str(error), keys, args, BASE)) from error
+        except Exception as error:  # from importing the module of a class
+            raise UserError(explain_failure(None, error, Namespace(), args, BASE)) from error
         for group in ("trainer", "model", "data", "run"):
             if not isinstance(value := self.config[group], Namespace):
                 raise UserError(located(f"{group} must hold keys and values, got {value!r}", [group], args, BASE))
@@ -144,21 +151,51 @@ class Experiment(LightningCLI):
         Raises:
             UserError: A constructor refuses its arguments, or the config names a metric that the run does not log.
         """
-        seed_everything(int(self.config.seed_everything), workers=True, verbose=False)
+        self._check_seeds()
+        self._check_trainer_options()
+        seed_everything(self.config.seed_everything, workers=True, verbose=False)
         if self.config.trainer.deterministic:  # TF32 would round float32 inputs to 10 bits
             torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-        try:
-            built = self.parser.instantiate(self.config)
-        except (ValueError, UserError) as error:  # a constructor's check
-            raise UserError(located(str(error), [key for key, _ in self.config.items()], self._args, BASE)) from error
+        built = self._instantiate()
         self._check_links(built.data)
         built.model.seed = int(self.config.seed_everything)
         settings = dict(built.trainer)
         for name in ("callbacks", "logger", "plugins"):
             if not isinstance(value := settings[name], list):
                 settings[name] = [] if isinstance(value, bool | None) else [value]
+        if settings["accelerator"] == "auto":  # Lightning's choice includes devices on which reslab does not train
+            settings["accelerator"] = "cuda" if CUDAAccelerator.is_available() else "cpu"
         self._check_metrics(built.data, built.model, settings["callbacks"])
         return built.data, built.model, settings
+
+    def _instantiate(self) -> Namespace:
+        """Call the constructors of all classes; report a failure of any kind in one message."""
+        failed: list[tuple[type, Exception]] = []
+
+        def construct(cls: type, *args: Any, **kwargs: Any) -> Any:
+            try:
+                return cls(*args, **kwargs)
+            except Exception as error:  # jsonargparse wraps some kinds in messages of its own
+                failed.append((cls, error))
+                raise
+
+        try:
+            return self.parser.instantiate(self.config, instantiators=[(construct, object, True)])
+        except Exception as error:
+            cls, cause = failed[-1] if failed else (None, error)
+            raise UserError(explain_failure(cls, cause, self.config, self._args, BASE)) from error
+
+    def _check_seeds(self) -> None:
+        for key in ("seed_everything", "data.split_seed"):
+            seed = self.config[key]
+            if isinstance(seed, bool) or not 0 <= seed < 2**32:
+                wrong = f" must be a whole number from 0 to {2**32 - 1}, got {compatibility.in_yaml(seed)}"
+                raise UserError(one_line(key, wrong, self._args, BASE))
+
+    def _check_trainer_options(self) -> None:
+        """Refuse what Lightning offers but would break one of reslab's promises, see `compatibility`."""
+        for name, problem in compatibility.problems(self.config.trainer):
+            raise UserError(one_line(f"trainer.{name}", problem, self._args, BASE))
 
     def _check_links(self, data: ImageData) -> None:
         """Refuse a class count, channel count or image size in the config that is not the one of the data."""
@@ -169,17 +206,45 @@ class Experiment(LightningCLI):
                 wrong = f"{name} is {init_args[name]} here, {value} in the data: leave it out, it follows the data"
                 raise UserError(located(wrong, [key], self._args, BASE))
 
+    def _no_validation(self, data: ImageData) -> str | None:
+        """Return the option that keeps the run from validating, with the remedy; None if it validates."""
+        trainer = self.config.trainer
+        if not data.val_split:
+            return "set data.val_split above 0"
+        if trainer.limit_val_batches == 0:
+            return "set trainer.limit_val_batches above 0"
+        every, epochs = trainer.check_val_every_n_epoch, trainer.max_epochs
+        if every and epochs and 0 < epochs < every:
+            return f"set trainer.check_val_every_n_epoch to at most trainer.max_epochs ({epochs})"
+        return None
+
+    def build_trainer(self, settings: dict[str, Any]) -> Trainer:
+        """Create the Trainer of a run; report what it refuses, such as devices that do not exist, in one message."""
+        try:
+            trainer = Trainer(**settings)
+        except Exception as error:
+            keys = [f"trainer.{name}" for name in compatibility.FLAGS]
+            message = located(last_line(error), keys, self._args, BASE)
+            raise UserError(message if message.startswith("trainer.") else f"trainer: {message}") from error
+        if self.config.trainer.sync_batchnorm and trainer.world_size > 1 and trainer.strategy.root_device.type == "cpu":
+            wrong = " must be false on CPUs: SyncBatchNorm requires GPUs"
+            raise UserError(one_line("trainer.sync_batchnorm", wrong, self._args, BASE))
+        return trainer
+
     def _check_metrics(self, data: ImageData, model: Classifier, callbacks: list[Any]) -> None:
         """Refuse a monitor that names a metric which neither the objective nor a callback logs."""
         own = [name for callback in callbacks for name in getattr(callback, "metric_names", [])]
-        names = [name for name in (*model.metric_names, *own) if data.val_split or not name.startswith("val/")]
+        obstacle = self._no_validation(data)
+        names = [name for name in (*model.metric_names, *own) if not (obstacle and name.startswith("val/"))]
         monitors = [(f"trainer.callbacks.{type(c).__name__}.monitor", getattr(c, "monitor", None)) for c in callbacks]
-        if data.val_split:
+        if not obstacle:
             monitors.append(("run.monitor", self.config.run.monitor))
         elif self.config.run.test_weights == "best":
-            raise UserError("run.test_weights: best requires validation data: set data.val_split above 0")
+            raise UserError(f"run.test_weights: best requires validation: {obstacle}")
         for key, monitor in monitors:
             if monitor is not None and monitor not in names:
                 near = difflib.get_close_matches(monitor, names, 3, 0.4) or names
+                if obstacle and monitor in model.metric_names:
+                    raise UserError(f"{key}: {monitor} requires validation: {obstacle}, or monitor {', '.join(near)}")
                 hint = "(A callback that logs metrics lists their names in its attribute metric_names.)"
                 raise UserError(f"{key}: no metric is called {monitor}; nearest: {', '.join(near)}. {hint}")

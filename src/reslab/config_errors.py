@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import inspect
+import pydoc
 import re
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
@@ -11,6 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from jsonargparse import Namespace
+
+from reslab.errors import UserError, last_line, raised_in
+from reslab.host import NAMESPACES
+from reslab.training.compatibility import known_refusal
 
 # Modules whose classes a config may name. All others are refused before the import: importing runs code.
 ALLOWED = [
@@ -18,11 +24,6 @@ ALLOWED = [
     "lightning.pytorch.callbacks", "lightning.pytorch.loggers", "lightning.pytorch.plugins",
     "lightning.pytorch.profilers", "lightning.pytorch.strategies",
 ]  # fmt: skip
-# Modules whose classes a config may name without their module.
-NAMESPACES = (
-    "reslab.models", "reslab.data", "reslab.training", "torch.optim", "torchvision.transforms.v2",
-    "lightning.pytorch.callbacks", "lightning.pytorch.loggers",
-)  # fmt: skip
 
 
 def explain(message: str, known_keys: Sequence[str], args: Sequence[str], base: Path) -> str:
@@ -37,7 +38,14 @@ def explain(message: str, known_keys: Sequence[str], args: Sequence[str], base: 
             reason = " ".join(str(error).replace('"<unicode string>", ', "").split())
             return f"cannot read the config file {path}: {reason}"
     key, near = _key(message), []
-    if "import path denylist" in message:
+    message = _without_other_attempts(message)
+    if refusal := _refusal(message):
+        return one_line(key.partition(".init_args.")[0], f": {refusal}", args, base)
+    if failure := _import_failure(message):
+        return f"{key}: {explain_failure(None, failure, Namespace(), args, base)}"
+    if (leaf := _first(r"Expected a path but (\S+\.ya?ml) either", message)) and not Path(leaf).exists():
+        reason = f"no such file: {leaf}"
+    elif "import path denylist" in message:
         name = _first(r"Importing '([^']+)'", message)
         reason = f"a config must not name {name!r}; it may name classes of {', '.join(ALLOWED)}"
     elif name := _first(r"No module named '(\w+)", message):
@@ -47,17 +55,94 @@ def explain(message: str, known_keys: Sequence[str], args: Sequence[str], base: 
     elif unknown := _unknown_key(message):
         key, reason = unknown, "no such key"
         near = _nearest(key, [*known_keys, *_class_keys(key, message)])
-    elif name := (
-        _first(r"Expected a dot import path string: (\S+)", message) or _first(r"has no attribute '(\w+)'", message)
-    ):
-        modules = [importlib.import_module(namespace) for namespace in NAMESPACES]
-        classes = {c for module in modules for c in getattr(module, "__all__", dir(module)) if c[:1].isupper()}
-        reason, near = f"no class {name!r}", get_close_matches(name, classes, 3, 0.5)
+    elif match := re.search(r"Import path (\S* ?)does not correspond to a subclass of (\w+)", message):
+        name = match[1].strip() or _first(r"Given value: (\S+)", message) or "it"
+        reason = f"{name} is not a {match[2]}"
+    elif name := _first(r"but ([\w.]+) is abstract", message):
+        missing = sorted(getattr(pydoc.locate(name), "__abstractmethods__", ()))
+        reason = f"{name} is abstract: it does not define {', '.join(missing)}"
+    elif name := _unknown_class(message):
+        reason, near = f"no class {name!r}", _nearest_classes(name)
     else:
         reason, near = _wrong_value(message)
-    found = list(places(key, args, base)) if key else []
-    lines = [f"{key}: {reason}" if key else reason, *(f"  set in: {place}" for place in found[-1:])]
-    return "\n".join([*lines, f"  nearest: {', '.join(near)}"] if near else lines)
+    return _at(key, reason, args, base) + (f"\n  nearest: {', '.join(near)}" if near else "")
+
+
+def _refusal(message: str) -> str | None:
+    """Return why the class that a message is about does not work with reslab, if so: its arguments do not matter."""
+    about = (
+        r"Problem with given class_path '([\w.]+)'", r"but ([\w.]+) is abstract",
+        r"Import path ([\w.]+) does not correspond", r"Given value: ([\w.]+)$",
+    )  # fmt: skip
+    names = [name.rpartition(".")[2] for pattern in about for name in re.findall(pattern, message, re.MULTILINE)]
+    return next(filter(None, map(known_refusal, names)), None)
+
+
+def _import_failure(message: str) -> Exception | None:
+    """Return why a module of the user's cannot be imported: jsonargparse takes some exceptions for a wrong type."""
+    for module in dict.fromkeys(re.findall(r"\b(reslab(?:\.\w+)*)\.\w+", message)):
+        try:
+            importlib.import_module(module)
+        except ModuleNotFoundError:
+            continue  # the message says so itself
+        except Exception as error:
+            return error
+    return None
+
+
+def _without_other_attempts(message: str) -> str:
+    """Drop what jsonargparse tried besides: to read a value as a path, and to build the base class of a list."""
+    message = re.sub(
+        r"Expected a path but (?!\S+\.ya?ml either).*? either not accessible or invalid", "", message, flags=re.S
+    )
+    other = re.sub(r"Problem with given class_path '[^']+':\n\s+Importing .*", "", message)
+    _, left = _innermost(other)
+    return other if "Problem with" in other and _without_keys(left) else message
+
+
+def _without_keys(message: str) -> str:
+    """Return what is wrong as one line, without jsonargparse's introductions."""
+    return " ".join(re.sub(r'Parser key "[^"]+":', "", message).split())
+
+
+def _unknown_class(message: str) -> str | None:
+    name = _first(r"Expected a dot import path string: (\S+)", message)
+    if name and name[:1].islower() and re.search("Expected a <class '(?!NoneType)", message):
+        return None  # a wrong value rather than a class: the key accepts both
+    return name or _first(r"has no attribute '(\w+)'", message)
+
+
+def _nearest_classes(name: str) -> list[str]:
+    """Return the nearest names of classes; for a class that only goes by its full name, that."""
+    modules = [importlib.import_module(namespace) for namespace in NAMESPACES]
+    classes = {c: m for m in modules for c in getattr(m, "__all__", dir(m)) if c[:1].isupper()}
+    return [f"{classes[name].__name__}.{name}"] if name in classes else get_close_matches(name, classes, 3, 0.5)
+
+
+def explain_failure(cls: type | None, error: Exception, config: Namespace, args: Sequence[str], base: Path) -> str:
+    """Return which class of the config could not be imported or built, why, and where it is set.
+
+    Add where the code failed, unless a check of reslab or of a library refused a value.
+    """
+    from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+    checked = isinstance(error, UserError | ValueError | MisconfigurationException)
+    reason = str(error) if isinstance(error, UserError) else last_line(error, named=not checked)
+    raised = "".join(f"\n  raised in: {place}" for place in raised_in(error, with_reslab=not checked)[-1:])
+    group = class_key(cls, config) if cls else None
+    keys = [key for key, _ in config.items() if group is None or key.startswith(f"{group}.")]
+    if cls is None or key_in(reason, keys) or (group is None and cls.__module__.startswith("reslab.")):
+        return located(reason, keys, args, base) + raised
+    return _at(group, f"{cls.__name__}: {reason}", args, base) + raised
+
+
+def class_key(cls: type, config: Namespace) -> str | None:
+    """Return the config key whose value names a class."""
+    for key, value in config.items():
+        paths = [getattr(item, "class_path", "") for item in value] if isinstance(value, list) else [value]
+        if (isinstance(value, list) or key.endswith(".class_path")) and cls in map(pydoc.locate, filter(None, paths)):
+            return key.removesuffix(".class_path")
+    return None
 
 
 def key_in(message: str, known_keys: Sequence[str]) -> str | None:
@@ -69,20 +154,26 @@ def key_in(message: str, known_keys: Sequence[str]) -> str | None:
 
 def located(message: str, known_keys: Sequence[str], args: Sequence[str], base: Path) -> str:
     """Return a constructor's message with its key, and the file and line where that is set."""
-    # For a union type, jsonargparse wraps it: the constructor's message is in the list of errors.
-    own = [line for line in re.findall(r"^\s*- (.+)$", message, re.MULTILINE) if not line.startswith("Expected a")]
-    message = own[0] if own else message
     key = key_in(message, known_keys)
-    if key is None:
-        return message
-    rest, name = f": {message}", _first(r"^([\w.]+)[ :]", message)
-    if name and f".{key}".endswith(f".{name}"):  # the message begins with its key, or with the key's last parts
-        rest = message.removeprefix(name)
-    return "\n".join([key + rest, *(f"  set in: {place}" for place in [*places(key, args, base)][-1:])])
+    name = _first(r"^([\w.]+)[ :]", message)
+    if key and name and f".{key}".endswith(f".{name}"):  # the message begins with its key, or with the key's last parts
+        return _at(key, message.removeprefix(name), args, base, colon="")
+    return _at(key, message, args, base)
+
+
+def one_line(key: str, problem: str, args: Sequence[str], base: Path) -> str:
+    """Return a message of one line: the key, the problem, and the last place that sets the key."""
+    return key + problem + "".join(f" (set in: {place})" for place in [*places(key, args, base)][-1:])
+
+
+def _at(key: str | None, reason: str, args: Sequence[str], base: Path, colon: str = ": ") -> str:
+    """Return `key: reason`, and the last place that sets the key."""
+    found = [*places(key, args, base)][-1:] if key else []
+    return "\n".join([f"{key}{colon}{reason}" if key else reason, *(f"  set in: {place}" for place in found)])
 
 
 def _first(pattern: str, text: str) -> str | None:
-    match = re.search(pattern, text)
+    match = re.search(pattern, text, re.MULTILINE)
     return match.group(1) if match else None
 
 
@@ -122,16 +213,30 @@ def _nearest(key: str, known: Sequence[str]) -> list[str]:
 
 def _wrong_value(message: str) -> tuple[str, list[str]]:
     """Return a sentence with the expected type and the rejected value, and the nearest of the allowed values."""
-    value = _first(r"(?:Got value|Given value): (.+)", message) or ""
-    types = dict.fromkeys(re.findall(r"Expected an? (.+?)(?:\. Got value|$)", message, re.MULTILINE))
-    if types:
+    class_path, message = _innermost(message)
+    value = _first(r"(?:Got value|Given value): (.+?)(?:\. Got value: .*)?$", message) or ""
+    types = dict.fromkeys(re.findall(r"Expected an? (?!dot import path)(.+?)(?:\. Got value|$)", message, re.MULTILINE))
+    if callable_wanted := _first(r"(Type \S+ expects .+?)\.* Got value", message):
+        reason = callable_wanted
+    elif types:
         expected = " or ".join(types).replace("NoneType", "null").replace("typing.Literal", "one of ")
         expected = re.sub(r"<class '([\w.]+)'>", r"\1", expected)
         reason = f"expected {expected}" + (f", got {value}" if value else "")
     else:
-        reason = " ".join(re.sub(r'Parser key "[^"]+":', "", message).split())
+        reason = _without_keys(message)
+        reason = f"{class_path.rpartition('.')[2]}: {reason}" if class_path else reason
     choices = re.findall(r"'([^']+)'", " ".join(re.findall(r"Literal\[([^\]]+)\]", message)))
     return reason, get_close_matches(value, {*choices}, 3, 0.5)
+
+
+def _innermost(message: str) -> tuple[str, str]:
+    """Return the innermost class that could not be built, and what was wrong with it; else '' and the message."""
+    name = ""
+    while match := re.search(
+        r"^( *)(?:- )?Problem with given class_path '([^']+)':\n((?:\1 +.*(?:\n|$))+)", message, re.M
+    ):
+        _, name, message = match.groups()
+    return name, message
 
 
 def _files(args: Sequence[str], base: Path) -> list[Path]:
@@ -145,7 +250,7 @@ def places(key: str, args: Sequence[str], base: Path) -> Iterator[str]:
     wanted = [part for part in key.split(".") if part != "init_args"]
     for path in _files(args, base):
         yield from _lines(path, wanted)
-    options = [arg.partition("=")[0].lstrip("-").removesuffix(".class_path") for arg in args]
+    options = [arg.partition("=")[0].lstrip("-").removesuffix("+").removesuffix(".class_path") for arg in args]
     if any(option.replace("init_args.", "") == ".".join(wanted) for option in options):
         yield "the command line"
 

@@ -1,6 +1,6 @@
 """Errors that the user can mend, and the exit statuses of every command."""
 
-import sys
+import sysconfig
 import traceback
 from enum import IntEnum
 from pathlib import Path
@@ -10,14 +10,25 @@ class UserError(Exception):
     """Wrong usage, config or data: shown as one plain message without a traceback, exit status 2."""
 
 
+def last_line(error: BaseException, named: bool = False) -> str:
+    """Return the last line of an exception's message, after its type if `named` or if there is no message."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    named = named and not isinstance(error, ImportError)
+    return ": ".join([*([type(error).__name__] if named or not lines else []), *lines[-1:]])
+
+
+def raised_in(error: BaseException, with_reslab: bool = False) -> list[str]:
+    """Return the lines of the user's code, or also of reslab, that an exception passed through; outermost first."""
+    libraries = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
+    package = Path(__file__).parent
+    other = (*libraries, "<", str(package / "config.py") if with_reslab else str(package))
+    frames = traceback.extract_tb(error.__traceback__)
+    return [f"{frame.filename}, line {frame.lineno}" for frame in frames if not frame.filename.startswith(other)]
+
+
 def cause(error: BaseException) -> str:
     """Return the type and last line of an error, and the file and line if the user's own code raised it."""
-    lines = str(error).strip().splitlines()
-    text = f"{type(error).__name__}: {lines[-1].strip()}" if lines else type(error).__name__
-    frames = traceback.extract_tb(error.__traceback__)
-    here, libraries = str(Path(__file__).parent), (sys.prefix, sys.base_prefix)
-    user = [f for f in frames if not f.filename.startswith((here, *libraries, "<"))]
-    return f"{text} ({user[-1].filename}, line {user[-1].lineno})" if user else text
+    return last_line(error, named=True) + "".join(f" ({place})" for place in raised_in(error)[-1:])
 
 
 class Exit(IntEnum):

@@ -20,7 +20,7 @@ from safetensors.torch import save
 from reslab.config import Experiment
 from reslab.data import ImageData
 from reslab.data.samplers import BatchKey
-from reslab.errors import Exit, UserError, cause
+from reslab.errors import Exit, UserError
 from reslab.files import replacing
 from reslab.host import handling_signals
 from reslab.interrupt import resume_hint
@@ -33,7 +33,7 @@ from reslab.training import Classifier, processes
 from reslab.training.checkpoint import Checkpoints, VerifiedCheckpointIO, read_checkpoint, resume_point, weights_sha256
 from reslab.training.classifier import Diverged
 from reslab.training.launchers import check_trainer
-from reslab.training.lightning_internals import rank, saves_distributed_checkpoints
+from reslab.training.lightning_internals import rank
 from reslab.training.log_rows import LogRows
 from reslab.training.preemption import Preempted, Preemption
 from reslab.training.processes import Failure, FailureMonitor, SkipRedundantSync, lost_contact
@@ -99,18 +99,13 @@ class Run:
 
     def _trainer(self) -> Trainer:
         """Build the Trainer, with reslab's callbacks, logger and checkpoint I/O added to the user's."""
-        if saves_distributed_checkpoints(self.settings["strategy"]):
-            raise UserError("a checkpoint must be one file: set --trainer.strategy.save_distributed_checkpoint false")
         columns = ["step", "epoch", *self.model.metric_names]
         # The order of callbacks matters: a checkpoint holds what was logged at the same step.
         callbacks = [LogRows(test_follows=True), SkipRedundantSync(), self.progress, self.saver, self.preemption]
         metrics = MetricsCSV(self.folder.metrics, columns)
         own: dict[str, Any] = {"callbacks": callbacks, "logger": [metrics], "plugins": [VerifiedCheckpointIO()]}
         lists = {name: [*self.settings[name], *added] for name, added in own.items()}
-        try:
-            trainer = Trainer(**{**self.settings, **lists, "default_root_dir": str(self.folder.path)})
-        except Exception as error:
-            raise UserError(f"trainer: {cause(error)}") from error
+        trainer = self.experiment.build_trainer({**self.settings, **lists, "default_root_dir": str(self.folder.path)})
         check_trainer(trainer)
         return trainer
 

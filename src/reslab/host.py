@@ -10,6 +10,11 @@ from pathlib import Path
 from typing import Any
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+# Modules whose classes a config may name without their module.
+NAMESPACES = (
+    "reslab.models", "reslab.data", "reslab.training", "torch.optim", "torchvision.transforms.v2",
+    "lightning.pytorch.callbacks", "lightning.pytorch.loggers",
+)  # fmt: skip
 # Signals that ask a run to stop: it writes a checkpoint and exits with Exit.PREEMPTED.
 STOP_SIGNALS = tuple(getattr(signal, f"SIG{n}") for n in ("TERM", "INT", "USR1", "USR2") if hasattr(signal, f"SIG{n}"))
 

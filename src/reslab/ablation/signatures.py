@@ -6,7 +6,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from reslab.config_errors import NAMESPACES
+from reslab.host import NAMESPACES
 
 CONFIG = ""  # stands for the whole config where a class path is expected
 ROOTS = {  # groups of a config, and the class whose arguments they hold

@@ -281,6 +281,8 @@ class Classifier(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.weights = None  # the checkpoint's replace them
+        if internals.is_attached(self) and self.trainer.precision == "64-true":
+            self.double()  # Lightning converts only after loading, which would round the weights
         self._match_state(checkpoint)
         self.latest = dict(checkpoint.get("latest", {}))
         if internals.is_attached(self):

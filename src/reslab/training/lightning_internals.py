@@ -12,7 +12,6 @@ import lightning
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loops import _FitLoop, _TrainingEpochLoop
-from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher, subprocess_script
 from lightning.pytorch.trainer.connectors.logger_connector import _LoggerConnector
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
@@ -37,7 +36,6 @@ _USED: tuple[tuple[Any, str], ...] = (
     (_TrainingEpochLoop, "total_batch_idx"),
     (_TrainingEpochLoop, "val_loop"),
     (LightningModule, "_trainer"),
-    (ModelParallelStrategy, "_save_distributed_checkpoint"),
     (Trainer, "_signal_connector"),
     (Trainer, "_logger_connector"),
 )
@@ -163,8 +161,3 @@ def skip_process_observer() -> None:
 def child_processes(trainer: Trainer) -> list[Any]:
     """Return the processes that Lightning started for the other local ranks; rank 1 first."""
     return getattr(trainer.strategy.launcher, "procs", [])
-
-
-def saves_distributed_checkpoints(strategy: Any) -> bool:
-    """Return whether a strategy writes one checkpoint file per rank."""
-    return bool(getattr(strategy, "_save_distributed_checkpoint", False))
