@@ -48,7 +48,7 @@ def test_experiment_parses_and_is_named_after_its_file(path: Path) -> None:
 def test_experiment_builds_data_model_and_trainer_settings(path: Path) -> None:
     with torch.device("meta"):  # shapes without arithmetic
         data, model, settings = parse(path).build()
-        logits = model.eval()(torch.zeros(2, *data.image_shape))
+        logits = model.net.eval()(torch.zeros(2, *data.image_shape))
     assert model.net.num_classes == data.num_classes
     assert model.net.in_channels == data.channels
     assert settings["callbacks"] == []
