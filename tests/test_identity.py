@@ -173,6 +173,14 @@ def test_verify_and_reproduce_name_the_data(
     assert not finished.with_name(f"{finished.name}-reproduced").exists(), "nothing was run"
 
 
+def test_evaluation_on_other_data_says_so(finished: Path, pictures: Path, changed_pictures: Path) -> None:
+    remove_test_image(changed_pictures)
+    ended = reslab("test", finished, f"--data.root={changed_pictures}")
+    assert ended.status == 0
+    assert f"note: the data are not those of the run: {CHANGES[remove_test_image]}" in ended.output
+    assert "note:" not in reslab("test", finished, f"--data.root={pictures}").output
+
+
 def test_run_without_a_checkpoint_starts_anew_on_other_data(changed_pictures: Path, tmp_path: Path) -> None:
     ended = fit(tmp_path / "run", changed_pictures, fault=Fault(TRAINING, "die", 2))
     assert ended.status == -signal.SIGKILL

@@ -22,8 +22,14 @@ REFUSED = {
     ),
     "optimizer refuses shapes": (["--model.optimizer=Muon"], "model.optimizer: ValueError: Muon only supports 2D"),
     "betas": (["--model.optimizer=Adam", "--model.optimizer.init_args.betas=[1.5, 2]"], "Invalid beta parameter"),
-    "no validation for best": (["--run.test_weights=best", "--trainer.limit_val_batches=0"], "best requires validation"),
-    "validation too late": (["--run.test_weights=best", "--trainer.check_val_every_n_epoch=9"], "best requires validation"),
+    "no validation for best": (
+        ["--run.test_weights=best", "--trainer.limit_val_batches=0"],
+        "best requires validation",
+    ),
+    "validation too late": (
+        ["--run.test_weights=best", "--trainer.check_val_every_n_epoch=9"],
+        "best requires validation",
+    ),
     "validation beyond the end": (
         ["--run.test_weights=best", "--trainer.check_val_every_n_epoch=null", "--trainer.val_check_interval=1000"],
         "no validation would",

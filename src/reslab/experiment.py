@@ -118,7 +118,7 @@ class Run:
             rehearse(trainer, self.model, self.data, self._needed_metrics())
             for logger in self._wandb():
                 logger.check(id="00000000", **self._wandb_options())
-            print(*(f"data: {note}\n" for note in self.data.notes()), sep="", end="", flush=True)
+            print(*(f"note: {note}\n" for note in self.data.notes()), sep="", end="", flush=True)
         return objective
 
     def _needed_metrics(self) -> list[str]:

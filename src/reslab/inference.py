@@ -52,7 +52,10 @@ def _without_pretrained(config: Path) -> list[str]:
 
 
 def evaluate(run: str, split: str, overrides: list[str]) -> None:
-    """Print the metrics of a run's weights on the data of a split: validation or test."""
+    """Print the metrics of a run's weights on the data of a split: validation or test.
+
+    If the data are not those of the run, so that the metrics may differ from its results, say what has changed.
+    """
     data, model, settings = load_run(run, overrides)
     trainer = Trainer(**settings)
     check_trainer(trainer)
@@ -60,6 +63,9 @@ def evaluate(run: str, split: str, overrides: list[str]) -> None:
     if trainer.is_global_zero:
         for name, value in model.latest.items():
             print(f"{name} {value:.6f}")
+        folder = RunFolder(run)
+        for change in data.identity().changes(manifests.read(folder.manifest)["data"], folder.data):
+            print(f"note: the data are not those of the run: {change}")
 
 
 def predict(run: str, images: str, out: Path | None, all_classes: bool, overrides: list[str]) -> None:

@@ -127,13 +127,10 @@ class RunRecord:
         recorded = self.manifest.get("data")
         changes = identity.changes(recorded, self.folder.data) if identity and recorded else []
         if changes and not self.values["run"]["allow_data_change"]:
-            remedy = (
-                "Restore the data to resume with the same bits, choose another --run.dir to train on these, or allow"
-            )
-            message = f"the data are not those on which the run in {self.folder.path} was trained:"
             raise UserError(
-                "\n  ".join([message, *changes])
-                + f"\n{remedy}\nthe change: --run.allow_data_change true (recorded in the manifest)"
+                "\n  ".join([f"the data are not those on which the run in {self.folder.path} was trained:", *changes])
+                + "\nRestore the data to resume with the same bits, or choose another --run.dir to train on these. To "
+                "resume on them\nanyway, which the manifest will record: --run.allow_data_change true"
             )
         return changes
 
