@@ -1,13 +1,11 @@
 """Compare finished runs with other runs, or with a published number. No torch at import."""
 
-import difflib
-import glob
 import json
 import math
 import os
 import sys
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 from zipfile import BadZipFile
@@ -15,19 +13,26 @@ from zipfile import BadZipFile
 import numpy as np
 from scipy import special
 
-from reslab.ablation.resolve import read_mapping
+from reslab.ablation.compare_inputs import (
+    Group,
+    Run,
+    Sample,
+    are_shares,
+    config_differences,
+    omissions,
+    read_group,
+    read_published,
+)
 from reslab.ablation.statistics import ALPHA, MIN_SEEDS, ROUNDING, Mode, paired_bootstrap, summarise
 from reslab.ablation.study import change_text
 from reslab.ablation.wording import Unit, count, interval, named, probability
 from reslab.diff import differences
 from reslab.errors import UserError
-from reslab.runs import manifest as manifests
 from reslab.runs.folder import RunFolder
 
 RESAMPLES = 10_000
 MOST_PAIRS = 25  # of runs without a common seed, compared image by image
 MOST_ROWS = 10  # of a list on the terminal
-FINGERPRINT = ("files", "split", "classes")  # of the manifest's `data`
 PAIRED, WELCH, PREDICTION = "paired t test", "Welch's t test", "prediction interval"
 STOPPING = (
     "Comparing again after every added run until p falls below 0.05 gives false verdicts far more often than in 5 % of "
@@ -44,60 +49,11 @@ BOOTSTRAP = "With few seeds this interval covers less than 95 %; the verdict doe
 Report = dict[str, Any]
 
 
-class Run(NamedTuple):
-    """A finished run."""
-
-    path: Path
-    seed: int
-    value: float  # of the metric
-    config: dict[str, Any]
-    data: dict[str, Any]  # hashes that identify the data
-    commit: str | None
-
-
-class Omitted(NamedTuple):
-    """A run that is left out, and why; leaving out a diverged one favors its group."""
-
-    path: Path
-    reason: str
-    diverged: bool = False
-
-
-@dataclass
-class Group:
-    """Runs of one recipe, ordered by seed."""
-
-    name: str
-    runs: list[Run] = field(default_factory=list)
-    omitted: list[Omitted] = field(default_factory=list)
-
-    @property
-    def values(self) -> list[float]:
-        return [run.value for run in self.runs]
-
-    @property
-    def seeds(self) -> list[int]:
-        return [run.seed for run in self.runs]
-
-
-class Sample(NamedTuple):
-    """Size, mean and standard deviation (n - 1; None with n = 1) of the values of a group."""
-
-    n: int
-    mean: float
-    sd: float | None
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> "Sample":
-        sd = float(np.std(values, ddof=1)) if len(values) > 1 else None
-        return cls(len(values), float(np.mean(values)), sd)
-
-
 @dataclass(frozen=True)
 class Test:
     """A t test of a difference; None where no test applies."""
 
-    name: str
+    name: str | None  # None: without an sd there is no test
     delta: float
     low: float | None = None  # 95 % interval of the difference
     high: float | None = None
@@ -118,16 +74,18 @@ def compare_runs(
     published_error: str | None, published_sd: str | None, published_n: int | None, as_json: bool, out: Path | None,
 ) -> None:  # fmt: skip
     """Compare runs with `against` or with a published number, and print the result; write a page to `out`."""
-    _check_options(margin, published or published_error, published_sd, published_n)
+    number = published if published is not None else published_error
+    _check_options(margin, number, published_sd, published_n)
     terms = Terms(metric, "min" if metric.endswith("loss") else "max", margin)
     a, b = read_group("RUN", run, metric), Group("published")
     if against:
         b = read_group("--against", against, metric)
         report = of_groups(a, b, terms)
     else:
-        option, text = ("--published", published) if published else ("--published-error", published_error)
-        number = read_published(option, str(text), published_sd, published_n, a.values, terms.mode)
-        report = of_published(a, *number, terms)
+        option = "--published" if published is not None else "--published-error"
+        accuracy = Unit.of({"metric": metric, "arms": {}}).percent
+        other = read_published(option, str(number), published_sd, published_n, a.values, accuracy, terms.mode)
+        report = of_published(a, *other, terms)
     report = json.loads(json.dumps(report, default=str), parse_constant=lambda constant: None)  # finite or None
     if out:
         from reslab.ablation.compare_page import write_page  # imports matplotlib
@@ -150,112 +108,13 @@ def _check_options(margin: float | None, number: str | None, sd: str | None, n: 
         raise UserError("--margin requires --published-sd and --published-n: one number cannot show equivalence")
 
 
-# Runs
-
-
-def read_group(option: str, patterns: Sequence[str], metric: str) -> Group:
-    """Read the finished runs in directories or globs; raise UserError if there are none."""
-    group, paths = Group(option), dict[Path, Path]()
-    for path in (path for pattern in patterns for path in _expand(option, pattern)):
-        found = _runs_in(path)
-        paths |= {run.resolve(): run for run in found} if isinstance(found, list) else {}
-        group.omitted += [] if isinstance(found, list) else [Omitted(path, found)]
-    for path in paths.values():
-        read = read_run(path, metric)
-        if isinstance(read, Run):
-            group.runs.append(read)
-        else:
-            group.omitted.append(read)
-    group.runs.sort(key=lambda run: run.seed)
-    _omit_repeats(group)
-    if not group.runs:
-        raise UserError("\n  ".join([f"{option}: no finished run", *_omissions(group)]))
-    return group
-
-
-def _expand(option: str, pattern: str) -> list[Path]:
-    path = Path(pattern).expanduser()
-    matches = glob.glob(os.path.join(path, ""), recursive=True)  # noqa: PTH207: the pattern may be absolute; directories only
-    if found := [path] if path.exists() else sorted(map(Path, matches)):
-        return found
-    parent = next(folder for folder in path.parents if folder.is_dir())
-    missing, *rest = path.relative_to(parent).parts
-    there = sorted(folder.name for folder in parent.iterdir() if folder.is_dir())
-    near = [str(parent.joinpath(name, *rest)) for name in difflib.get_close_matches(missing, there, 1)]
-    hint = f"did you mean {near[0]}?" if near else f"{parent} holds {named(there) or 'no directory'}"
-    raise UserError(f"{option}: {pattern} does not exist: {hint}")
-
-
-def _runs_in(path: Path) -> list[Path] | str:
-    """Return the run directory, or the run directories in a directory; if there are none, the reason."""
-    path = path.parent if path.name == "manifest.json" else path
-    if not path.is_dir():
-        return "not a run directory"
-    if RunFolder(path).manifest.exists():
-        return [path]
-    runs = sorted({*(manifest.parent for manifest in path.glob("*/manifest.json")), *path.glob("seed-*/")})
-    groups = sorted({str(manifest.parent.parent) for manifest in path.glob("*/*/manifest.json")})
-    if not runs and groups:
-        return f"it holds several groups of runs: name one of them ({named(groups)})"
-    return runs or "it holds no run"
-
-
-def read_run(path: Path, metric: str) -> Run | Omitted:
-    """Read a finished run that logged the metric; anything else is omitted with the reason."""
-    folder = RunFolder(path)
-    if not folder.manifest.exists():
-        return Omitted(path, "not started: it has no manifest.json")
-    try:
-        manifest = manifests.read(folder.manifest)
-        status, seed, results = manifest["status"], int(manifest["seed"]), manifest.get("results") or {}
-        if status != "complete":
-            return Omitted(path, f"unfinished: its status is {status}", diverged=status == "diverged")
-        data, commit = manifest.get("data") or {}, (manifest.get("git") or {}).get("sha")
-        identity, logged = {name: data.get(name) for name in FINGERPRINT}, sorted(results)
-    except (UserError, KeyError, TypeError, ValueError, AttributeError) as error:
-        return Omitted(path, f"its manifest.json is damaged ({type(error).__name__})")
-    if metric not in results:
-        near = difflib.get_close_matches(metric, logged, len(logged) or 1, 0) or ["nothing"]
-        return Omitted(path, f"it does not log {metric}; it logs {', '.join(near)}")
-    value = results[metric]
-    if not isinstance(value, int | float) or not math.isfinite(value):
-        return Omitted(path, f"its {metric} is not finite", diverged=True)
-    try:
-        return Run(path, seed, float(value), read_mapping(folder.config), identity, commit)
-    except UserError as error:
-        return Omitted(path, str(error))
-
-
-def _omit_repeats(group: Group) -> None:
-    """Leave out runs with the seed and config of an earlier one: an exact repeat is not a further sample."""
-    kept: list[Run] = []
-    for run in group.runs:
-        same = [other for other in kept if other.seed == run.seed and not config_differences(other, run)]
-        if same:
-            group.omitted.append(Omitted(run.path, f"it repeats {same[0].path}: same seed and config"))
-        else:
-            kept.append(run)
-    group.runs = kept
-
-
-def config_differences(there: Run, here: Run) -> list[tuple[str, Any, Any]]:
-    """Return the config keys in which two runs differ, apart from the seed and from where they were executed."""
-    ignored = (*manifests.NOT_IDENTITY, "seed_everything", "run.name")
-    return [row for row in differences(there.config, here.config) if not row[0].startswith(ignored)]
-
-
-def _omissions(group: Group) -> list[str]:
-    by_reason: dict[str, list[str]] = {}
-    for run in group.omitted:
-        by_reason.setdefault(run.reason, []).append(str(run.path))
-    return [f"{named(paths)}: {reason}" for reason, paths in by_reason.items()]
-
-
-def _name(a: Group, b: Group) -> None:
-    """Name the groups by the directory that holds their runs, or the run itself; A and B if these are the same."""
-    paths = [os.path.commonpath([str(run.path.resolve()) for run in group.runs] or ["/published"]) for group in (a, b)]
-    names = [Path(path).name for path in paths]
-    a.name, b.name = names if names[0] != names[1] else paths if paths[0] != paths[1] else ("A", "B")
+def _name(*groups: Group) -> None:
+    """Name groups by the directory that holds their runs (or by the run), by its path if equal, or A and B."""
+    paths = [os.path.commonpath([run.path.resolve() for run in group.runs]) for group in groups]
+    choices: tuple[Sequence[str], ...] = ([Path(path).name for path in paths], paths, "AB")
+    names = next(names for names in choices if len({*names}) >= len(groups) and all(names))
+    for group, name in zip(groups, names, strict=False):
+        group.name = name
 
 
 # Tests
@@ -283,7 +142,7 @@ def welch(a: Sample, b: Sample, margin: float | None = None) -> Test:
     """Test the difference of the means of two independent groups with unequal variances (Welch 1947)."""
     delta = a.mean - b.mean
     if a.sd is None or b.sd is None:
-        return Test(WELCH, delta)
+        return Test(None, delta)
     va, vb = a.sd**2 / a.n, b.sd**2 / b.n
     df = (va + vb) ** 2 / ((va**2 / (a.n - 1) + vb**2 / (b.n - 1)) or 1)
     return t_test(WELCH, delta, math.sqrt(va + vb), df, max(abs(a.mean), abs(b.mean)), margin)
@@ -295,85 +154,13 @@ def prediction(a: Sample, value: float) -> Test:
     The interval is that of the difference of the mean and the value, as in the other tests.
     """
     if a.sd is None:
-        return Test(PREDICTION, a.mean - value)
+        return Test(None, a.mean - value)
     return t_test(PREDICTION, a.mean - value, a.sd * math.sqrt(1 + 1 / a.n), a.n - 1, abs(a.mean), None)
 
 
 def mcnemar(only_a: int, only_b: int) -> float:
     """Return the exact two-sided p of McNemar's test: the binomial test of one half among the images they differ in."""
     return min(1.0, 2 * float(special.bdtr(min(only_a, only_b), only_a + only_b, 0.5)))
-
-
-# Published numbers
-
-
-def read_published(
-    option: str, text: str, sd_text: str | None, n: int | None, values: Sequence[float], mode: Mode
-) -> tuple[Sample, str]:
-    """Return a published result in the unit of the runs' `values`, and a sentence that says how it was read.
-
-    Where the values are shares in [0, 1] of which more is better, the number is a percentage or a share.
-    """
-    number, percent = _number(option, text)
-    error, mean = option == "--published-error", float(np.mean(values))
-    if not _are_shares(values, mode):
-        if error or percent:
-            raise UserError(f"{option} {text}: the runs' metric ({mean:.6g} on average) is not a share in [0, 1]")
-        note = f"{text} is taken as it is: the runs' metric is {mean:.6g} on average."
-        return Sample(n or 1, number, None if sd_text is None else _spread(sd_text, 1)), note
-    percent = percent or _is_percent(option, text, number, 1 - mean if error else mean)
-    share = number / 100 if percent else number
-    if not 0 <= share <= 1:
-        raise UserError(f"{option} must be between 0 and 100 %, got {text}")
-    share, what = (1 - share, "error rate") if error else (share, "value")
-    sd = None if sd_text is None else _share_spread(sd_text, percent)
-    note = (
-        f"{text} is taken as {'a percentage' if percent else 'a share'}: the published {what} means {100 * share:.6g} %"
-    )
-    note += "" if sd is None else f" with an sd of {100 * sd:.3g} points"
-    return Sample(n or 1, share, sd), f"{note}, and the runs have {100 * mean:.6g} % on average."
-
-
-def _are_shares(values: Sequence[float], mode: Mode) -> bool:
-    return mode == "max" and all(0 <= value <= 1 for value in values)
-
-
-def _number(option: str, text: str) -> tuple[float, bool]:
-    """Return the number, and whether it is marked as a percentage."""
-    stripped = text.strip()
-    try:
-        number = float(stripped.removesuffix("%"))
-    except ValueError:
-        number = math.nan
-    if not math.isfinite(number):
-        raise UserError(f"{option} must be a number such as 91.25, 91.25% or 0.9125; got {text!r}")
-    return number, stripped.endswith("%")
-
-
-def _is_percent(option: str, text: str, number: float, near: float) -> bool:
-    """Return whether a number without a sign is a percentage; refuse one that may be either."""
-    if number > 1:
-        return True
-    if number == 1 or (number and abs(number / 100 - near) < abs(number - near)):
-        raise UserError(f"{option} {text} is ambiguous: write {number:g}% or {100 * number:g}%")
-    return False
-
-
-def _share_spread(text: str, percent: bool) -> float:
-    """Return a published sd as a share; without a sign it is on the scale of the published value."""
-    marked = _number("--published-sd", text)[1]
-    sd = _spread(text, 100 if percent or marked else 1)
-    if not marked and not 5e-5 <= sd <= 0.1:
-        number, scale = _spread(text, 1), "in points" if percent else "as a share"
-        raise UserError(f"--published-sd {text} is implausible {scale}: write {number:g}% or {100 * number:g}%")
-    return sd
-
-
-def _spread(text: str, divisor: float) -> float:
-    sd = _number("--published-sd", text)[0]
-    if sd <= 0:
-        raise UserError(f"--published-sd must be positive, got {text}")
-    return sd / divisor
 
 
 # Report
@@ -385,44 +172,35 @@ def of_groups(a: Group, b: Group, terms: Terms) -> Report:
         raise UserError(f"these runs are in both groups: {named(sorted(map(str, both)))}")
     _name(a, b)
     if unpaired := _unpaired(a.seeds, b.seeds):
-        test, why = (
-            welch(Sample.of(a.values), Sample.of(b.values), terms.margin),
-            f"not paired by seed, because {unpaired}",
-        )
+        test, why = welch(Sample.of(a.values), Sample.of(b.values), terms.margin), f"Not paired by seed: {unpaired}."
     else:
-        test, why = paired(a.values, b.values, terms.margin), "paired by seed, because both groups have the same seeds"
+        test, why = paired(a.values, b.values, terms.margin), f"Paired by seed: {_listed(a.seeds)} in both groups."
     changes, other_data = config_differences(b.runs[0], a.runs[0]), _data_differences([*a.runs, *b.runs])
-    parts: Report = {
-        "test_reason": f"{test.name}: {why}",
+    refusal = "the data differ" if other_data else _refusal({a.name: len(a.runs), b.name: len(b.runs)}, (a, b))
+    return _judged((_described(a), _described(b)), test, refusal, terms) | {
+        "test_reason": why,
         "config_differences": [{"key": key, "against": there, "runs": here} for key, there, here in changes],
         "not_comparable": other_data,
-        "warnings": [*_warnings((a, b), terms.metric), *_same_recipe(a, b, changes)],
+        "warnings": [*_warnings((a, b), terms.metric)],
         "per_image": per_image(a, b, terms.metric),
     }
-    refusal = (
-        ["the data differ"]
-        if other_data
-        else [*_few(a.name, len(a.runs)), *_few(b.name, len(b.runs)), *_diverged(a, b)]
-    )
-    return _judged((_described(a), _described(b)), test, refusal, terms) | parts
 
 
 def of_published(a: Group, other: Sample, note: str, terms: Terms) -> Report:
     """Return the comparison of runs with a published number: a Welch test, or the prediction interval of one run."""
-    _name(a, Group("published"))
-    mine, alone = Sample.of(a.values), other.sd is None
+    _name(a)
+    mine, alone, name = Sample.of(a.values), other.sd is None, "the published result"
     test = prediction(mine, other.mean) if alone else welch(mine, other, terms.margin)
-    known = "a number without its sd and number of runs" if alone else "the mean, sd and number of runs of both"
-    parts: Report = {
-        "test_reason": f"{test.name}: from {known}",
-        "config_differences": [],
-        "not_comparable": None,
+    other_data = _data_differences(a.runs)
+    refusal = "the data differ" if other_data else _refusal({a.name: mine.n} | ({} if alone else {name: other.n}), [a])
+    group = {"name": name, **other._asdict(), "ci_low": None, "ci_high": None, "runs": [], "omitted": []}
+    return _judged((_described(a), group), test, refusal, terms) | {
+        "test_reason": "Of the published result, only one number is known." if alone else "Not paired by seed.",
+        "config_differences": None,
+        "not_comparable": other_data,
         "warnings": [note, *([SINGLE_NUMBER] if alone else []), PUBLISHED, *_warnings([a], terms.metric)],
-        "per_image": {"reason": "a published number has no predictions"},
+        "per_image": {"reason": "the published result has no predictions"},
     }
-    refusal = [*_few(a.name, mine.n), *([] if alone else _few("published", other.n)), *_diverged(a)]
-    group = {"name": "published", **other._asdict(), "ci_low": None, "ci_high": None, "runs": [], "omitted": []}
-    return _judged((_described(a), group), test, refusal, terms) | parts
 
 
 def _described(group: Group) -> Report:
@@ -434,19 +212,24 @@ def _described(group: Group) -> Report:
 def _unpaired(a: Sequence[int], b: Sequence[int]) -> str:
     """Return why two groups cannot be paired by seed; empty if they can. Both are sorted."""
     if repeated := sorted({seed for seeds in (a, b) for seed in seeds if seeds.count(seed) > 1}):
-        return f"seed {repeated[0]} occurs more than once in a group"
+        return f"{_listed(repeated)} more than once in a group"
     if single := sorted({*a} ^ {*b}):
-        return f"only one group has seed {', '.join(map(str, single[:5]))}{' and others' * (len(single) > 5)}"
+        return f"{_listed(single)} in one group only"
     return "" if len(a) >= MIN_SEEDS else f"pairs require at least {MIN_SEEDS} common seeds"
 
 
-def _few(name: str, n: int) -> list[str]:
-    return [f"a verdict requires at least {MIN_SEEDS} finished runs, {name} has {n}"] if n < MIN_SEEDS else []
+def _listed(seeds: Sequence[int]) -> str:
+    more = f" and {len(seeds) - MOST_ROWS} more" if len(seeds) > MOST_ROWS else ""
+    return f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds[:MOST_ROWS]))}{more}"
 
 
-def _diverged(*groups: Group) -> list[str]:
+def _refusal(sizes: Mapping[str, int], groups: Sequence[Group]) -> str:
+    """Return why there is no verdict; empty if there is one."""
+    few = [f"{name} has {n}" for name, n in sizes.items() if n < MIN_SEEDS]
     diverged = [str(run.path) for group in groups for run in group.omitted if run.diverged]
-    return [f"leaving out diverged runs favors their group ({named(diverged)})"] if diverged else []
+    reasons = [f"a verdict requires at least {MIN_SEEDS} finished runs per group; {' and '.join(few)}"] if few else []
+    reasons += [f"leaving out diverged runs favors their group ({named(diverged)})"] if diverged else []
+    return "; ".join(reasons)
 
 
 def _data_differences(runs: Sequence[Run]) -> str | None:
@@ -454,40 +237,39 @@ def _data_differences(runs: Sequence[Run]) -> str | None:
     return f"Not comparable: the runs used different data ({', '.join(keys)} in manifest.json)." if keys else None
 
 
-def _warnings(groups: Iterable[Group], metric: str) -> Iterable[str]:
+def _warnings(groups: Sequence[Group], metric: str) -> Iterable[str]:
     for group in groups:
         first, *others = group.runs
         if keys := sorted({key for run in others for key, _, _ in config_differences(first, run)}):
-            yield f"The runs of {group.name} are not replicates, because their configs differ: {named(keys)}."
-        yield from (f"Left out of {group.name}: {line}." for line in _omissions(group))
+            yield f"The runs of {group.name} are not replicates: their configs differ in {named(keys)}."
+        yield from (f"Left out of {group.name}: {line}." for line in omissions(group))
+    commits = sorted({str(run.commit)[:12] for group in groups for run in group.runs})
+    if len(commits) > 1:
+        yield f"The runs were made by different code: commits {named(commits)}."
     if not metric.startswith("test/"):
         yield f"{metric} does not show how the runs perform on the test set."
 
 
-def _same_recipe(a: Group, b: Group, changes: Sequence[Any]) -> Iterable[str]:
-    commits = sorted({str(run.commit)[:12] for run in (*a.runs, *b.runs)})
-    if len(commits) > 1:
-        yield f"The runs were made by different code: commits {named(commits)}."
-    elif not changes:
-        yield "The configs of the two groups do not differ."
-
-
-def _judged(groups: tuple[Report, Report], test: Test, refusal: Sequence[str], terms: Terms) -> Report:
+def _judged(groups: tuple[Report, Report], test: Test, refusal: str, terms: Terms) -> Report:
     """Return the test and its verdict; a refused verdict has no p value, and a reason."""
-    p, p_equivalence = (None, None) if refusal else (test.p, test.p_equivalence)
+    a, b = (group["name"] for group in groups)
+    question = f"is {a} better than {b}? ({'Higher' if terms.mode == 'max' else 'Lower'} is better.)"
+    constant = "" if test.p is not None else "the values have no spread, so no test applies"
     report: Report = {
-        "question": _question(groups, test, terms),
+        "question": f"{terms.metric}: {question}",
         **terms._asdict(),
         "groups": groups,
         "test": test.name,
         "delta": test.delta,
         "delta_ci_low": test.low,
         "delta_ci_high": test.high,
-        "p": p,
-        "p_equivalence": p_equivalence,
+        "p": None if refusal else test.p,
+        "p_equivalence": None if refusal else test.p_equivalence,
         "verdict": None if refusal else judge(test, terms.mode),
-        "reason": "; ".join(refusal) or ("every run gives the same result, so no test applies" if p is None else ""),
+        "reason": refusal or constant or None,
     }
+    if test.name == PREDICTION:
+        report["question"] = f"{terms.metric}: is the published number a plausible single run of {a}?"
     unit = unit_of(report)
     return report | {"unit": "points" if unit.percent else None, "sentences": [*_sentences(report, unit)]}
 
@@ -507,52 +289,51 @@ def judge(test: Test, mode: Mode) -> str:
 
 def unit_of(report: Report) -> Unit:
     """Return the unit of a report: points only if the accuracies of the runs are logged as shares."""
-    groups = report["groups"]
-    values = [run["value"] for group in groups for run in group["runs"]]
-    metric = report["metric"] if _are_shares(values, report["mode"]) else ""
-    return Unit.of({"metric": metric, "arms": dict(enumerate(groups))})
-
-
-def _question(groups: Sequence[Report], test: Test, terms: Terms) -> str:
-    a, b = (group["name"] for group in groups)
-    if test.name == PREDICTION:
-        return f"{terms.metric}: is the published number a plausible single run of {a}?"
-    return f"{terms.metric}: is {a} better than {b}? ({'Higher' if terms.mode == 'max' else 'Lower'} is better.)"
+    values = [run["value"] for group in report["groups"] for run in group["runs"]]
+    metric = report["metric"] if are_shares(values, report["mode"]) else ""  # an accuracy may be in percent already
+    return Unit.of({"metric": metric, "arms": dict(enumerate(report["groups"]))})
 
 
 def _sentences(report: Report, unit: Unit) -> Iterable[str]:
     """Yield the verdict in plain words and in one unit, then what qualifies it."""
     a, b = (group["name"] for group in report["groups"])
-    delta, margin, verdict = report["delta"], report["margin"], report["verdict"]
-    sizes = [group["n"] for group in report["groups"] if group["runs"] or group["n"] > 1]
-    n = f"n = {sizes[0]} seeds" if report["test"] == PAIRED else f"n = {' and '.join(map(str, sizes))} runs"
-    evidence = (
-        [f"95 % interval {interval(report, 'delta_ci', unit, True)}"] if report["delta_ci_low"] is not None else []
-    )
-    equivalent = verdict == "equivalent" and report["p_equivalence"] is not None
-    p = report["p_equivalence" if equivalent else "p"]
-    evidence += [f"p {probability(p)}{' of two one-sided tests' * equivalent}"] if p is not None else []
-    details = f"({', '.join([*evidence, n, report['test']])})"
+    delta, verdict, margin = report["delta"], report["verdict"], unit.exact(report["margin"] or 0)
+    evidence = f"({', '.join(_evidence(report, unit))})"
+    difference = f"the difference is {unit.difference(delta)} {evidence}"
     size = unit.number(abs(delta)) + " points" * unit.percent
-    difference = f"the difference is {unit.difference(delta)} {details}"
     yield {
-        "better": f"{a} is better than {b} by {size} {details}.",
-        "worse": f"{a} is worse than {b} by {size} {details}.",
-        "equivalent": f"{a} is equivalent to {b} within ±{unit.exact(margin or 0)}: {difference}.",
+        "better": f"{a} is better than {b} by {size} {evidence}.",
+        "worse": f"{a} is worse than {b} by {size} {evidence}.",
+        "equivalent": f"{a} is equivalent to {b} within ±{margin}: {difference}.",
         "inconclusive": f"{a} vs. {b} is inconclusive: {difference}.",
         "plausible": f"The published number is a plausible single run of {a}: {difference}.",
         "implausible": f"The published number is not a plausible single run of {a}: {difference}.",
     }.get(verdict, f"No verdict on {a} vs. {b}: {report['reason']}. So far {difference}.")
     if verdict == "inconclusive":
         yield f"{report['reason'].capitalize()}." if report["reason"] else STOPPING
+    if report["test"] == PREDICTION:
+        low, high = (report["groups"][1]["mean"] + report[f"delta_ci_{end}"] for end in ("low", "high"))
+        ends = f"{unit.number(low)} to {unit.number(high)}{' %' * unit.percent}"
+        yield f"One further run of {a} lies within {ends} with a probability of 95 %."
     if verdict == "equivalent" and report["p"] < ALPHA:
         yield f"The difference is significant (p {probability(report['p'])}) but smaller than the margin."
-    if (
-        verdict in ("better", "worse")
-        and margin
-        and min(abs(report[f"delta_ci_{end}"]) for end in ("low", "high")) < margin
+    if verdict in ("better", "worse") and min(abs(report["delta_ci_low"]), abs(report["delta_ci_high"])) < (
+        report["margin"] or 0
     ):
-        yield f"The difference may be smaller than the margin of {unit.exact(margin)}."
+        yield f"The difference may be smaller than the margin of {margin}."
+
+
+def _evidence(report: Report, unit: Unit) -> Iterable[str]:
+    if report["delta_ci_low"] is not None:
+        yield f"95 % interval {interval(report, 'delta_ci', unit, True)}"
+    if report["verdict"] == "equivalent":
+        yield f"p {probability(report['p_equivalence'])} of two one-sided tests"
+    elif report["p"] is not None:
+        yield f"p {probability(report['p'])}"
+    sizes = [str(group["n"]) for group in report["groups"] if group["runs"] or group["sd"] is not None]
+    yield f"n = {sizes[0]} seeds" if report["test"] == PAIRED else f"n = {' and '.join(sizes)} runs"
+    if report["test"]:
+        yield report["test"]
 
 
 # Images
@@ -584,7 +365,7 @@ def _correct(run: Path) -> tuple[Any, Any]:
     """Return index and label (M, 2) of the test images, and whether each is classified correctly; (None, None)."""
     try:  # runs.figures has a reader, too, but imports matplotlib
         with np.load(RunFolder(run).predictions) as file:
-            index, label, prediction = (file[name] for name in ("index", "label", "prediction"))
+            index, label, prediction = np.stack([file[name] for name in ("index", "label", "prediction")])
     except (OSError, ValueError, KeyError, EOFError, BadZipFile):
         return None, None
     return (np.stack([index, label], axis=1), prediction == label) if len(label) else (None, None)
@@ -611,11 +392,11 @@ def as_text(report: Report, color: bool = False) -> str:
     """Return the report for a terminal: question, table, sentences, config differences, images, warnings."""
     unit = unit_of(report)
     lines = [report["question"], "", *_table(table_rows(report, unit)), "", *report["sentences"]]
-    lines += [f"{report['test_reason']}."]
-    if report["config_differences"]:
-        lines += ["", "Config differences (against → runs):"]
-        lines += _some([f"  {change_text(*row.values())}" for row in report["config_differences"]])
-    lines += ["", *images_text(report["per_image"])]
+    lines += [report["test_reason"]]
+    if (rows := report["config_differences"]) is not None:
+        lines += ["", f"Config differences (against → runs):{'' if rows else ' none'}"]
+        lines += _some([f"  {change_text(*row.values())}" for row in rows])
+    lines += ["", *images_text(report["per_image"], MOST_ROWS)]
     if report["not_comparable"]:
         lines += ["", f"\033[1m{report['not_comparable']}\033[0m" if color else report["not_comparable"]]
     lines += ["", *(f"Note: {warning}" for warning in report["warnings"])] if report["warnings"] else []
@@ -638,13 +419,13 @@ def _table(rows: Sequence[Sequence[str]]) -> list[str]:
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
-def _some(lines: Sequence[str]) -> list[str]:
-    more = len(lines) - MOST_ROWS
-    return [*lines[:MOST_ROWS], *([f"  and {more} more (--json and --out list all)"] if more > 0 else [])]
+def _some(lines: Sequence[str], most: int | None = MOST_ROWS) -> list[str]:
+    more = len(lines) - (most or len(lines))
+    return [*lines[:most], *([f"  and {more} more (--json and --out list all)"] if more > 0 else [])]
 
 
-def images_text(images: Report) -> list[str]:
-    """Return the comparison image by image as lines."""
+def images_text(images: Report, most: int | None = None) -> list[str]:
+    """Return the comparison image by image as lines, with at most `most` pairs."""
     if "reason" in images:
         return [f"No comparison image by image: {images['reason']}."]
     pairs = [
@@ -652,7 +433,7 @@ def images_text(images: Report) -> list[str]:
         for row in images["pairs"]
     ]
     lines = [f"Images that only one of two runs classifies correctly, of {images['images']:,} (exact McNemar test):"]
-    lines += [*_some(pairs), MCNEMAR]
+    lines += [*_some(pairs, most), MCNEMAR]
     if boot := images["bootstrap"]:
         points, over = Unit(percent=True, decimals=2), count(boot["seeds"], "seed")
         ends = interval(boot, "ci", points, True)
