@@ -30,7 +30,7 @@ from reslab.diff import differences
 from reslab.errors import UserError
 from reslab.runs.folder import RunFolder
 
-RESAMPLES = 10_000
+RESAMPLES = 2_000  # the command answers in about a second
 MOST_PAIRS = 25  # of runs without a common seed, compared image by image
 MOST_ROWS = 10  # of a list on the terminal
 PAIRED, WELCH, PREDICTION = "paired t test", "Welch's t test", "prediction interval"
@@ -50,7 +50,7 @@ Report = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Test:
+class TTest:
     """A t test of a difference; None where no test applies."""
 
     name: str | None  # None: without an sd there is no test
@@ -109,52 +109,53 @@ def _check_options(margin: float | None, number: str | None, sd: str | None, n: 
 
 
 def _name(*groups: Group) -> None:
-    """Name groups by the directory that holds their runs (or by the run), by its path if equal, or A and B."""
-    paths = [os.path.commonpath([run.path.resolve() for run in group.runs]) for group in groups]
-    choices: tuple[Sequence[str], ...] = ([Path(path).name for path in paths], paths, "AB")
-    names = next(names for names in choices if len({*names}) >= len(groups) and all(names))
-    for group, name in zip(groups, names, strict=False):
+    """Name groups by the directory that holds their runs, or by the run; A and B if these are the same."""
+    parts = [Path(os.path.commonpath([run.path.resolve() for run in group.runs])).parts for group in groups]
+    lengths = [1 if len(group.runs) > 1 else 2 for group in groups]  # a/seed-0 says more than seed-0
+    tails = [["/".join(of[-n - more :]) for of, n in zip(parts, lengths, strict=True)] for more in (0, 1)]
+    names = next((names for names in tails if len({*names}) == len(groups)), ["A", "B"])
+    for group, name in zip(groups, names, strict=True):
         group.name = name
 
 
 # Tests
 
 
-def t_test(name: str, delta: float, se: float, df: float, scale: float, margin: float | None) -> Test:
+def t_test(name: str, delta: float, se: float, df: float, scale: float, margin: float | None) -> TTest:
     """Compare delta / se with Student's t; `scale` is the magnitude of the values, below which all is rounding."""
     if se <= ROUNDING * scale:  # without spread, only equality can be told
         same = abs(delta) <= min(ROUNDING * scale, margin or math.inf)
-        return Test(name, delta, delta, delta, 1.0, 0.0 if margin else None) if same else Test(name, delta)
+        return TTest(name, delta, delta, delta, 1.0, 0.0 if margin else None) if same else TTest(name, delta)
     half = special.stdtrit(df, 1 - ALPHA / 2) * se
     p = 2 * special.stdtr(df, -abs(delta) / se)
     p_equivalence = None if margin is None else float(special.stdtr(df, (abs(delta) - margin) / se))
-    return Test(name, delta, float(delta - half), float(delta + half), float(p), p_equivalence)
+    return TTest(name, delta, float(delta - half), float(delta + half), float(p), p_equivalence)
 
 
-def paired(a: Sequence[float], b: Sequence[float], margin: float | None = None) -> Test:
+def paired(a: Sequence[float], b: Sequence[float], margin: float | None = None) -> TTest:
     """Test the differences of runs with the same seeds, as `statistics.compare` does."""
     d = np.subtract(a, b)
     se = d.std(ddof=1) / math.sqrt(len(d))
     return t_test(PAIRED, float(d.mean()), se, len(d) - 1, np.abs([*a, *b]).max(), margin)
 
 
-def welch(a: Sample, b: Sample, margin: float | None = None) -> Test:
+def welch(a: Sample, b: Sample, margin: float | None = None) -> TTest:
     """Test the difference of the means of two independent groups with unequal variances (Welch 1947)."""
     delta = a.mean - b.mean
     if a.sd is None or b.sd is None:
-        return Test(None, delta)
+        return TTest(None, delta)
     va, vb = a.sd**2 / a.n, b.sd**2 / b.n
     df = (va + vb) ** 2 / ((va**2 / (a.n - 1) + vb**2 / (b.n - 1)) or 1)
     return t_test(WELCH, delta, math.sqrt(va + vb), df, max(abs(a.mean), abs(b.mean)), margin)
 
 
-def prediction(a: Sample, value: float) -> Test:
+def prediction(a: Sample, value: float) -> TTest:
     """Test whether `value` may be one more run: it lies within mean ± t·sd·√(1 + 1/n) (Hahn and Meeker 1991, 4.8).
 
     The interval is that of the difference of the mean and the value, as in the other tests.
     """
     if a.sd is None:
-        return Test(None, a.mean - value)
+        return TTest(None, a.mean - value)
     return t_test(PREDICTION, a.mean - value, a.sd * math.sqrt(1 + 1 / a.n), a.n - 1, abs(a.mean), None)
 
 
@@ -250,11 +251,11 @@ def _warnings(groups: Sequence[Group], metric: str) -> Iterable[str]:
         yield f"{metric} does not show how the runs perform on the test set."
 
 
-def _judged(groups: tuple[Report, Report], test: Test, refusal: str, terms: Terms) -> Report:
+def _judged(groups: tuple[Report, Report], test: TTest, refusal: str, terms: Terms) -> Report:
     """Return the test and its verdict; a refused verdict has no p value, and a reason."""
     a, b = (group["name"] for group in groups)
     question = f"is {a} better than {b}? ({'Higher' if terms.mode == 'max' else 'Lower'} is better.)"
-    constant = "" if test.p is not None else "the values have no spread, so no test applies"
+    constant = "" if test.p is not None else "the differences have no spread, so no test applies"
     report: Report = {
         "question": f"{terms.metric}: {question}",
         **terms._asdict(),
@@ -274,7 +275,7 @@ def _judged(groups: tuple[Report, Report], test: Test, refusal: str, terms: Term
     return report | {"unit": "points" if unit.percent else None, "sentences": [*_sentences(report, unit)]}
 
 
-def judge(test: Test, mode: Mode) -> str:
+def judge(test: TTest, mode: Mode) -> str:
     """Return the verdict, with the rules of `statistics.compare`; a single number is a plausible run or not."""
     if test.p is None:
         return "inconclusive"

@@ -124,7 +124,7 @@ def read_run(path: Path, metric: str) -> Run | Omitted:
         return Omitted(path, "not started: it has no manifest.json")
     try:
         manifest = manifests.read(folder.manifest)
-        status, seed, results = manifest["status"], int(manifest["seed"]), manifest.get("results") or {}
+        status, seed, results = manifest["status"], int(manifest["seed"]), dict(manifest.get("results") or {})
         if status != "complete":
             return Omitted(path, f"unfinished: its status is {status}", diverged=status == "diverged")
         data, commit = manifest.get("data") or {}, (manifest.get("git") or {}).get("sha")
@@ -179,7 +179,7 @@ def read_published(
     """
     number, percent = _number(option, text)
     error, mean = option == "--published-error", float(np.mean(values))
-    scale = 1 if are_shares(values, mode) else 100 if accuracy and 0 <= min(values) and max(values) <= 100 else None
+    scale = 1 if are_shares(values, mode) else 100 if accuracy and min(values) >= 0 and max(values) <= 100 else None
     if scale is None:
         if error or percent:
             raise UserError(f"{option} {text}: the runs' metric ({mean:.6g} on average) is not a share in [0, 1]")
