@@ -304,6 +304,12 @@ def test_constant_differences_allow_no_test(report: Call) -> None:
     assert out["verdict"] == "inconclusive" and out["p"] is None and "no spread" in out["reason"]
 
 
+@pytest.mark.parametrize(("number", "verdict"), [("92%", "plausible"), ("91%", "inconclusive")])
+def test_runs_without_spread_predict_only_their_value(number: str, verdict: str, report: Call) -> None:
+    runs([0.92] * 4, B)
+    assert report("runs/a", "--published", number)["verdict"] == verdict
+
+
 def test_a_loss_is_better_if_lower_and_has_no_points(compare: Call, report: Call) -> None:
     runs()
     options = ("runs/a", "--against", "runs/b", "--metric", "test/loss")

@@ -312,15 +312,14 @@ def _sentences(report: Report, unit: Unit) -> Iterable[str]:
     }.get(verdict, f"No verdict on {a} vs. {b}: {report['reason']}. So far {difference}.")
     if verdict == "inconclusive":
         yield f"{report['reason'].capitalize()}." if report["reason"] else STOPPING
-    if report["test"] == PREDICTION:
+    if report["test"] == PREDICTION and report["delta_ci_low"] is not None:
         low, high = (report["groups"][1]["mean"] + report[f"delta_ci_{end}"] for end in ("low", "high"))
-        ends = f"{unit.number(low)} to {unit.number(high)}{' %' * unit.percent}"
-        yield f"One further run of {a} lies within {ends} with a probability of 95 %."
+        span = f"{unit.number(low)} to {unit.number(high)}{' %' * unit.percent}"
+        yield f"One further run of {a} lies within {span} with a probability of 95 %."
     if verdict == "equivalent" and report["p"] < ALPHA:
         yield f"The difference is significant (p {probability(report['p'])}) but smaller than the margin."
-    if verdict in ("better", "worse") and min(abs(report["delta_ci_low"]), abs(report["delta_ci_high"])) < (
-        report["margin"] or 0
-    ):
+    ends = [abs(report[f"delta_ci_{end}"] or 0) for end in ("low", "high")]
+    if verdict in ("better", "worse") and min(ends) < (report["margin"] or 0):
         yield f"The difference may be smaller than the margin of {margin}."
 
 

@@ -144,10 +144,10 @@ def read_run(path: Path, metric: str) -> Run | Omitted:
 
 
 def _omit_repeats(group: Group) -> None:
-    """Leave out runs with the seed and config of an earlier one: an exact repeat is not a further sample."""
+    """Leave out runs with the seed, config and data of an earlier one: an exact repeat is not a further sample."""
     kept: list[Run] = []
     for run in group.runs:
-        same = [other for other in kept if other.seed == run.seed and not config_differences(other, run)]
+        same = [x for x in kept if (x.seed, x.data) == (run.seed, run.data) and not config_differences(x, run)]
         if same:
             group.omitted.append(Omitted(run.path, f"it repeats {same[0].path}: same seed and config"))
         else:
