@@ -6,7 +6,7 @@ import hashlib
 import os
 import re
 from argparse import ArgumentError
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -33,6 +33,23 @@ yaml.SafeDumper.add_multi_representer(enum.Enum, lambda dumper, member: dumper.r
 set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=ALLOWED)
 
 
+@dataclass(frozen=True)
+class Seeds:
+    """Seeds of the sources of randomness, where they differ from seed_everything (null: they do not).
+
+    Args:
+        init: Initial weights.
+        order: Order of the training images.
+        augment: Augmentation of each image, and the mixing of images.
+        network: Randomness inside the network during training: dropout, stochastic depth.
+    """
+
+    init: int | None = None
+    order: int | None = None
+    augment: int | None = None
+    network: int | None = None
+
+
 @dataclass
 class RunOptions:
     """Name and directory of a run, its checkpoints, and which weights are tested.
@@ -47,6 +64,7 @@ class RunOptions:
         checkpoint_every_minutes: Write last.ckpt every this many minutes.
         allow_world_size_change: Allow an unfinished run to resume with another number of processes; bits may differ.
         allow_data_change: Allow an unfinished run to resume on other data; the manifest records what has changed.
+        seeds: Seeds of single sources of randomness: vary one and fix the others to see how much noise it makes.
         group: W&B group of the run, such as a study.
         job_type: W&B job type of the run, such as an arm.
         tags: W&B tags of the run.
@@ -61,6 +79,7 @@ class RunOptions:
     checkpoint_every_minutes: float = 5.0
     allow_world_size_change: bool = False
     allow_data_change: bool = False
+    seeds: Seeds = field(default_factory=Seeds)
     group: str | None = None
     job_type: str | None = None
     tags: list[str] = field(default_factory=list)
@@ -153,12 +172,13 @@ class Experiment(LightningCLI):
         """
         self._check_seeds()
         self._check_trainer_options()
-        seed_everything(self.config.seed_everything, workers=True, verbose=False)
+        seeds = {name: self.config.seed_everything if seed is None else seed for name, seed in self._seeds().items()}
+        seed_everything(seeds["init"], workers=True, verbose=False)
         if self.config.trainer.deterministic:  # TF32 would round float32 inputs to 10 bits
             torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
         built = self._instantiate()
         self._check_links(built.data)
-        built.model.seed = int(self.config.seed_everything)
+        built.data.seed, built.data.augment_seed, built.model.seed = seeds["order"], seeds["augment"], seeds["network"]
         settings = dict(built.trainer)
         for name in ("callbacks", "logger", "plugins"):
             if not isinstance(value := settings[name], list):
@@ -185,9 +205,14 @@ class Experiment(LightningCLI):
             cls, cause = failed[-1] if failed else (None, error)
             raise UserError(explain_failure(cls, cause, self.config, self._args, BASE)) from error
 
+    def _seeds(self) -> dict[str, int | None]:
+        """Return the seeds of single sources of randomness; None where it is that of the run."""
+        return {seed.name: self.config.run.seeds[seed.name] for seed in fields(Seeds)}
+
     def _check_seeds(self) -> None:
-        for key in ("seed_everything", "data.split_seed"):
-            seed = self.config[key]
+        seeds = {key: self.config[key] for key in ("seed_everything", "data.split_seed")}
+        seeds |= {f"run.seeds.{name}": seed for name, seed in self._seeds().items() if seed is not None}
+        for key, seed in seeds.items():
             if isinstance(seed, bool) or not 0 <= seed < 2**32:
                 wrong = f" must be a whole number from 0 to {2**32 - 1}, got {compatibility.in_yaml(seed)}"
                 raise UserError(one_line(key, wrong, self._args, BASE))

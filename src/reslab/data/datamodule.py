@@ -47,6 +47,9 @@ class ImageData(LightningDataModule):
         resize: How image files are cropped and resized; not for data in memory.
         download: Download the data set if it is missing and can be downloaded.
         classes: Names of the classes in the order of their labels, instead of the data set's.
+
+    Attributes:
+        augment_seed: Seed of the augmentation, where it differs from `seed`.
     """
 
     def __init__(
@@ -72,6 +75,7 @@ class ImageData(LightningDataModule):
         self.root = Path(root or os.environ.get("RESLAB_DATA") or "data").expanduser()
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.val_split, self.split_seed, self.seed = val_split, split_seed, seed
+        self.augment_seed: int | None = None
         self.num_workers, self.download = num_workers, download
 
     @cached_property
@@ -227,10 +231,11 @@ class ImageData(LightningDataModule):
         return self._loader(self._batches(self.train_data, self._train_sizes(), self.augment), sampler)
 
     def _batches(self, data: Arrays | Files, sizes: tuple[int, ...], augment: Augment | None = None) -> Dataset[Batch]:
+        seed = self.seed if self.augment_seed is None else self.augment_seed
         if isinstance(data, Arrays):
-            return ArrayBatches(data, augment, self.seed)
+            return ArrayBatches(data, augment, seed)
         view = self.channels, self.dataset.apply_exif_orientation, sizes, self.test_resize
-        return FileBatches(data, *view, augment, self.seed, self.resize.scaled_decode)
+        return FileBatches(data, *view, augment, seed, self.resize.scaled_decode)
 
     def _train_sizes(self) -> tuple[int, ...]:
         """Return the side of the images in each epoch; only the final one if no trainer knows the number of epochs."""
