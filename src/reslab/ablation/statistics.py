@@ -620,12 +620,11 @@ def _at_look(d: Floats, at: Any, p_holm: float, rules: _Rules, diverged: str | N
     mean, sd, tested = float(at.mean), float(at.se) * math.sqrt(n), not at.constant
     critical = sequential.boundaries(rules.looks, ALPHA)[rules.looks.index(n)]
     half, spread = critical * float(at.se), sd if tested and not at.identical else math.nan
-    c = Comparison(
-        n, mean, sd, *((mean - half, mean + half, float(at.p), p_holm) if tested else (None,) * 4),
-        p_equivalence=float(at.p_equivalence) if rules.margin and not math.isnan(spread) else None,
-        hedges_g=_number(hedges_g(mean, spread, n)), min_detectable_delta=_number(min_detectable_delta(spread, n)),
-        look=n, stopped=(None, "decided", "hopeless", "last look")[at.stopped],
-    )  # fmt: skip
+    tests = (mean - half, mean + half, float(at.p), p_holm) if tested else (None, None, None, None)
+    of_margin = float(at.p_equivalence) if rules.margin and not math.isnan(spread) else None
+    sizes = _number(hedges_g(mean, spread, n)), _number(min_detectable_delta(spread, n))
+    stopped: tuple[Stopped | None, ...] = (None, "decided", "hopeless", "last look")
+    c = Comparison(n, mean, sd, *tests, of_margin, *sizes, look=n, stopped=stopped[at.stopped])
     if at.stopped == sequential.RUNNING:
         return replace(c, reasons=(waiting,))
     verdict, reasons = _verdict_at_look(c, at, rules)
