@@ -30,6 +30,7 @@ Levels = tuple[tuple[str, str, str], ...]
 
 MAX_SEEDS = 1000  # the most seeds that a recommendation counts
 POWER = 0.8
+STOPPED: tuple[Stopped | None, ...] = (None, "decided", "hopeless", "last look")  # sequential.Decisions.stopped
 BLOCK = 1000  # bootstrap resamples in memory at once
 
 
@@ -209,7 +210,8 @@ def compare_by_seed(
     which seeds are missing may not be chance.
 
     With planned looks, a look takes place once all arms that still run have its seeds. `ablate run` continues the arms
-    whose `stopped` is None up to the next look. A diverged cell ends an arm at its last look before.
+    whose `stopped` is None up to the next look. A diverged cell ends an arm at its last look before. The pooled test
+    waits for every arm of the study, apart from diverged ones.
 
     Args:
         results: Metric by arm and seed, for every arm of the study. A diverged cell is NaN; one without a result is
@@ -224,6 +226,9 @@ def compare_by_seed(
         rules = _Rules(margin, mode, len(family), sequential.check_looks(looks), test)
         return _by_seed_at_looks(results, baseline, seeds, rules)
     refusals = {arm: _refusal({name: results[name] for name in (baseline, arm)}, seeds) for arm in family}
+    whole = _refusal(results, seeds) if test == "pooled" else ()
+    if any(reason.why == Why.MISSING for reason in whole):
+        refusals = dict.fromkeys(family, whole)  # the pooled variance, and so every verdict, would change
     values = {arm: np.array([of.get(seed, np.nan) for seed in seeds], float) for arm, of in results.items()}
     complete = {arm: values[arm] for arm in family if not refusals[arm]}
     # Without a complete arm the baseline may have holes, which `compare` rejects.
@@ -620,11 +625,20 @@ def _at_look(d: Floats, at: Any, p_holm: float, rules: _Rules, diverged: str | N
     mean, sd, tested = float(at.mean), float(at.se) * math.sqrt(n), not at.constant
     critical = sequential.boundaries(rules.looks, ALPHA)[rules.looks.index(n)]
     half, spread = critical * float(at.se), sd if tested and not at.identical else math.nan
-    tests = (mean - half, mean + half, float(at.p), p_holm) if tested else (None, None, None, None)
-    of_margin = float(at.p_equivalence) if rules.margin and not math.isnan(spread) else None
-    sizes = _number(hedges_g(mean, spread, n)), _number(min_detectable_delta(spread, n))
-    stopped: tuple[Stopped | None, ...] = (None, "decided", "hopeless", "last look")
-    c = Comparison(n, mean, sd, *tests, of_margin, *sizes, look=n, stopped=stopped[at.stopped])
+    c = Comparison(
+        n,
+        mean,
+        sd,
+        delta_ci_low=mean - half if tested else None,
+        delta_ci_high=mean + half if tested else None,
+        p=float(at.p) if tested else None,
+        p_holm=p_holm if tested else None,
+        p_equivalence=float(at.p_equivalence) if rules.margin and not math.isnan(spread) else None,
+        hedges_g=_number(hedges_g(mean, spread, n)),
+        min_detectable_delta=_number(min_detectable_delta(spread, n)),
+        look=n,
+        stopped=STOPPED[at.stopped],
+    )
     if at.stopped == sequential.RUNNING:
         return replace(c, reasons=(waiting,))
     verdict, reasons = _verdict_at_look(c, at, rules)
@@ -632,21 +646,17 @@ def _at_look(d: Floats, at: Any, p_holm: float, rules: _Rules, diverged: str | N
 
 
 def _verdict_at_look(c: Any, at: Any, rules: _Rules) -> tuple[Verdict, tuple[Reason, ...]]:
-    if at.verdict == sequential.NO_VERDICT:
-        stop = (
-            Reason(Why.LAST_LOOK, c.look)
-            if c.stopped == "last look"
-            else Reason(Why.HOPELESS, round(100 * float(at.power)))
-        )
-        if at.identical:
-            return "inconclusive", (Reason(Why.IDENTICAL), Reason(Why.NO_MARGIN))
-        if at.constant:
-            return "inconclusive", (Reason(Why.CONSTANT),)
-        return "inconclusive", (*((Reason(Why.ADJUSTED, rules.family),) if c.p < ALPHA else ()), stop)
     if at.verdict == sequential.EQUIVALENT:
         negligible = (Reason(Why.NEGLIGIBLE),) if c.p_holm < ALPHA else ()
         return "equivalent", (Reason(Why.IDENTICAL),) if at.identical else negligible
-    return _direction(c, rules.margin, rules.mode)
+    if at.verdict != sequential.NO_VERDICT:
+        return _direction(c, rules.margin, rules.mode)
+    if at.identical or at.constant:
+        same = (Reason(Why.IDENTICAL), Reason(Why.NO_MARGIN))
+        return "inconclusive", same if at.identical else (Reason(Why.CONSTANT),)
+    adjusted = (Reason(Why.ADJUSTED, rules.family),) if c.p < ALPHA else ()
+    hopeless = Reason(Why.HOPELESS, round(100 * float(at.power)))
+    return "inconclusive", (*adjusted, Reason(Why.LAST_LOOK, c.n) if c.stopped == "last look" else hopeless)
 
 
 def _refused(differences: Floats, reasons: tuple[Reason, ...]) -> Comparison:
