@@ -13,7 +13,7 @@ import numpy.typing as npt
 from numpy.polynomial import legendre
 from scipy import special
 
-from reslab.ablation.sequential import Floats
+from reslab.ablation.sequential import Bools, Floats
 
 POINTS = 64
 X, WEIGHTS = legendre.leggauss(POINTS)
@@ -21,36 +21,39 @@ NORMAL, DENSITY = 8 * X, 8 * WEIGHTS * np.exp(-32 * X * X) / math.sqrt(2 * math.
 
 
 class Spreads(NamedTuple):
-    """How the values of A arms, the baseline first, scatter over n seeds."""
+    """How the values of A arms, the baseline first, scatter over n seeds; leading axes are studies."""
 
     df: int
-    sd: float  # of the noise, pooled
-    correlation: float  # between arms over seeds; 0: pairing gains nothing. NaN without spread
-    ratio: Floats  # spread of each arm's noise relative to the pooled spread of the others (A,)
-    p: Floats  # F test of each ratio, one-sided (A,)
+    sd: Floats  # of the noise, pooled (...)
+    correlation: Floats  # between arms over seeds (...); 0: pairing gains nothing. NaN without spread
+    ratio: Floats  # spread of each arm's noise relative to the pooled spread of the others (..., A)
+    p: Floats  # F test of each ratio, one-sided (..., A)
 
 
 def spreads(table: Floats) -> Spreads:
-    """Return the spreads of values (A, n).
+    """Return the spreads of values (..., A, n).
 
     The noise that arm i adds to the residuals has n - 1 degrees of freedom and is independent of the residuals among
     the other arms, with (A - 2)(n - 1), so the ratio of their variances has the F distribution. The correlation is the
     intraclass correlation of a two-way table (Shrout & Fleiss 1979, ICC(3, 1)).
     """
-    arms, n = table.shape
-    residuals = table - table.mean(axis=1, keepdims=True) - table.mean(axis=0) + table.mean()
-    sums = (residuals**2).sum(axis=1)
-    df, part = (arms - 1) * (n - 1), sums * arms / (arms - 1)
-    noise, seeds = sums.sum() / df, arms * table.mean(axis=0).var(ddof=1)
+    arms, n = table.shape[-2:]
+    of_seed = table.mean(axis=-2, keepdims=True)
+    residuals = table - of_seed - table.mean(axis=-1, keepdims=True) + of_seed.mean(axis=-1, keepdims=True)
+    sums = (residuals**2).sum(axis=-1)
+    df, total = (arms - 1) * (n - 1), sums.sum(axis=-1)
+    part, f, p = sums * arms / (arms - 1), np.ones_like(sums), np.ones_like(sums)
+    noise, seeds = total / df, arms * of_seed[..., 0, :].var(axis=-1, ddof=1)
     with np.errstate(divide="ignore", invalid="ignore"):
-        f = part * (arms - 2) / (sums.sum() - part) if arms > 2 else np.ones(arms)
         correlation = (seeds - noise) / (seeds + (arms - 1) * noise)
-    p = special.fdtrc(n - 1, (arms - 2) * (n - 1), f) if arms > 2 else np.ones(arms)
-    return Spreads(df, math.sqrt(noise), float(correlation), np.sqrt(f.clip(0)), p)
+        if arms > 2:
+            f = part * (arms - 2) / (total[..., None] - part)
+            p = special.fdtrc(n - 1, (arms - 2) * (n - 1), f)
+    return Spreads(df, np.sqrt(noise), correlation, np.sqrt(f.clip(0)), p)
 
 
-def unequal(spread: Spreads, n: int) -> list[int]:
-    """Return the arms (0: the baseline) whose spread forbids pooling the variance; mostly none if spreads are equal.
+def unequal(spread: Spreads, n: int) -> Bools:
+    """Return which arms (..., A) have a spread that forbids pooling the variance; mostly none if spreads are equal.
 
     A noisy baseline spoils every comparison, and few seeds hardly show it, so the F tests have a high level where there
     are few: 0.4 with 3 seeds, 0.3 with 4, 0.2 with 5 to 7, then 0.1, for the baseline, and the same for all other arms
@@ -59,8 +62,8 @@ def unequal(spread: Spreads, n: int) -> list[int]:
     benchmarks/sequential_design.py.
     """
     level = {3: 0.4, 4: 0.3}.get(n, 0.2 if n < 8 else 0.1)
-    counts = np.where(np.arange(len(spread.p)), len(spread.p) - 1, 1)
-    return np.flatnonzero(spread.p * counts < level).tolist()
+    arms = spread.p.shape[-1]
+    return spread.p * np.where(np.arange(arms), arms - 1, 1) < level
 
 
 @lru_cache(maxsize=256)

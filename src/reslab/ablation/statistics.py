@@ -482,7 +482,7 @@ def _t_tests(
     constant = (np.ptp(d, axis=1) <= rounding) & ~identical
     mean, sd = d.mean(axis=1), d.std(axis=1, ddof=1)
     if pooled:
-        df, sd = pooled.df, np.full(len(d), math.sqrt(2) * pooled.sd)
+        df, sd = pooled.df, np.full(len(d), math.sqrt(2) * float(pooled.sd))
     se = sd / math.sqrt(d.shape[1])
     half = special.stdtrit(df, 1 - ALPHA / 2) * se
     with np.errstate(divide="ignore", invalid="ignore"):  # se is 0 in rows without spread
@@ -498,9 +498,10 @@ def _compare_pooled(
 ) -> dict[str, Comparison]:
     table = np.array([base, *values.values()])
     d, spread = table[1:] - base, dunnett.spreads(table)
-    if unequal := dunnett.unequal(spread, len(base)):
-        names = ("the baseline", *values)
-        refused = (Reason(Why.UNEQUAL_SPREADS, cells=tuple(names[i] for i in unequal)),)
+    unequal = dunnett.unequal(spread, len(base))
+    if unequal.any():
+        names = tuple(name for name, odd in zip(("the baseline", *values), unequal, strict=True) if odd)
+        refused = (Reason(Why.UNEQUAL_SPREADS, cells=names),)
         return {arm: _refused(row, refused) for arm, row in zip(values, d, strict=True)}
     tests = _t_tests(d, np.maximum(abs(table[1:]).max(axis=1), abs(base).max()), margin, spread)
     with np.errstate(divide="ignore", invalid="ignore"):
