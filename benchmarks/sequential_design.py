@@ -276,8 +276,9 @@ def pooled_looks(n: int) -> None:
                 unchecked |= significant
                 wrong |= significant & allowed & running
                 running &= allowed
-            rows.append([str(arms), str(ratio), error(unchecked.mean(), n), error(wrong.mean(), n)])
-    table(["null arms", "spread of the baseline", "without check", "with check"], rows)
+            shares = error(unchecked.mean(), n), error(wrong.mean(), n), percent(1 - running.mean())
+            rows.append([str(arms), str(ratio), *shares])
+    table(["null arms", "spread of the baseline", "without check", "with check", "refused"], rows)
 
 
 TABLES = {

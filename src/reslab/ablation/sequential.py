@@ -339,20 +339,19 @@ def _predictive_power(
     far. Without spread: 0 if the arm is identical to the baseline, 1 if it differs by a constant.
     """
     n, best = looks[k], np.zeros_like(s.mean)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        effect, gap = s.mean / (s.se * math.sqrt(n)), (margin or 0) / (s.se * math.sqrt(n))
     of_difference, of_equivalence = (
         _holm_boundaries(looks, sides, family)[(family - rejected.sum(axis=-1, keepdims=True)).clip(min=1) - 1]
         for sides, rejected in ((2, different), (1, same))
     )
-    for j in range(k + 1, len(looks)):
-        scale = 1 / math.sqrt(looks[j] / n - 1)
-        t, c = effect * math.sqrt(looks[j]) * scale, of_difference[..., j] * scale
-        chance = special.stdtr(n - 1, t - c) + special.stdtr(n - 1, -t - c)
-        if margin is not None:
-            half = (gap * math.sqrt(looks[j]) - of_equivalence[..., j]) * scale
-            chance += np.maximum(special.stdtr(n - 1, t + half) - special.stdtr(n - 1, t - half), 0)
-        best = np.maximum(best, chance)
+    with np.errstate(divide="ignore", invalid="ignore"):  # se is 0 without spread
+        for j in range(k + 1, len(looks)):
+            root, scale = math.sqrt(looks[j] / n), 1 / math.sqrt(looks[j] / n - 1)
+            t, c = s.mean / s.se * root * scale, of_difference[..., j] * scale
+            chance = special.stdtr(n - 1, t - c) + special.stdtr(n - 1, -t - c)
+            if margin is not None:
+                half = (margin / s.se * root - of_equivalence[..., j]) * scale
+                chance += np.maximum(special.stdtr(n - 1, t + half) - special.stdtr(n - 1, t - half), 0)
+            best = np.maximum(best, chance)
     return np.where(s.identical, 0.0, np.where(s.constant, 1.0, best.clip(max=1)))
 
 
