@@ -256,18 +256,15 @@ def decide(
 ) -> Decisions:
     """Run the procedure over all looks that the data reach, for one study or for many simulated ones at once.
 
-    At each look, every arm that still runs gets its sequential p values. Over the arms they are adjusted by Holm (1979)
-    together with those of the arms that have stopped, which is the group-sequential Holm procedure (Ye et al. 2013;
-    Maurer & Bretz 2013): an arm found to differ passes its alpha on to the others, an arm that was dropped does not.
-    An arm stops if it is equivalent (which comes first) or different at the level ALPHA, or if its predictive power is
-    below `hopeless`. Dropping an arm cannot cause an error (non-binding futility). A decision at a look depends on the
-    data up to that look only.
+    At each look, the sequential p values of the running arms are adjusted by Holm (1979), together with those of the
+    stopped arms: the group-sequential Holm procedure (Ye et al. 2013; Maurer & Bretz 2013). An arm found to differ
+    passes its alpha on to the others, a dropped one does not. An arm stops if it is equivalent (which comes first) or
+    different at the level ALPHA, or if its predictive power is below `hopeless`, which cannot cause an error
+    (non-binding futility). A decision at a look depends on the data up to that look only.
 
     Args:
-        baseline: Values (..., N), seeds in order.
-        arms: Values (..., A, N).
-        looks: See `boundaries`.
-        margin: Differences below it do not matter; None: equivalence is not tested.
+        baseline, arms: Values (..., N) and (..., A, N), seeds in order.
+        looks, margin: See `statistics.compare`.
         family: Number of arms of the study, if more than A.
         lengths: Seeds that each arm has (A,), for one study without leading axes; default: N for all. A look takes
             place once all arms that still run have its seeds.
@@ -278,7 +275,7 @@ def decide(
     reach = np.full(shape, arms.shape[-1]) if lengths is None else np.asarray(lengths)
     look, stopped, verdict = (np.zeros(shape, int) for _ in range(3))
     up_p, down_p, equivalence, power = (np.ones(shape) for _ in range(4))
-    latest = _Look(np.full(shape, np.nan), np.full(shape, np.nan), np.zeros(shape, bool), np.zeros(shape, bool))
+    latest = _Look(*(np.full(shape, empty) for empty in (np.nan, np.nan, False, False)))
     for k, n in enumerate(looks):
         active = (stopped == RUNNING) & ~(np.asarray(ends) & (reach < n))
         if (active & (reach < n)).any() or not active.any():
@@ -295,9 +292,8 @@ def decide(
         decided = equivalent | (active & different)
         verdict = np.where(decided, np.where(equivalent, EQUIVALENT, np.where(up, LARGER, SMALLER)), verdict)
         power = np.where(active, _predictive_power(s, k, looks, margin, family, different, same), power)
-        end = LAST_LOOK if n == looks[-1] else RUNNING
-        state = np.where(decided, DECIDED, np.where((power < hopeless) & (end == RUNNING), HOPELESS_STOP, end))
-        look, stopped = np.where(active, n, look), np.where(active, state, stopped)
+        undecided = LAST_LOOK if n == looks[-1] else np.where(power < hopeless, HOPELESS_STOP, RUNNING)
+        look, stopped = np.where(active, n, look), np.where(active, np.where(decided, DECIDED, undecided), stopped)
     return Decisions(look, stopped, verdict, np.where(latest.mean > 0, up_p, down_p), equivalence, power, *latest)
 
 

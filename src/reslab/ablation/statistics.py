@@ -150,13 +150,12 @@ def compare(
     in every seed is inconclusive, because the metric is then too coarse to show the spread.
 
     With `looks`, every arm gets the verdict of the first look that decides it (`sequential.decide`); later seeds are
-    ignored. p is then the sequential p value, and the interval is a repeated confidence interval: mean ± critical value
-    of the look · standard error, which covers the true difference at all looks together with 95 % probability, so at
-    any stop (Jennison & Turnbull 1989). The difference itself is optimistic where an arm stopped early.
+    ignored. p is then the sequential p value, and the interval a repeated confidence interval: mean ± critical value of
+    the look · standard error, which covers the true difference at all looks at once with 95 % probability (Jennison &
+    Turnbull 1989). The difference itself is optimistic where an arm stopped early.
 
-    With `test="pooled"`, all arms share one variance with seeds as blocks, and the p values are adjusted by the
-    step-down procedure of Dunnett & Tamhane (1991), those of equivalence by Holm's. Arms whose spreads differ get no
-    verdict (`dunnett.unequal`), and neither do planned looks: pool the variance over a fixed number of seeds.
+    With `test="pooled"`, all arms share one variance, and Dunnett & Tamhane's (1991) step-down procedure adjusts p. If
+    spreads differ (`dunnett.unequal`), or with planned looks, no arm gets a verdict.
 
     Args:
         baseline, arms: Metric (n,), finite, with the seeds in the same order. With `looks`, an arm that has stopped
@@ -165,7 +164,7 @@ def compare(
         mode: Whether a large ("max") or a small ("min") metric is good.
         family: Number of arms of the study, if more than are passed here. The others count as p = 1, so their results
             cannot withdraw a verdict when they come in.
-        looks: Planned numbers of seeds at which the study is judged, at least 3; the last is the most that will run.
+        looks: Numbers of seeds at which the study is judged, at least 3; the last is the most that will run.
         test: Whether each arm has a variance for itself ("paired") or all share one ("pooled").
 
     Raises:
@@ -174,22 +173,18 @@ def compare(
     _check(margin, mode, test)
     base = np.asarray(baseline, float)
     values = {arm: np.asarray(of, float) for arm, of in arms.items()}
+    family = family or len(arms)
     if any(x.ndim != 1 or not np.isfinite(x).all() for x in (base, *values.values())):
         raise ValueError("baseline and arms must be finite values (n,) of the same seeds in the same order")
-    family = family or len(arms)
     if looks is not None:
-        rules = _Rules(margin, mode, family, sequential.check_looks(looks), test)
-        return _compare_at_looks(base, values, rules, {})
+        return _compare_at_looks(base, values, _Rules(margin, mode, family, sequential.check_looks(looks), test), {})
     if any(x.shape != base.shape for x in values.values()):
         raise ValueError("baseline and arms must have the same seeds in the same order, unless looks are planned")
-    if len(base) < MIN_SEEDS:
-        few = (Reason(Why.FEW_SEEDS, len(base)),)
-        return {arm: _refused(x - base, few) for arm, x in values.items()}
-    if not values:
-        return {}
-    x = np.array(list(values.values()))
+    if len(base) < MIN_SEEDS or not values:
+        return {arm: _refused(x - base, (Reason(Why.FEW_SEEDS, len(base)),)) for arm, x in values.items()}
     if test == "pooled":
         return _compare_pooled(base, values, margin, mode, family)
+    x = np.array(list(values.values()))
     tests = _t_tests(x - base, np.maximum(abs(x).max(axis=1), abs(base).max()), margin)
     return dict(zip(arms, _judged(tests, margin, mode, family), strict=True))
 
