@@ -286,8 +286,7 @@ def decide(
         np.minimum(up_p, p, out=up_p, where=active & up)
         np.minimum(down_p, p, out=down_p, where=active & ~up)
         np.minimum(equivalence, _tost(s, margin, k, looks), out=equivalence, where=active)
-        different = holm(np.where(up, up_p, down_p), family) < ALPHA
-        same = holm(equivalence, family) < ALPHA
+        different, same = (holm(p, family) < ALPHA for p in (np.where(up, up_p, down_p), equivalence))
         equivalent = active & (same | (s.identical & (margin is not None)))
         decided = equivalent | (active & different)
         verdict = np.where(decided, np.where(equivalent, EQUIVALENT, np.where(up, LARGER, SMALLER)), verdict)

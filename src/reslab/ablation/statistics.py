@@ -145,9 +145,9 @@ def compare(
     """Compare every arm with the baseline, paired by position; a verdict requires at least 3 seeds.
 
     `equivalent` comes first: a difference shown to be within ±margin does not matter, even if it is significant.
-    Next come `better` and `worse`, by the adjusted p and the sign. All else is `inconclusive`, with the number of seeds
-    that would settle it. An arm equal to the baseline in every seed is equivalent; one that differs by the same amount
-    in every seed is inconclusive, because the metric is then too coarse to show the spread.
+    Next come `better` and `worse`, by the adjusted p and the sign; all else is `inconclusive`. An arm equal to the
+    baseline in every seed is equivalent; one that differs by the same amount in every seed is inconclusive, because the
+    metric is then too coarse to show the spread.
 
     With `looks`, every arm gets the verdict of the first look that decides it (`sequential.decide`); later seeds are
     ignored. p is then the sequential p value, and the interval a repeated confidence interval: mean ± critical value of
@@ -158,12 +158,11 @@ def compare(
     spreads differ (`dunnett.unequal`), or with planned looks, no arm gets a verdict.
 
     Args:
-        baseline, arms: Metric (n,), finite, with the seeds in the same order. With `looks`, an arm that has stopped
-            requires no more seeds than at its stop. A look takes place once all arms that still run have its seeds.
+        baseline, arms: Metric (n,), finite, with the seeds in the same order. With `looks`, an arm requires no seeds
+            after its stop; a look takes place once all arms that still run have its seeds.
         margin: Differences below it do not matter. None: equivalence is not tested.
         mode: Whether a large ("max") or a small ("min") metric is good.
-        family: Number of arms of the study, if more than are passed here. The others count as p = 1, so their results
-            cannot withdraw a verdict when they come in.
+        family: Number of arms of the study, if more than are passed here; the others count as p = 1.
         looks: Numbers of seeds at which the study is judged, at least 3; the last is the most that will run.
         test: Whether each arm has a variance for itself ("paired") or all share one ("pooled").
 
