@@ -94,11 +94,30 @@ def stops(d: Floats, looks: Sequence[int], critical: Sequence[float]) -> tuple[f
     return float(seeds.mean()), float(crossed.mean())
 
 
-def fixed_seeds(effect: float, power: float) -> float:
+def fixed_seeds(effect: float, power: float, alpha: float = ALPHA) -> float:
     """Return the number of seeds, interpolated, at which one t test has this power."""
     n = np.arange(2, 60)
-    powers = 1 - special.nctdtr(n - 1, effect * np.sqrt(n), special.stdtrit(n - 1, 1 - ALPHA / 2))
+    powers = 1 - special.nctdtr(n - 1, effect * np.sqrt(n), special.stdtrit(n - 1, 1 - alpha / 2))
     return float(np.interp(power, powers, n))
+
+
+def savings(n: int) -> None:
+    """Compare expected seeds with those of a fixed design of the same power at 1 sd; hopeless arms are dropped."""
+    print(f"\n{n:,} replications, no margin; the first arm has the effect, the others none\n")
+    rows = []
+    for looks in LOOKS:
+        for arms in (1, 4):
+            seeds, powers = [], []
+            for effect in (0, 1, 2, 3):
+                base, x = null("normal", np.random.default_rng(9), arms, looks[-1], n)
+                x[:, 0] += effect * math.sqrt(2)
+                decisions = sequential.decide(base, x, looks)
+                seeds.append(f"{decisions.look[:, 0].mean():.1f}")
+                powers.append(float((decisions.verdict[:, 0] == sequential.LARGER).mean()))
+            fixed = fixed_seeds(1, powers[1], ALPHA / arms)
+            rows.append([name(looks), str(arms), percent(powers[1]), f"{fixed:.1f}", *seeds])
+    effects = ("no effect", "1 sd", "2 sd", "3 sd")
+    table(["looks", "arms", "power at 1 sd", "seeds of the fixed design", *effects], rows)
 
 
 def errors(n: int) -> None:
@@ -283,7 +302,18 @@ def pooled_looks(n: int) -> None:
 
 TABLES = {
     of.__name__: of
-    for of in (spending, errors, equivalence, coverage, futility, unplanned, pooled, pooled_power, pooled_looks)
+    for of in (
+        spending,
+        savings,
+        errors,
+        equivalence,
+        coverage,
+        futility,
+        unplanned,
+        pooled,
+        pooled_power,
+        pooled_looks,
+    )
 }
 
 
