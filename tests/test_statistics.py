@@ -547,9 +547,14 @@ def test_pooled_test_waits_for_every_arm():
         assert (c.verdict, only(c.reasons, Why.MISSING).cells) == (None, ("d/seed-5",))
 
 
-def test_pooled_test_without_spread():
+def test_arms_that_repeat_the_baselines_noise_are_not_pooled():
     c = compare(BASE, {"a": BASE, "b": BASE + 0.01}, 0.002, test="pooled")
     assert [one.verdict for one in c.values()] == ["equivalent", "inconclusive"]
+    base, arms = noisy_arms(0)
+    copies = {"identical": base, **arms, "constant": base + 0.01}
+    alone, among = (compare(base, of, 0.002, family=6, test="pooled") for of in (arms, copies))
+    assert {arm: among[arm] for arm in arms} == alone
+    assert (among["identical"].verdict, among["constant"].reasons) == ("equivalent", (Reason(Why.CONSTANT),))
 
 
 # Power before a study runs, and the price of looking

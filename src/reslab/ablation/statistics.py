@@ -317,7 +317,7 @@ def design(
 
     Args:
         sd: Standard deviation of the paired differences. Without correlation between arms, sqrt(2) times that of a run.
-        n: Number of seeds; or give `looks`.
+        n: Number of seeds, at least 3; not used if there are `looks`.
         arms: Number of arms besides the baseline.
         margin, looks: See `compare`.
         find: Difference to find, for `seeds_to_find` and a row of its own.
@@ -326,16 +326,14 @@ def design(
     noise = np.random.default_rng(0).standard_normal((replications, plan[-1]))
     simulate = partial(_simulated_row, noise, sd, plan, arms, margin)
     fixed = float(min_detectable_delta(sd, plan[-1], ALPHA / arms))
-    low, high = 0.8 * fixed, 2 * fixed
-    for _ in range(10):
+    low, high = (0.8 * fixed, 2 * fixed) if len(plan) > 1 else (fixed, fixed)
+    while high - low > 1e-3 * fixed:
         middle = (low + high) / 2
         low, high = (low, middle) if simulate(middle).power >= POWER else (middle, high)
-    differences = [0.0, sd, 2 * sd, 3 * sd, *([] if find is None else [abs(find)])]
+    rows = tuple(map(simulate, [0.0, sd, 2 * sd, 3 * sd, *([abs(find)] if find else [])]))
     needed = seeds_needed(sd, find, ALPHA / arms) if find else None
     # Power depends on difference² · seeds: looks that find only a larger difference require more seeds by its square.
-    more = (high / fixed) ** 2 if len(plan) > 1 else 1.0
-    rows = tuple(simulate(difference) for difference in differences)
-    return Design(plan[-1], high if len(plan) > 1 else fixed, rows, needed and math.ceil(needed * more))
+    return Design(plan[-1], high, rows, needed and math.ceil(needed * (high / fixed) ** 2))
 
 
 def _simulated_row(noise: Floats, sd: float, looks: Looks, arms: int, margin: float | None, difference: float) -> Row:
@@ -362,7 +360,7 @@ def simulated_error(
     values = np.random.default_rng(0).standard_normal((replications, arms + 1, max(looks)))
     d = (values[:, 1:] - values[:, :1]) / math.sqrt(2)
     judged, wrong = np.zeros((2, *d.shape[:2]), bool)
-    for n in sorted(looks):
+    for n in sequential.check_looks(sorted(looks)):
         mean, se = d[..., :n].mean(axis=-1), d[..., :n].std(axis=-1, ddof=1) / math.sqrt(n)
         different = holm(2 * special.stdtr(n - 1, -abs(mean) / se), arms) < ALPHA
         shifted = np.inf if margin is None else (abs(mean) - margin) / se
@@ -490,14 +488,18 @@ def _t_tests(
 def _compare_pooled(
     base: Floats, values: Mapping[str, Floats], margin: float | None, mode: Mode, family: int
 ) -> dict[str, Comparison]:
-    table = np.array([base, *values.values()])
-    d, spread = table[1:] - base, dunnett.spreads(table)
-    unequal = dunnett.unequal(spread, len(base))
-    if unequal.any():
-        names = tuple(name for name, odd in zip(("the baseline", *values), unequal, strict=True) if odd)
-        refused = (Reason(Why.UNEQUAL_SPREADS, cells=names),)
+    x = np.array(list(values.values()))
+    d, scale = x - base, np.maximum(abs(x).max(axis=1), abs(base).max())
+    paired = _t_tests(d, scale, margin)
+    pooled = ~paired.identical & ~np.isnan(paired.p)  # the others repeat the baseline's noise
+    if not pooled.any():
+        return dict(zip(values, _judged(paired, margin, mode, family), strict=True))
+    spread = dunnett.spreads(np.vstack([base, x[pooled]]))
+    names = np.array(["the baseline", *values])[np.append(True, pooled)]
+    if len(unequal := names[dunnett.unequal(spread, len(base))]):
+        refused = (Reason(Why.UNEQUAL_SPREADS, cells=tuple(unequal.tolist())),)
         return {arm: _refused(row, refused) for arm, row in zip(values, d, strict=True)}
-    tests = _t_tests(d, np.maximum(abs(table[1:]).max(axis=1), abs(base).max()), margin, spread)
+    tests = _t_tests(d, scale, margin, spread)
     with np.errstate(divide="ignore", invalid="ignore"):
         t = np.where(tests.identical, 0.0, tests.delta / tests.sd * math.sqrt(len(base)))
     adjusted = dunnett.step_down(np.where(np.isnan(tests.p), np.nan, t), spread.df, family)
