@@ -1,5 +1,6 @@
 """Statistics of an ablation, compared with scipy and reference implementations, properties and simulated studies."""
 
+import math
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
+from reslab.ablation import dunnett
 from reslab.ablation.statistics import (
     MAX_SEEDS,
     Comparison,
@@ -18,6 +20,7 @@ from reslab.ablation.statistics import (
     Why,
     compare,
     compare_by_seed,
+    design,
     factor_effects,
     hedges_g,
     interactions,
@@ -26,6 +29,7 @@ from reslab.ablation.statistics import (
     paired_bootstrap,
     seeds_needed,
     seeds_needed_for_equivalence,
+    simulated_error,
     summarise,
 )
 
@@ -366,6 +370,7 @@ def test_constant_difference_is_inconclusive(dtype):
         ({"arms": {"arm": BASE * np.nan}}, "finite"),
         ({"margin": 0.0}, "margin"),
         ({"mode": "lowest"}, "mode"),
+        ({"test": "welch"}, "test"),
     ],
 )
 def test_invalid_arguments_raise(arguments, message):
@@ -435,6 +440,167 @@ def test_fewer_than_three_seeds_give_no_verdict(n):
     plain = by_position["plain"]
     assert (plain.verdict, plain.p, plain.n) == (None, None, n)
     assert plain.reasons == (Reason(Why.FEW_SEEDS, n),)
+
+
+# The pooled test
+
+
+@pytest.mark.parametrize(
+    ("arms", "df", "critical"),
+    [(2, 5, 3.03), (3, 20, 2.54), (9, 20, 2.95), (9, 60, 2.77)],  # Dunnett (1964), two-sided 5 %
+)
+def test_dunnett_matches_published_tables(arms, df, critical):
+    assert dunnett.tail(critical, arms, df) == pytest.approx(0.05, abs=0.001)
+
+
+@pytest.mark.parametrize("df", [2, 8, 300])
+def test_dunnett_of_one_arm_is_students_t(df):
+    t = np.array([0.0, 0.5, 2.0, 5.0])
+    assert dunnett.tail(t, 1, df) == pytest.approx(2 * stats.t.sf(t, df), abs=1e-9)
+
+
+def test_dunnett_matches_a_simulation():
+    draw = rng(30)
+    x, s = draw.normal(size=(200_000, 5)), np.sqrt(draw.chisquare(6, 200_000) / 6)
+    t = abs(x[:, 1:] - x[:, :1]).max(axis=1) / (math.sqrt(2) * s)
+    for critical in (1, 2, 3, 4):
+        assert dunnett.tail(critical, 4, 6) == pytest.approx((t >= critical).mean(), abs=0.004)
+
+
+def noisy_arms(key: int, seeds: int = 6, shift: float = 0.01) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Return a baseline and four arms of the same spread, with common effects of the seeds; arm a is larger."""
+    draw = rng(31, key)
+    x = 0.9 + draw.normal(0, 0.01, seeds) + draw.normal(0, 0.003, (5, seeds))
+    x[1] += shift
+    return x[0], dict(zip("abcd", x[1:], strict=True))
+
+
+def test_pooled_test_is_a_step_down_dunnett_test_with_seeds_as_blocks():
+    base, arms = noisy_arms(0)
+    comparisons = compare(base, arms, 0.002, test="pooled")
+    table = np.array([base, *arms.values()])
+    noise = table - table.mean(0) - table.mean(1, keepdims=True) + table.mean()
+    sd = math.sqrt((noise**2).sum() / 20)
+    t = {arm: (x.mean() - base.mean()) / (sd * math.sqrt(2 / 6)) for arm, x in arms.items()}
+    largest = 0.0
+    for rank, arm in enumerate(sorted(t, key=lambda arm: -abs(t[arm]))):
+        c = comparisons[arm]
+        largest = max(largest, float(dunnett.tail(abs(t[arm]), 4 - rank, 20)))
+        assert (c.p, c.p_holm) == pytest.approx((2 * stats.t.sf(abs(t[arm]), 20), largest))
+        half = stats.t.ppf(0.975, 20) * sd * math.sqrt(2 / 6)
+        assert (c.delta_ci_low, c.delta_ci_high) == pytest.approx((c.delta - half, c.delta + half))
+    assert (comparisons["a"].verdict, comparisons["a"].sd) == ("better", pytest.approx(sd * math.sqrt(2)))
+
+
+def test_pooled_test_of_one_arm_is_the_paired_test():
+    paired, pooled = (compare(BASE, {"wide": ARMS["wide"]}, 0.002, test=test)["wide"] for test in ("paired", "pooled"))
+    for name, value in vars(paired).items():
+        same = pytest.approx(value, rel=1e-9) if isinstance(value, float) else value
+        assert getattr(pooled, name) == same
+
+
+def test_pooled_test_finds_more_with_three_seeds():
+    found = {"paired": 0, "pooled": 0}
+    for key in range(100):
+        base, arms = noisy_arms(key, seeds=3)
+        for test in found:
+            found[test] += compare(base, arms, test=test)["a"].verdict == "better"
+    assert found["pooled"] > 1.5 * found["paired"] > 0
+
+
+@pytest.mark.parametrize("noisy", [0, 2])
+def test_pooled_test_is_refused_if_spreads_differ(noisy):
+    base, arms = noisy_arms(1, seeds=8)
+    table = np.array([base, *arms.values()])
+    table[noisy] += rng(32).normal(0, 0.05, 8)
+    comparisons = compare(table[0], dict(zip("abcd", table[1:], strict=True)), test="pooled")
+    for c in comparisons.values():
+        assert (c.verdict, c.p) == (None, None)
+        assert ("the baseline", "a", "b")[noisy] in only(c.reasons, Why.UNEQUAL_SPREADS).cells
+
+
+def test_spreads_have_the_f_distribution():
+    x = rng(33).normal(size=(4000, 5, 4)) + rng(34).normal(0, 3, (4000, 1, 4))
+    spread = dunnett.spreads(x)
+    assert stats.kstest(spread.p[:, 0], "uniform").pvalue > 0.001
+    assert np.median(spread.correlation) == pytest.approx(0.9, abs=0.05)
+    assert np.median(spread.ratio) == pytest.approx(0.9, abs=0.1)
+
+
+@pytest.mark.parametrize(("seeds", "ratio"), [(3, 2), (5, 1), (5, 2), (10, 1.4)])
+def test_check_of_spreads_keeps_the_pooled_error_below_6_percent(seeds, ratio):
+    x = rng(35).normal(size=(8000, 6, seeds))
+    x[:, 0] *= ratio
+    spread = dunnett.spreads(x)
+    t = abs(x[:, 1:].mean(-1) - x[:, :1].mean(-1)).max(axis=1) / (spread.sd * math.sqrt(2 / seeds))
+    grid = np.linspace(0, 20, 500)
+    wrong = np.interp(t, grid, dunnett.tail(grid, 5, spread.df)) < 0.05
+    assert (wrong & ~dunnett.unequal(spread, seeds).any(axis=1)).mean() < 0.06 + 3 * math.sqrt(0.06 / 8000)
+
+
+def test_pooled_test_waits_for_every_arm():
+    base, arms = noisy_arms(2)
+    results = {name: dict(enumerate(x)) for name, x in {"base": base, **arms}.items()}
+    assert compare_by_seed(results, "base", range(6), test="pooled") == compare(base, arms, test="pooled")
+    del results["d"][5]
+    for c in compare_by_seed(results, "base", range(6), test="pooled").values():
+        assert (c.verdict, only(c.reasons, Why.MISSING).cells) == (None, ("d/seed-5",))
+
+
+def test_arms_that_repeat_the_baselines_noise_are_not_pooled():
+    c = compare(BASE, {"a": BASE, "b": BASE + 0.01}, 0.002, test="pooled")
+    assert [one.verdict for one in c.values()] == ["equivalent", "inconclusive"]
+    base, arms = noisy_arms(0)
+    copies = {"identical": base, **arms, "constant": base + 0.01}
+    alone, among = (compare(base, of, 0.002, family=6, test="pooled") for of in (arms, copies))
+    assert {arm: among[arm] for arm in arms} == alone
+    assert (among["identical"].verdict, among["constant"].reasons) == ("equivalent", (Reason(Why.CONSTANT),))
+
+
+# Power before a study runs, and the price of looking
+
+
+def test_design_of_fixed_seeds_matches_the_noncentral_t():
+    plan = design(0.5, n=6, arms=2, find=1.2)
+    assert power(plan.detectable / 0.5, 6, 0.025) == pytest.approx(0.8, abs=1e-5)
+    assert [row.difference for row in plan.rows] == [0, 0.5, 1, 1.5, 1.2]
+    for row in plan.rows[1:]:
+        assert row.power == pytest.approx(power(row.difference / 0.5, 6, 0.025), abs=0.03)
+        assert row.seeds == 6
+    assert plan.seeds_to_find == seeds_needed(0.5, 1.2, 0.025)
+
+
+def test_design_with_looks():
+    plan = design(0.5, arms=3, looks=(3, 5, 8, 12), find=0.5)
+    fixed = min_detectable_delta(0.5, 12, 0.05 / 3)
+    assert fixed < plan.detectable < 1.15 * fixed
+    null, *effects = plan.rows[:4]
+    assert null.power < 0.02 and null.seeds < 10
+    assert effects[0].power < effects[1].power <= effects[2].power
+    assert effects[0].seeds > effects[1].seeds > effects[2].seeds
+    needed = seeds_needed(0.5, 0.5, 0.05 / 3)
+    assert needed < plan.seeds_to_find < 1.5 * needed
+    assert design(0.5, arms=3, looks=(3, 5, 8, 12), find=0.5) == plan
+
+
+@pytest.mark.parametrize(("looks", "arms", "margin", "error"), [
+    ([5], 1, None, 0.05), ([5], 10, None, 0.046), (range(3, 11), 1, None, 0.167), (range(3, 21), 3, 0.83, 0.194),
+])  # fmt: skip
+def test_simulated_error_of_looking(looks, arms, margin, error):
+    assert simulated_error(looks, arms, margin) == pytest.approx(error, abs=0.012)
+
+
+def test_simulated_error_is_that_of_compare():
+    draw, looks, wrong = rng(36), (3, 5, 8), 0
+    for _ in range(400):
+        base, arms = draw.normal(size=8), dict(zip("ab", draw.normal(size=(2, 8)), strict=True))
+        verdicts = {}
+        for n in looks:
+            for arm, c in compare(base[:n], {arm: x[:n] for arm, x in arms.items()}, math.sqrt(2)).items():
+                if c.verdict != "inconclusive":
+                    verdicts.setdefault(arm, c.verdict)
+        wrong += any(verdict != "equivalent" for verdict in verdicts.values())
+    assert simulated_error(looks, 2, 1.0) == pytest.approx(wrong / 400, abs=0.045)
 
 
 # Factors

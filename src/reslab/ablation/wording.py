@@ -24,6 +24,12 @@ REASONS = {
     Why.ADJUSTED: "significant on its own, but not after adjusting for {number} comparisons",
     Why.SEPARATE: "{more} would be needed to detect a difference of {size} at 80 % power",
     Why.EQUIVALENCE: "{more} would be needed to show equivalence within ±{margin} at 80 % power",
+    Why.NEXT_LOOK: "not decided so far; the next look is at {number} seeds",
+    Why.LAST_LOOK: "not decided at the last look, at {number} seeds; only a study of new seeds can decide it",
+    Why.HOPELESS: "stopped early: the chance of a verdict by the last look was {number} %",
+    Why.UNEQUAL_SPREADS: "results of {cells} spread differently from those of the other arms, so the pooled test would "
+    "give too many false verdicts; use `test: paired`",
+    Why.POOLED_LOOKS: "the pooled test allows no planned looks; use `test: paired`, or `seeds` instead of `looks`",
 }
 TEX = {
     **{sign: f"\\{sign}" for sign in "&%$#_{}"},
