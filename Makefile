@@ -44,7 +44,7 @@ format: $(STAMP)  ## format the code and sort imports
 	@$(BIN)/ruff format .
 
 notebooks: $(STAMP)  ## run the notebooks from top to bottom
-	@$(BIN)/python -m pytest tests/test_notebooks.py
+	@$(BIN)/python -m pytest tests/test_notebooks.py -m slow
 
 gpu-check: $(STAMP)  ## measure on a GPU: speed, device syncs, time to 94 % on CIFAR-10 (about 20 minutes)
 	@$(BIN)/python -m pytest -m gpu

@@ -1,6 +1,7 @@
 """Fixtures shared by all tests: real data, small image folders, and a finished short run."""
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,6 +18,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # No deadline: a slow machine is not a failure. On CI the examples are the same in every run.
 settings.register_profile("reslab", deadline=None, derandomize="CI" in os.environ)
 settings.load_profile("reslab")
+
+# Started in the background, as by `nohup make test &`, this process ignores SIGINT, and so would the runs it starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 REPO = Path(__file__).resolve().parents[1]
 

@@ -38,7 +38,10 @@ def fit(folder: Path, *options: str, **how: object) -> Ended:
     return reslab("fit", *DIGITS, *SHORT, "--run.dir", folder, *options, **how)  # type: ignore[arg-type]
 
 
-@pytest.fixture(scope="module", params=NETWORKS)
+SLOW = ("timm vit", "torchvision mobilenet")  # one library network and the user's own are enough for every change
+
+
+@pytest.fixture(scope="module", params=[pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in NETWORKS])
 def network(request: pytest.FixtureRequest) -> list[str]:
     if request.param.startswith("timm"):
         pytest.importorskip("timm", reason="timm is not installed")

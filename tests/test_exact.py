@@ -26,7 +26,9 @@ def killed_and_resumed(folder: Path, *options: str, faults: list[Fault]) -> Path
     return folder
 
 
-@pytest.mark.parametrize("option", ["--data.num_workers=1", "--data.num_workers=2"])
+@pytest.mark.parametrize(
+    "option", [pytest.param("--data.num_workers=1", marks=pytest.mark.slow), "--data.num_workers=2"]
+)
 def test_number_of_workers_changes_nothing(undisturbed: Undisturbed, tmp_path: Path, option: str) -> None:
     assert fit(tmp_path, option).status == 0
     assert traces(tmp_path) == traces(undisturbed())
@@ -108,6 +110,7 @@ def test_killed_and_resumed_in_every_configuration(
     assert manifest(tmp_path)["results"] == manifest(whole)["results"]
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_fine_tuning(undisturbed: Undisturbed, tmp_path: Path) -> None:
     start = undisturbed()
     groups = ["--model.param_groups.freeze=[stem,stage1]", "--model.param_groups.backbone_lr_scale=0.1"]

@@ -158,7 +158,16 @@ def test_network_that_fixes_the_batch_size_is_explained(
 
 
 @pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("name", ["torchvision.mobilenet_v3_small", "timm.resnet10t", "timm.vit_tiny_patch16_224"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "timm.resnet10t",
+        *(
+            pytest.param(n, marks=pytest.mark.slow)
+            for n in ("torchvision.mobilenet_v3_small", "timm.vit_tiny_patch16_224")
+        ),
+    ],
+)
 def test_networks_of_libraries_are_exported_with_any_batch_size(name: str, format: str, tmp_path: Path) -> None:
     library, _, name = name.partition(".")
     if library == "timm":

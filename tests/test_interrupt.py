@@ -30,9 +30,9 @@ def assert_closing_line(ended: Ended, status: int = 130, line: str = "reslab: in
     ("module", "presses"),
     [
         ("reslab.cli", 1),
-        ("argparse", 2),
+        pytest.param("argparse", 2, marks=pytest.mark.slow),
         ("torch", 1),
-        ("torch.nn", 2),
+        pytest.param("torch.nn", 2, marks=pytest.mark.slow),
         pytest.param("jsonargparse", 2, marks=pytest.mark.slow),
         pytest.param("lightning.pytorch", 1, marks=pytest.mark.slow),
     ],
