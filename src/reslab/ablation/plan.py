@@ -3,7 +3,8 @@
 import os
 from pathlib import Path
 
-from reslab.ablation.cells import State, read_plan, seconds_per_cell, states
+from reslab.ablation.cells import State, seconds_per_cell, states
+from reslab.ablation.plan_log import read_plan
 from reslab.ablation.study import Arm, Study, change_text
 from reslab.runs.manifest import duration
 
