@@ -1,5 +1,6 @@
 """Cells of a study: one run directory per arm and seed, and their states."""
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,7 +72,10 @@ def states(
     """
     if configs is None:
         configs = {arm: read_config(out / arm / ARM) for arm in study.arms}
-    data = read_plan(out).get("data", {}) if data is None else data
+    if data is None:
+        data = {}
+        with contextlib.suppress(UserError):  # a damaged plan log, which the report states
+            data = read_plan(out).get("data", {})
     return [state(study, cell, configs[cell.arm], data.get(cell.arm)) for cell in cells(study, out)]
 
 

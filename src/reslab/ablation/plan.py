@@ -1,16 +1,18 @@
-"""Text printed by `ablate plan`: cells, changes of each arm, cost. Imports no torch."""
+"""Text printed by `ablate plan`: cells, changes of each arm, cost, power. Imports no torch."""
 
 import os
 from pathlib import Path
 
 from reslab.ablation.cells import State, seconds_per_cell, states
 from reslab.ablation.plan_log import read_plan
+from reslab.ablation.power import power
 from reslab.ablation.study import Arm, Study, change_text
+from reslab.ablation.wording import Unit, is_share
 from reslab.runs.manifest import duration
 
 
-def describe(study: Study, out: Path) -> str:
-    """Return the plan as plain text, with what is already done in `out`."""
+def describe(study: Study, out: Path, find: float | None = None) -> str:
+    """Return the plan as plain text: what is done in `out`, what it can find, what finding `find` would cost."""
     current = states(study, out)
     done = sum(s.status == "complete" for s in current)
     seeds = ", ".join(map(str, study.seeds))
@@ -18,7 +20,8 @@ def describe(study: Study, out: Path) -> str:
     weights = "last" if study.test_weights == "last" else "best validated"
     margin = "no margin, so no arm can be called equivalent"
     if study.margin is not None:
-        margin = f"differences within ±{study.margin:g} do not matter"
+        size = Unit(is_share(study.metric), 2).exact(study.margin)
+        margin = f"differences within ±{size} do not matter"
     recorded = read_plan(out).get("hash")
     earlier = "nothing run yet" if recorded is None else f"holds runs of another plan, {recorded[:12]}…"
     lines = [
@@ -26,14 +29,20 @@ def describe(study: Study, out: Path) -> str:
         f"file       {os.path.relpath(study.path)}",
         f"cells      {len(study.arms)} arms × {len(study.seeds)} seeds ({seeds}) = {len(current)}; {done} done",
         f"metric     {study.metric} ({better} is better) of the {weights} weights; {margin}",
+        f"test       {study.test}, {_looks(study)}",
         *(f"factor     {key}: {', '.join(labels)}" for key, labels in study.factors.items()),
         "arms",
         *(f"  {line}" for arm in study.arms.values() for line in _arm(arm, study)),
         f"cost       {_cost(study, current)}",
+        *(f"{'' if i else 'finds':<11}{line}" for i, line in enumerate(power(study, out, current, find))),
         f"directory  {out}" + (f" ({earlier})" if recorded != study.hash else ""),
         f"plan       {study.hash}",
     ]
     return "\n".join(lines)
+
+
+def _looks(study: Study) -> str:
+    return f"judged after {', '.join(map(str, study.looks))} seeds" if study.looks else "judged once, after all seeds"
 
 
 def _arm(arm: Arm, study: Study) -> list[str]:

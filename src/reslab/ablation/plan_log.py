@@ -23,7 +23,6 @@ from reslab.errors import UserError
 from reslab.runs import manifest as manifests
 
 PLANS, OLD_PLAN = "plan.jsonl", "plan.json"  # the second of earlier versions: overwritten by every plan
-CIRCUMSTANCES = ("time", "commit", "dirty", "results", "complete", "previous", "imported")  # not part of a plan
 JUDGED = ("baseline", "metric", "mode", "margin", "test", "looks", "test_weights")  # what verdicts depend on
 Plan = dict[str, Any]
 
@@ -34,7 +33,9 @@ def append_plan(study: Study, out: Path, data: Mapping[str, Config] | None = Non
     A line that a crash cut off is removed first; complete lines are never touched.
     """
     lines, plans = _read(out)
-    plan: Plan = {"name": study.name, "hash": study.hash, **study.about(), "data": dict(data or {})}
+    known = plans[-1].get("data", {}) if plans else {}  # for arms whose data are not on this machine
+    of_arms = {arm: (data or {}).get(arm, known.get(arm)) for arm in study.arms if arm in {*(data or {}), *known}}
+    plan: Plan = {"name": study.name, "hash": study.hash, **study.about(), "data": of_arms}
     plan["arms"] = {arm.name: _arm(arm) for arm in study.arms.values()}
     plan = json.loads(json.dumps(plan, default=str))
     new = [plans[0]] if plans and not lines else []  # imported from plan.json
@@ -71,11 +72,12 @@ def _read(out: Path) -> tuple[list[bytes], list[Plan]]:
     for i, line in enumerate(lines):
         try:
             plans.append(dict(json.loads(line)))
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             if i < len(lines) - 1:
                 raise UserError(f"{out / PLANS}: line {i + 1} is damaged; restore it, or use another --out") from error
-        if i and i < len(plans) and plans[i].get("previous") != _sha256(lines[i - 1]):
-            raise UserError(f"{out / PLANS}: line {i} was changed later; restore it, or use another --out")
+            break
+        if plans[i].get("previous") != (_sha256(lines[i - 1]) if i else None):
+            raise UserError(f"{out / PLANS}: the lines before line {i + 1} were changed; restore them")
     return lines[: len(plans)], plans
 
 
@@ -156,13 +158,18 @@ class PlanHistory:
 
     def arm(self, name: str) -> str:
         """Return when an arm was planned, as it is now."""
+        return self._label(self._holds(plan, name) for plan in self.plans)
+
+    def is_current(self, name: str) -> bool:
+        """Return whether the last plan has the arm as it is now."""
+        return bool(self.plans) and self._holds(self.plans[-1], name)
+
+    def _holds(self, plan: Plan, name: str) -> bool:
+        if (then := plan.get("arms", {}).get(name)) is None:
+            return False
         now = json.loads(json.dumps(_arm(self.study.arms[name]), default=str))
-
-        def same(then: Mapping[str, Any]) -> bool:
-            key = "config" if "config" in then else "changes"
-            return then.get(key) == now[key]
-
-        return self._label(name in plan.get("arms", {}) and same(plan["arms"][name]) for plan in self.plans)
+        key = "config" if "config" in then else "changes"
+        return then.get(key) == now[key]
 
     def seed(self, seed: int) -> str:
         return self._label(seed in plan.get("seeds", []) for plan in self.plans)
@@ -175,17 +182,17 @@ class PlanHistory:
         n = self.results[first]
         if n is None:
             return "planned before the plan log began"
-        return f"added after {n} result{'s' if n > 1 else ''}" if n else "planned before any result"
+        return f"added {_after(n)}" if n else "planned before any result"
 
     def changes(self) -> Iterator[str]:
         """Yield what was changed although results existed: how verdicts are reached, and arms or seeds removed."""
         for (old, new), n in zip(pairwise(self.plans), self.results[1:], strict=True):
             for key in JUDGED if n else ():
                 if key in old and old[key] != new.get(key):
-                    yield f"{key} changed from {_text(old[key])} to {_text(new.get(key))} after {n} results"
+                    yield f"{key} changed from {_text(old[key])} to {_text(new.get(key))} {_after(n)}"
             for thing in ("arms", "seeds") if n else ():
                 if gone := [str(item) for item in old.get(thing, ()) if item not in new.get(thing, ())]:
-                    yield f"{thing} removed after {n} results: {', '.join(gone)}"
+                    yield f"{thing} removed {_after(n)}: {', '.join(gone)}"
 
     def looks(self, now: int) -> list[int]:
         """Return the numbers of seeds at which verdicts could be seen, `now` the one of the present results.
@@ -219,6 +226,10 @@ def _seeds_with_results(plan: Plan, complete: Sequence[str]) -> int:
     seeds = {arm: {s for s in plan.get("seeds", ()) if f"{arm}/seed-{s}" in complete} for arm in plan.get("arms", ())}
     baseline = seeds.pop(plan.get("baseline", ""), set())
     return seeds_compared(baseline, list(seeds.values()))
+
+
+def _after(n: int | None) -> str:
+    return f"after {n} result{'' if n == 1 else 's'}"
 
 
 def _text(value: Any) -> str:

@@ -36,6 +36,14 @@ def read_mapping(path: Path) -> Config:
     return text
 
 
+def parse_value(text: str) -> Any:
+    """Return a value of the command line, which is YAML."""
+    try:
+        return yaml.load(text, Loader)
+    except yaml.YAMLError as error:
+        raise UserError(f"{text!r} is not valid YAML; quote it") from error
+
+
 def options(overrides: Sequence[str]) -> Iterator[tuple[str, str]]:
     """Yield the names and values of --KEY VALUE and --KEY=VALUE."""
     words = iter(overrides)

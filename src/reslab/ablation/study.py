@@ -10,8 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from reslab.ablation import resolve
 from reslab.ablation.resolve import Config, merge, short_key
 from reslab.ablation.study_file import Mistakes, check_keys, folder_name, read_text, seeds_of
@@ -183,8 +181,11 @@ def _base(folder: Path, parts: Sequence[Any], overrides: Sequence[str], varied: 
                 config = resolve.change(config, dict(resolve.flat(part)), folder)
             else:
                 config = merge(config, resolve.read_config(base_file(folder, part)))
+    stated: list[tuple[str, str]] = []
     with mistakes.collect():
-        for key, value in resolve.options(overrides):
+        stated += resolve.options(overrides)
+    for key, value in stated:
+        with mistakes.collect(f"--{key}: "):
             config = _override(config, key, value, varied)
     return config
 
@@ -199,8 +200,10 @@ def _override(config: Config, key: str, value: str, varied: set[str]) -> Config:
     if key == "config":
         return merge(config, resolve.read_config(Path(value)))
     if clash := [v for v in varied if f"{short_key(key)}.".startswith(f"{short_key(v)}.")]:
-        raise UserError(f"--{key} would apply to all arms, but they differ in {clash[0]}")
-    return resolve.change(config, {key: yaml.load(value, resolve.Loader)}, Path())
+        raise UserError(f"it would apply to all arms, but they differ in {clash[0]}")
+    changed = resolve.change(config, {key: resolve.parse_value(value)}, Path())
+    resolve.check_key(resolve.full_key(key, changed), changed)
+    return changed
 
 
 def _variants(text: Config, factors: Factors, mistakes: Mistakes) -> Variants:
