@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -13,12 +14,15 @@ from pathlib import Path
 
 import pytest
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from reslab.ablation import launch
 from reslab.ablation.cells import cells, states
-from reslab.ablation.resolve import check_key, merge, with_defaults
+from reslab.ablation.resolve import check_key, full_key, merge, with_defaults
 from reslab.ablation.signatures import ROOTS, parameters
 from reslab.ablation.study import read_study
+from reslab.ablation.study_file import KEYS
 from reslab.config import Experiment
 from reslab.errors import UserError
 from reslab.host import CONFIGS
@@ -121,6 +125,8 @@ def test_hash_covers_what_affects_the_results(tmp_path: Path) -> None:
     assert read_study(write(tmp_path), ["--data.root", "elsewhere"]).hash == plain
     assert read_study(write(tmp_path, seeds=[0, 1, 2])).hash != plain
     assert read_study(write(tmp_path), ["--trainer.max_epochs=2"]).hash != plain
+    for keys in ({"test": "pooled"}, {"sd": 0.002}, {"seeds": None, "looks": [3]}):
+        assert read_study(write(tmp_path, **keys)).hash != plain
 
 
 MISTAKES = [
@@ -138,17 +144,43 @@ MISTAKES = [
     ({"arms": {"A": {}, "B": {"data.split_seed": 0}}}, "arm B is the same as A", ""),
     ({"arms": {"A": {}, "a/b": {SHORTCUT: "C"}}}, "'a/b'", "not a valid directory name"),
     ({"baseline": "Aa"}, "baseline 'Aa' is not an arm", "A"),
-    ({"seeds": []}, "seeds", "empty"),
-    ({"seeds": [0, 0]}, "seeds", "twice"),
-    ({"seeds": [0, "x"]}, "seeds", "'x'"),
+    ({"seeds": []}, "seeds must be", "seeds: 5 (got [])"),
+    ({"seeds": 0}, "seeds must be", "seeds: 5 (got 0)"),
+    ({"seeds": True}, "seeds must be", "seeds: 5 (got True)"),
+    ({"seeds": [0, 0]}, "seeds must be", "different integers"),
+    ({"seeds": [0, "x"]}, "seeds must be", "'x'"),
+    ({"seeds": None}, "seeds is missing", "seeds: 5"),
+    ({"seeds": None, "looks": [2, 5]}, "looks must be a list of increasing integers of at least 3", "looks: [3, 5, 8]"),
+    ({"seeds": None, "looks": [5, 3]}, "looks must be", "got [5, 3]"),
+    ({"seeds": None, "looks": [3, 3]}, "looks must be", "got [3, 3]"),
+    ({"seeds": None, "looks": []}, "looks must be", "got []"),
+    ({"seeds": None, "looks": 5}, "looks must be", "got 5"),
+    ({"looks": [3, 5]}, "looks ends at 5 seeds, but seeds has 2", "leave seeds out"),
+    ({"test": "welch"}, "test must be paired or pooled", "test: paired"),
+    ({"sd": 0}, "sd must be a number above 0", "sd: 0.002"),
+    ({"sd": float("inf")}, "sd must be a number above 0", "inf"),
+    ({"minutes": -1}, "minutes must be a number above 0", "minutes: 12"),
+    ({"base": "experiment/digits.yaml"}, "base must be a list: base: [configs/experiment/digits.yaml]", "study.yaml"),
+    ({"base": None}, "base is missing: base: [configs/experiment/digits.yaml]", "study.yaml"),
+    ({"baseline": None}, "baseline is missing: baseline: A", ""),
+    ({"baseline": ["A"]}, "baseline must be the name of an arm", "baseline: A"),
+    ({"name": "a/b"}, "name must be a directory name", "name: shortcuts"),
+    ({"mode": "most"}, "mode must be max or min", "mode: max"),
+    ({"arms": ["A", "B"]}, "arms must be names with dotted keys and values", "arms: {A: {}"),
+    ({"arms": {"A": {}, "B": 3}}, "arm B must hold keys and values: B: {model.optimizer.lr: 0.2}", "got 3"),
+    ({"arms": {"A": {}, False: {SHORTCUT: "C"}}}, 'write "false"', "line "),
+    ({"arms": {"A": {}, "B": {SHORTCUT: "C", "model.net.shortcut": "B"}}}, "are the same key", "arm B"),
+    ({"arms": None, "factors": {3: [1, 2]}}, "3: no such key", ""),
+    ({"exclude": "x"}, "exclude must be a list of factors and values", "exclude: [{"),
     ({"metric": "accuracy"}, "metric must be train/NAME, val/NAME or test/NAME", "'accuracy'"),
     ({"metric": "test/"}, "metric must be train/NAME, val/NAME or test/NAME", "'test/'"),
-    ({"margin": 0}, "margin", "more than 0"),
+    ({"margin": 0}, "margin must be a number above 0", "margin: 0.002 (got 0)"),
     ({"test_weights": "final"}, "test_weights", "last or best"),
     ({"sedes": [1]}, "'sedes'", "nearest: seeds"),
-    ({"question": None}, "question", "missing"),
+    ({"question": 3}, "question must be text", "question: Which kind"),
     ({"arms": {"A": {}}}, "nothing to compare", "second arm"),
-    ({"base": ["none.yaml"]}, "none.yaml", "cannot read"),
+    ({"base": ["none.yaml"]}, "no config file", "none.yaml"),
+    ({"base": ["digit"]}, "no config file", "nearest experiments: digits"),
     ({"factors": {SHORTCUT: ["A", "C"]}}, "either arms or factors", ""),
     ({"arms": None, "factors": {SHORTCUT: ["A"]}}, "at least two values", SHORTCUT),
     ({"arms": None, "factors": {SHORTCUT: ["A", "C"]}, "exclude": [{"x": 1}]}, "'x' is not a factor", SHORTCUT),
@@ -161,7 +193,136 @@ def test_mistake_in_a_study_file_is_named(tmp_path: Path, changes: dict, message
         read_study(write(tmp_path, **changes))
     assert message in str(caught.value)
     assert more in str(caught.value)
-    assert "study.yaml" in str(caught.value) or "base" in changes
+    assert "study.yaml" in str(caught.value)
+
+
+def test_all_mistakes_are_reported_at_once(tmp_path: Path) -> None:
+    file = write(
+        tmp_path, base="digits.yaml", seeds=[0, 0], margin="small", tset="pooled", baseline="C", metric="accuracy",
+        arms={"A": {}, "B": 3, "a/b": {}, "lr": {"model.optimizer.lrr": 1}},
+    )  # fmt: skip
+    with file.open("a") as text:
+        text.write("question: Twice?\n")
+    with pytest.raises(UserError) as caught:
+        read_study(file)
+    first, *mistakes = str(caught.value).split("\n  ")
+    assert first == f"{file} has 9 mistakes:", mistakes
+    for start in ("line 15: question appears twice", "base must be", "seeds must be", "margin must be",
+                  "no such key 'tset'; nearest: test", "metric must be", "arm B must hold", "'a/b' is not a valid",
+                  "the baseline 'C' is not an arm"):  # fmt: skip
+        assert [mistake for mistake in mistakes if mistake.startswith(start)], start
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-2, 9) | st.floats() | st.sampled_from(["", "A", "x.yaml", SHORTCUT]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
+        st.sampled_from(["A", "none", SHORTCUT, "model", "model.net", "run.dir", 3, ""]), inner, max_size=3
+    ),
+    max_leaves=6,
+)  # fmt: skip
+
+
+@given(changes=st.dictionaries(st.sampled_from(sorted(KEYS)), VALUES, min_size=1, max_size=3))
+@settings(max_examples=150, deadline=None)
+def test_any_content_gives_a_study_or_a_message(tmp_path_factory: pytest.TempPathFactory, changes: dict) -> None:
+    try:
+        study = read_study(write(tmp_path_factory.mktemp("study"), **changes))
+    except UserError as error:
+        assert "study.yaml" in str(error)
+    else:
+        assert study.baseline in study.arms and len(study.arms) > 1 and study.hash
+
+
+@pytest.mark.parametrize(
+    ("changes", "seeds", "looks"),
+    [
+        ({"seeds": 5}, [0, 1, 2, 3, 4], None),
+        ({"seeds": [4, 2]}, [4, 2], None),
+        ({"seeds": None, "looks": [3, 5]}, [0, 1, 2, 3, 4], [3, 5]),
+        ({"seeds": [9, 8, 7, 6], "looks": [3, 4]}, [9, 8, 7, 6], [3, 4]),
+    ],
+)
+def test_seeds_are_a_number_a_list_or_follow_from_looks(
+    tmp_path: Path, changes: dict, seeds: list[int], looks: list[int] | None
+) -> None:
+    study = read_study(write(tmp_path, **changes))
+    assert (study.seeds, study.looks) == (seeds, looks)
+    assert (study.about()["seeds"], study.about()["looks"]) == (seeds, looks)
+
+
+@pytest.mark.parametrize(
+    ("arms", "question"),
+    [
+        ({"A": {}, "none": {SHORTCUT: "none"}}, "Does none differ from A in val/loss?"),
+        ({"A": {}, "B": {SHORTCUT: "B"}, "C": {SHORTCUT: "C"}}, "Does any arm differ from A in val/loss?"),
+    ],
+)
+def test_question_is_made_from_the_arms(tmp_path: Path, arms: dict, question: str) -> None:
+    assert read_study(write(tmp_path, question=None, metric="val/loss", arms=arms)).question == question
+
+
+@pytest.mark.parametrize("base", ["digits", "configs/experiment/digits.yaml"])
+def test_base_is_an_experiment_or_a_file_of_the_repository(tmp_path: Path, base: str) -> None:
+    assert read_study(write(tmp_path, base=[base])).hash == read_study(write(tmp_path)).hash
+
+
+def test_baseline_may_be_a_number(tmp_path: Path) -> None:
+    assert read_study(write(tmp_path, baseline=0.1, arms={0.1: {}, 0.2: {SHORTCUT: "C"}})).baseline == "0.1"
+
+
+@pytest.mark.parametrize(
+    ("short", "full"),
+    [
+        ("model.net.shortcut", SHORTCUT),
+        ("model.optimizer.lr", "model.optimizer.init_args.lr"),
+        ("model.objective.label_smoothing", "model.objective.init_args.label_smoothing"),
+        ("data.augment.flip", "data.augment.flip"),
+        ("model.optimizer.class_path", "model.optimizer.class_path"),
+        ("model.optimizer", "model.optimizer"),
+        ("model.net.no_such_key", "model.net.init_args.no_such_key"),
+    ],
+)
+def test_keys_may_leave_out_init_args(tmp_path: Path, short: str, full: str) -> None:
+    assert full_key(short, read_study(write(tmp_path)).arms["A"].config) == full
+    assert full_key(full, read_study(write(tmp_path)).arms["A"].config) == full
+
+
+def test_spelling_of_keys_changes_nothing(tmp_path: Path) -> None:
+    def hashed(key: str, lr: str, *options: str) -> str:
+        arms = {"A": {}, "none": {key: "none"}}
+        return read_study(write(tmp_path, arms=arms, base=[*PLAIN["base"], {lr: 0.3}]), options).hash
+
+    lr = "model.optimizer.init_args.lr"
+    assert hashed(SHORTCUT, lr) == hashed("model.net.shortcut", "model.optimizer.lr")
+    assert hashed(SHORTCUT, lr, "--model.net.width=8") == hashed(SHORTCUT, lr, "--model.net.init_args.width=8")
+    factors = {"model.net.shortcut": ["A", "none"], "model.optimizer.lr": [0.1, 0.2]}
+    grid = write(tmp_path, arms=None, factors=factors, baseline={SHORTCUT: "A", "model.optimizer.init_args.lr": 0.1})
+    assert read_study(grid).baseline == "shortcut=A+lr=0.1"
+
+
+def test_ambiguous_key_is_reported_with_both(module: None) -> None:
+    config = {"model": {"loss": {"class_path": "mine.model.Loss", "dict_kwargs": {"smoothing": 1, "x": 2}}}}
+    with pytest.raises(
+        UserError, match=r"ambiguous: model\.loss\.init_args\.smoothing or model\.loss\.dict_kwargs\.smo"
+    ):
+        full_key("model.loss.smoothing", config)
+    assert full_key("model.loss.x", config) == "model.loss.dict_kwargs.x"
+    assert full_key("model.loss.smoothing", {"model": {}}) == "model.loss.init_args.smoothing"  # the default class
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--minutes", "3"], "--minutes: minutes: no such key"),
+        (["--trainer.max_epoch=3"], "nearest: trainer.max_epochs"),
+        (["--trainer.max_epochs", "[1"], "is not valid YAML"),
+        (["--model.net.shortcut", "C"], "would apply to all arms, but they differ"),
+        (["3"], "'3' is not an option"),
+    ],
+)
+def test_wrong_option_is_reported(tmp_path: Path, options: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
+        read_study(write(tmp_path), options)
 
 
 @pytest.mark.parametrize(
@@ -433,6 +594,7 @@ def test_plan_prints_cells_changes_and_hash_without_torch(tmp_path: Path) -> Non
     words = ["ablate", "plan", str(write(tmp_path, minutes=3)), "--out", str(tmp_path / "out")]
     done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True)
     assert "2 arms × 2 seeds (0, 1) = 4; 0 done" in done.stdout
+    assert "finds      nothing: a verdict requires at least 3 seeds" in done.stdout
     assert f"none  {SHORTCUT}: A → none" in done.stdout
     assert "4 cells to run, 12 min 00 s" in done.stdout
     assert read_study(write(tmp_path, minutes=3)).hash in done.stdout

@@ -339,18 +339,18 @@ UNIT = Unit(percent=True, decimals=2)
         (
             [Reason(Why.ADJUSTED, 10), Reason(Why.SEPARATE, 12)],
             "significant on its own, but not after adjusting for 10 comparisons; "
-            "about 12 more seeds would be needed to detect a difference of 0.1 points at 80 % power",
+            "a new study with about 17 seeds per arm, or planned looks, would detect a difference of 0.1 points at",
         ),
         (
             [Reason(Why.EQUIVALENCE, 1)],
-            "about 1 more seed would be needed to show equivalence within ±0.2 points at 80 %",
+            "a new study with about 6 seeds per arm, or planned looks, would show equivalence within ±0.2 points",
         ),
-        ([Reason(Why.SEPARATE)], "more than 1,000 seeds would be needed to detect a difference of 0.1 points"),
+        ([Reason(Why.SEPARATE)], "more than 1,000 seeds per arm would be needed to detect a difference of 0.1 points"),
     ],
     ids=lambda value: value[0].why if isinstance(value, list) else "",
 )
 def test_reasons_are_sentences(reasons: list[Reason], text: str) -> None:
-    assert text in explain(reasons, UNIT, margin=0.002, delta=-0.001, p_holm=0.0123)
+    assert text in explain(reasons, UNIT, margin=0.002, delta=-0.001, p_holm=0.0123, n=5)
 
 
 def test_every_reason_has_a_sentence() -> None:

@@ -234,8 +234,12 @@ def _plan_study(name: str, out: str | None, overrides: list[str], check: bool, f
 
 
 def _run_and_report(name: str, out: str | None, overrides: list[str], as_json: bool, **options: Any) -> int:
+    from reslab.ablation.plan import notes
+
     study, folder = _read_study(name, out, overrides)
     with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
+        for note in notes(study, folder):
+            print(f"Note: {note}")
         status = _run_study(study, folder, **options)
     if status != Exit.PREEMPTED and not options["detach"]:
         _report(study, folder, as_json)

@@ -1,6 +1,5 @@
 """Write a new, commented study file for `ablate new`. Imports no torch."""
 
-import difflib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,12 +30,13 @@ def new_study(name: str, base: Sequence[str], arms: Sequence[str], out: Path | N
     Raises:
         UserError: the file exists, or the study would not be valid.
     """
-    path = out or CONFIGS / "ablation" / f"{folder_name(name)}.yaml"
+    path = out or CONFIGS / "ablation" / f"{name}.yaml"
+    folder_name(name)
     if path.exists():
         raise UserError(f"{path} exists: choose another name, or --out FILE")
-    files = [_base(file) for file in base]
+    files = [base_file(Path(), file).resolve() for file in base]
     changes = _arms(arms) or _example_arm(files)
-    text = _text(name, shown(path), [os.path.relpath(file, path.parent) for file in files], changes)
+    text = _text(name, path, [os.path.relpath(file, path.resolve().parent) for file in files], changes)
     mistakes = Mistakes()
     parse_study(path, yaml.load(text, resolve.Loader), (), mistakes)
     mistakes.raise_all(path)
@@ -44,15 +44,6 @@ def new_study(name: str, base: Sequence[str], arms: Sequence[str], out: Path | N
     with path.open("x", encoding="utf-8") as file:
         file.write(text)
     return path
-
-
-def _base(name: str) -> Path:
-    file = base_file(Path(), name)
-    if not file.is_file():
-        names = [path.stem for path in sorted((CONFIGS / "experiment").glob("*.yaml"))]
-        near = difflib.get_close_matches(file.stem, names, 3, 0.5) or names
-        raise UserError(f"--base: no config file or experiment {name}; nearest: {', '.join(near)}")
-    return file.resolve()
 
 
 def _arms(stated: Sequence[str]) -> dict[str, Config]:
@@ -78,15 +69,17 @@ def _example_arm(files: Sequence[Path]) -> dict[str, Config]:
     return {"double_lr": {"model.optimizer.lr": 2 * lr}}
 
 
-def _text(name: str, path: str, base: Sequence[str], arms: dict[str, Config]) -> str:
+def _text(name: str, path: Path, base: Sequence[str], arms: dict[str, Config]) -> str:
     stated = {"base": _line({"base": list(base)}), "baseline": _line({"baseline": BASELINE}), "seeds": "seeds: 5"}
     rows = "\n".join(f"  {_line({arm: changes})}" for arm, changes in {BASELINE: {}, **arms}.items())
     stated["arms"] = f"arms:\n{rows}"
     lines = [
         f"# {name}: what is compared, in one line.",
-        f"#   reslab ablate plan {path}  # lists the runs and what they can find",
-        f"#   reslab ablate run {path}   # runs or resumes them, and reports",
+        f"#   reslab ablate plan {shown(path)}  # lists the runs and what they can find",
+        f"#   reslab ablate run {shown(path)}   # runs or resumes them, and reports",
     ]
+    if name != path.stem:
+        lines += ["", _line({"name": name})]
     for key in STATED:
         lines += ["", f"# {_sentence(KEYS[key].about)}", stated[key]]
     lines += ["", "# Optional keys. To use one, remove the # before it."]

@@ -1,13 +1,14 @@
 """Text printed by `ablate plan`: cells, changes of each arm, cost, power. Imports no torch."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from reslab.ablation.cells import State, seconds_per_cell, states
-from reslab.ablation.plan_log import read_plan
+from reslab.ablation.plan_log import PlanHistory, next_plan, read_plan, read_plans
 from reslab.ablation.power import power
 from reslab.ablation.study import Arm, Study, change_text
-from reslab.ablation.wording import Unit, is_share
+from reslab.ablation.wording import Unit, count, is_share
 from reslab.runs.manifest import duration
 
 
@@ -37,8 +38,23 @@ def describe(study: Study, out: Path, find: float | None = None) -> str:
         *(f"{'' if i else 'finds':<11}{line}" for i, line in enumerate(power(study, out, current, find))),
         f"directory  {out}" + (f" ({earlier})" if recorded != study.hash else ""),
         f"plan       {study.hash}",
+        *(f"note       {note}" for note in notes(study, out)),
     ]
     return "\n".join(lines)
+
+
+def notes(study: Study, out: Path) -> Iterator[str]:
+    """Yield what running the study now would change in its plan although results exist."""
+    plans = read_plans(out)
+    if not plans or (plan := next_plan(study, out, plans)) is None:
+        return
+    before, after = PlanHistory(study, plans), PlanHistory(study, [*plans, plan])
+    known = list(before.changes())
+    yield from [change for change in after.changes() if change not in known]
+    if after.looks() != before.looks() and not after.looks_planned:
+        more = ", ".join(str(seed) for seed in study.seeds if seed not in plans[-1].get("seeds", ()))
+        results = count(plan["results"], "result")
+        yield f"seeds {more} added after {results}: without planned looks, verdicts are exploratory"
 
 
 def _looks(study: Study) -> str:

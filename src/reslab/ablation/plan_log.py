@@ -33,17 +33,25 @@ def append_plan(study: Study, out: Path, data: Mapping[str, Config] | None = Non
     A line that a crash cut off is removed first; complete lines are never touched.
     """
     lines, plans = _read(out)
-    known = plans[-1].get("data", {}) if plans else {}  # for arms whose data are not on this machine
-    of_arms = {arm: (data or {}).get(arm, known.get(arm)) for arm in study.arms if arm in {*(data or {}), *known}}
-    plan: Plan = {"name": study.name, "hash": study.hash, **study.about(), "data": of_arms}
+    if plan := next_plan(study, out, plans, data):
+        git = manifests.git_state(Path(__file__).parent) or {}
+        about = {"time": manifests.now(), "commit": git.get("sha"), "dirty": git.get("dirty")}
+        imported = plans if not lines else []  # from plan.json
+        _append(out / PLANS, lines, [*imported, {**about, **plan}])
+
+
+def next_plan(study: Study, out: Path, plans: Sequence[Plan], data: Mapping[str, Config] | None = None) -> Plan | None:
+    """Return what `append_plan` would log now; None if the last of `plans` is the same."""
+    last = plans[-1] if plans else {}
+    known = {**last.get("data", {}), **(data or {})}  # an arm's data may not be on this machine
+    plan: Plan = {"name": study.name, "hash": study.hash, **study.about()}
+    plan["data"] = {arm: hashes for arm, hashes in known.items() if arm in study.arms}
     plan["arms"] = {arm.name: _arm(arm) for arm in study.arms.values()}
     plan = json.loads(json.dumps(plan, default=str))
-    new = [plans[0]] if plans and not lines else []  # imported from plan.json
-    if not plans or any(plans[-1].get(key) != value for key, value in plan.items()):
-        git, complete = manifests.git_state(Path(__file__).parent) or {}, _complete(out)
-        about = {"time": manifests.now(), "commit": git.get("sha"), "dirty": git.get("dirty")}
-        new.append({**about, "results": len(complete), "complete": complete, **plan})
-    _append(out / PLANS, lines, new)
+    if plans and all(last.get(key) == value for key, value in plan.items()):
+        return None
+    complete = _complete(out)
+    return {"results": len(complete), "complete": complete, **plan}
 
 
 def read_plans(out: Path) -> list[Plan]:
@@ -156,6 +164,10 @@ class PlanHistory:
             most.append(max([n, *(m for m in most if m is not None)]) if n is not None else None)
         return most
 
+    @cached_property
+    def _arms(self) -> dict[str, Plan]:
+        return json.loads(json.dumps({arm.name: _arm(arm) for arm in self.study.arms.values()}, default=str))
+
     def arm(self, name: str) -> str:
         """Return when an arm was planned, as it is now."""
         return self._label(self._holds(plan, name) for plan in self.plans)
@@ -167,9 +179,8 @@ class PlanHistory:
     def _holds(self, plan: Plan, name: str) -> bool:
         if (then := plan.get("arms", {}).get(name)) is None:
             return False
-        now = json.loads(json.dumps(_arm(self.study.arms[name]), default=str))
         key = "config" if "config" in then else "changes"
-        return then.get(key) == now[key]
+        return then.get(key) == self._arms[name][key]
 
     def seed(self, seed: int) -> str:
         return self._label(seed in plan.get("seeds", []) for plan in self.plans)
@@ -194,8 +205,8 @@ class PlanHistory:
                 if gone := [str(item) for item in old.get(thing, ()) if item not in new.get(thing, ())]:
                     yield f"{thing} removed {_after(n)}: {', '.join(gone)}"
 
-    def looks(self, now: int) -> list[int]:
-        """Return the numbers of seeds at which verdicts could be seen, `now` the one of the present results.
+    def looks(self, now: int = 0) -> list[int]:
+        """Return the numbers of seeds at which verdicts could be seen; `now` is that of the present results.
 
         A look was taken when seeds were added although results existed. With fewer than three seeds there was no
         verdict to see.

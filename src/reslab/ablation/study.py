@@ -114,7 +114,8 @@ def parse_study(
     seeds = seeds_of(text, mistakes)
     arms = _arms(path.parent, text, variants, overrides, mistakes)
     baseline = ""
-    if "baseline" in text and variants:
+    faulty = {*map(str, text.get("arms") or ())} - {*variants}
+    if "baseline" in text and variants and str(text["baseline"]) not in faulty:
         with mistakes.collect():
             baseline = _baseline(text["baseline"], factors, variants)
     if baseline in arms:
@@ -192,8 +193,13 @@ def _base(folder: Path, parts: Sequence[Any], overrides: Sequence[str], varied: 
 
 def base_file(folder: Path, name: str) -> Path:
     """Return the config file that a study in `folder` names: relative to it, to the repository, or an experiment."""
-    places = [folder / name, CONFIGS.parent / name, CONFIGS / "experiment" / f"{name}.yaml"]
-    return next((path for path in places if path.is_file()), places[0])
+    experiments = CONFIGS / "experiment"
+    for path in (folder / name, CONFIGS.parent / name, experiments / f"{name}.yaml"):
+        if path.is_file():
+            return path
+    names = [path.stem for path in sorted(experiments.glob("*.yaml"))]
+    near = difflib.get_close_matches(Path(name).stem, names, 3, 0.5) or names
+    raise UserError(f"no config file {folder / name}; nearest experiments: {', '.join(near)}")
 
 
 def _override(config: Config, key: str, value: str, varied: set[str]) -> Config:
@@ -225,7 +231,7 @@ def _variants(text: Config, factors: Factors, mistakes: Mistakes) -> Variants:
             with mistakes.collect():
                 name = folder_name("+".join(f"{_short(key, factors)}={label}" for key, label in levels.items()))
                 variants[name] = levels, {key: factors[key][label] for key, label in levels.items()}
-    if len(variants) == 1:
+    if len(variants) == 1 == len(text.get("arms") or variants):
         mistakes.add("nothing to compare the baseline with: add a second arm")
     return variants
 
