@@ -198,7 +198,7 @@ def test_mistake_in_a_study_file_is_named(tmp_path: Path, changes: dict, message
 
 def test_all_mistakes_are_reported_at_once(tmp_path: Path) -> None:
     file = write(
-        tmp_path, base="digits.yaml", seeds=[0, 0], margin="small", tset="pooled", baseline="C", metric="accuracy",
+        tmp_path, base="digits", seeds=[0, 0], margin="small", tset="pooled", baseline="C", metric="accuracy",
         arms={"A": {}, "B": 3, "a/b": {}, "lr": {"model.optimizer.lrr": 1}},
     )  # fmt: skip
     with file.open("a") as text:
@@ -206,10 +206,10 @@ def test_all_mistakes_are_reported_at_once(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         read_study(file)
     first, *mistakes = str(caught.value).split("\n  ")
-    assert first == f"{file} has 9 mistakes:", mistakes
-    for start in ("line 15: question appears twice", "base must be", "seeds must be", "margin must be",
+    assert first == f"{file} has 10 mistakes:", mistakes
+    for start in ("line 16: question appears twice", "base must be", "seeds must be", "margin must be",
                   "no such key 'tset'; nearest: test", "metric must be", "arm B must hold", "'a/b' is not a valid",
-                  "the baseline 'C' is not an arm"):  # fmt: skip
+                  "the baseline 'C' is not an arm", "arm lr: model.optimizer.init_args.lrr: no"):  # fmt: skip
         assert [mistake for mistake in mistakes if mistake.startswith(start)], start
 
 

@@ -192,6 +192,7 @@ def check_keys(text: Config, mistakes: Mistakes) -> Config:
             valid[key] = value
         elif value is not None:
             mistakes.add(f"{key} must be {KEYS[key].requires}{_example(key)} (got {value!r})")
+            valid |= {key: [value]} if key == "base" and _is_text(value) else {}  # the arms can still be checked
     lacking = [key for key in ("base", "baseline") if text.get(key) is None]
     lacking += ["seeds"] if text.get("seeds") is None and text.get("looks") is None else []
     for key in lacking:
