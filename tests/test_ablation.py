@@ -6,6 +6,7 @@ import random
 import re
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -19,15 +20,18 @@ from hypothesis import strategies as st
 
 from reslab.ablation import launch
 from reslab.ablation.cells import cells, states
-from reslab.ablation.resolve import check_key, full_key, merge, with_defaults
+from reslab.ablation.resolve import Loader, check_key, full_key, merge, with_defaults
 from reslab.ablation.signatures import ROOTS, parameters
+from reslab.ablation.statistics import min_detectable_delta, seeds_needed
 from reslab.ablation.study import read_study
 from reslab.ablation.study_file import KEYS
+from reslab.cli import main
 from reslab.config import Experiment
 from reslab.errors import UserError
 from reslab.host import CONFIGS
 from reslab.training import Classifier
 from runner import manifest
+from studies import make_study, run_study
 from test_tracking import records
 
 FAKE = Path(__file__).with_name("fake_fit.py")
@@ -375,6 +379,130 @@ def test_study_is_found_by_name_and_unknown_names_get_suggestions() -> None:
     assert read_study("digits_shortcuts").path == CONFIGS / "ablation/digits_shortcuts.yaml"
     with pytest.raises(UserError, match="digits_shortcuts"):
         read_study("digit_shortcut")
+
+
+# New study files
+
+
+def new(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str]:
+    status = main(["ablate", "new", *map(str, words)])
+    printed = capsys.readouterr()
+    return status, printed.out + printed.err
+
+
+@pytest.mark.parametrize(
+    ("options", "arms"),
+    [
+        (["--base", "digits"], {"baseline": {}, "double_lr": {"model.optimizer.lr": 0.2}}),
+        (["--base", CONFIGS / "experiment/digits.yaml", "--arm", f"B:{SHORTCUT}=none"], {"B": {SHORTCUT: "none"}}),
+        (
+            ["--base", "cifar10_resnet20", "--base", "configs/trainer/cpu.yaml",
+             "--arm", "no:model.net.layers=[1, 1, 1]", "--arm", "b:model.optimizer.lr=1e-3", "--arm", "b:model.objective.label_smoothing=0.1"],
+            {"no": {"model.net.layers": [1, 1, 1]},
+             "b": {"model.optimizer.lr": 0.001, "model.objective.label_smoothing": 0.1}},
+        ),
+        (["--base", "digits", "--arm", "x:model.ema_decay=0.9"], {"x": {"model.ema_decay": 0.9}}),
+    ],
+)  # fmt: skip
+def test_new_study_passes_plan_at_once(tmp_path: Path, capsys, options: list, arms: dict) -> None:  # type: ignore[no-untyped-def]
+    file = tmp_path / "new/mine.yaml"
+    status, printed = new(capsys, "mine", "--out", file, *options)
+    assert (status, printed) == (0, f"wrote {file}; next: reslab ablate plan {file}\n")
+    assert main(["ablate", "plan", str(file)]) == 0
+    text = file.read_text()
+    content = yaml.load(text, Loader)
+    assert {**content["arms"], **arms} == content["arms"]
+    assert max(len(line) for line in text.splitlines() if "/" not in line) <= 100
+    for key in KEYS:  # each with a line of explanation above
+        assert re.search(rf"\n# [A-Z][^\n]+\.\n(# )?{key}:", text), key
+    content_before = file.read_bytes()
+    status, printed = new(capsys, "mine", "--out", file, *options)
+    assert status == 2 and f"{file} exists" in printed and file.read_bytes() == content_before
+
+
+@pytest.mark.parametrize("key", [key for key in KEYS if key not in ("base", "baseline", "arms", "seeds")])
+def test_optional_key_of_a_new_study_works_without_its_hash(tmp_path: Path, capsys, key: str) -> None:  # type: ignore[no-untyped-def]
+    file = tmp_path / "mine.yaml"
+    new(capsys, "mine", "--base", "digits", "--out", file)
+    text = file.read_text().replace(f"# {key}: ", f"{key}: ")
+    if key in ("factors", "exclude"):  # instead of the arms
+        text = re.sub(r"\narms:\n(  .*\n)+", "\n", text).replace("# factors: ", "factors: ")
+        text = text.replace("baseline: baseline", "baseline: {model.net.shortcut: A}")
+        text = text.replace("[A, none]", "[A, B, none]")
+    file.write_text(text.replace("seeds: 5\n", "\n") if key == "looks" else text)
+    assert read_study(file).name == "mine"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["mine", "--base", "digts"], "nearest experiments: digits"),
+        (["my/mine", "--base", "digits"], "'my/mine' is not a valid directory name"),
+        (["mine", "--base", "digits", "--arm", "none"], "--arm must be NAME:KEY=VALUE, got 'none'"),
+        (["mine", "--base", "digits", "--arm", "a:model.net.shorcut=none"], "nearest: model.net.init_args.shortcut"),
+        (["mine", "--base", "digits", "--arm", "baseline:a=b"], "the arm baseline is the unchanged base"),
+        (["mine", "--base", "digits", "--arm", "a:model.net.shortcut=[1"], "not valid YAML"),
+        (["mine", "--base", "digits", "--arm", "a:model.net.shortcut=A"], "arm a is the same as baseline"),
+        (["mine", "--base", "digits", "--jobs", "2"], "unrecognized arguments: --jobs 2"),
+    ],
+)
+def test_invalid_new_study_is_not_written(tmp_path: Path, capsys, words: list[str], message: str) -> None:  # type: ignore[no-untyped-def]
+    status, printed = new(capsys, *words, "--out", tmp_path / "mine.yaml")
+    assert status == 2 and message in printed
+    assert not (tmp_path / "mine.yaml").exists()
+
+
+def test_name_of_a_new_study_may_differ_from_its_file(tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]
+    new(capsys, "mine", "--base", "digits", "--out", tmp_path / "yours.yaml")
+    assert read_study(tmp_path / "yours.yaml").name == "mine"
+
+
+# Power
+
+
+def plan_of(capsys: pytest.CaptureFixture[str], *words: object) -> str:
+    assert main(["ablate", "plan", *map(str, words)]) == 0
+    return capsys.readouterr().out
+
+
+def test_plan_states_what_the_seeds_can_find(tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]
+    arms = {"A": {}, "B": {SHORTCUT: "B"}, "none": {SHORTCUT: "none"}}
+    plan = plan_of(capsys, write(tmp_path, seeds=5, arms=arms, minutes=3), "--find", 0.003)
+    detectable = 100 * min_detectable_delta(0.002 * 2**0.5, 5, 0.05 / 2)
+    assert f"finds      differences of {detectable:.3g} points at 80 % power: 5 seeds, 2 comparisons (Holm)" in plan
+    assert "√2 × 0.2 points if arms do not correlate; the default for accuracies" in plan
+    n = seeds_needed(0.002 * 2**0.5, 0.003, 0.05 / 2)
+    assert f"to find 0.3 points: {n} seeds per arm, {3 * n} cells, 1 h 48 min one after the other" in plan
+    assert "equivalence within ±1 points: 4 seeds per arm" in plan
+    stated = plan_of(capsys, write(tmp_path, seeds=5, sd=0.004))
+    assert "sd of a paired difference: 0.566 points, √2 × 0.4 points if arms do not correlate; as stated" in stated
+    assert "unknown: set `sd`" in plan_of(capsys, write(tmp_path, metric="test/loss"))
+    looks = plan_of(capsys, write(tmp_path, seeds=None, looks=[3, 8], test="pooled"))
+    assert "test       pooled, judged after 3, 8 seeds" in looks and "8 seeds, 1 comparison" in looks
+
+
+def test_power_is_measured_on_finished_cells_of_the_same_config(tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]
+    study, out = make_study(tmp_path, ("A", "B")), tmp_path / "out"
+    run_study(study, out, {"A": 0.95, "B": 0.94})
+    by_arm = [
+        [manifest(c.folder)["results"]["test/acc"] for c in cells(study, out) if c.arm == arm] for arm in ("A", "B")
+    ]
+    sd = statistics.stdev(b - a for a, b in zip(*by_arm, strict=True))
+    words = study.path, "--out", out
+    assert f"sd of a paired difference: {100 * sd:.3g} points, measured on the finished cells" in plan_of(
+        capsys, *words
+    )
+    assert "the default for accuracies" in plan_of(capsys, *words, "--trainer.max_epochs=99")
+    shutil.rmtree(out / "B")
+    sd = 2**0.5 * statistics.stdev(by_arm[0])
+    assert f"difference: {100 * sd:.3g} points, √2 × that of the finished baseline cells" in plan_of(capsys, *words)
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "nan", "inf", "x"])
+def test_find_requires_a_positive_number(tmp_path: Path, value: str, capsys) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(SystemExit) as stop:
+        main(["ablate", "plan", str(write(tmp_path)), f"--find={value}"])
+    assert stop.value.code == 2 and "invalid positive value" in capsys.readouterr().err
 
 
 # Resolving groups and classes
