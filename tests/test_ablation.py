@@ -397,7 +397,8 @@ def new(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str]:
         (["--base", CONFIGS / "experiment/digits.yaml", "--arm", f"B:{SHORTCUT}=none"], {"B": {SHORTCUT: "none"}}),
         (
             ["--base", "cifar10_resnet20", "--base", "configs/trainer/cpu.yaml",
-             "--arm", "no:model.net.layers=[1, 1, 1]", "--arm", "b:model.optimizer.lr=1e-3", "--arm", "b:model.objective.label_smoothing=0.1"],
+             "--arm", "no:model.net.layers=[1, 1, 1]",
+             "--arm", "b:model.optimizer.lr=1e-3", "--arm", "b:model.objective.label_smoothing=0.1"],
             {"no": {"model.net.layers": [1, 1, 1]},
              "b": {"model.optimizer.lr": 0.001, "model.objective.label_smoothing": 0.1}},
         ),

@@ -506,12 +506,14 @@ def test_json_prints_the_report_and_nothing_else(
 def test_verdict_is_an_exit_status(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], arm: str, status: int, sentence: str
 ) -> None:
-    accuracy = {"identity": 0.95, "plain": 0.91, "twin": 0.95, "good": 0.98, "noisy": 0.95, "missing": 0.95}
+    accuracy = {"identity": 0.95, "plain": 0.91, "twin": 0.95, "good": 0.97, "noisy": 0.95, "missing": 0.95}
     study, out = make_study(tmp_path, accuracy, seeds=3), tmp_path / "out"
     run_study(study, out, accuracy)
     for seed in study.seeds:
         results = json.loads((out / f"identity/seed-{seed}/manifest.json").read_text())["results"]
         run_cell(study, cell(study, out, f"twin/seed-{seed}"), 0.95, results=results)
+        better = results | {"test/acc": results["test/acc"] + 0.02 + 0.001 * seed}
+        run_cell(study, cell(study, out, f"good/seed-{seed}"), 0.97, results=better)
         run_cell(study, cell(study, out, f"noisy/seed-{seed}"), 0.94 + 0.01 * seed)
     shutil.rmtree(cell(study, out, "missing/seed-2").folder)
     before = sorted(out.rglob("*"))
