@@ -175,6 +175,7 @@ MISTAKES = [
     ({"arms": {"A": {}, False: {SHORTCUT: "C"}}}, 'write "false"', "line "),
     ({"arms": {"A": {}, "B": {SHORTCUT: "C", "model.net.shortcut": "B"}}}, "are the same key", "arm B"),
     ({"arms": None, "factors": {3: [1, 2]}}, "3: no such key", ""),
+    ({"arms": None, "factors": {SHORTCUT: ["A", "C"]}, "exclude": [{}]}, "nothing to compare", "second arm"),
     ({"exclude": "x"}, "exclude must be a list of factors and values", "exclude: [{"),
     ({"metric": "accuracy"}, "metric must be train/NAME, val/NAME or test/NAME", "'accuracy'"),
     ({"metric": "test/"}, "metric must be train/NAME, val/NAME or test/NAME", "'test/'"),
@@ -215,6 +216,15 @@ def test_all_mistakes_are_reported_at_once(tmp_path: Path) -> None:
                   "no such key 'tset'; nearest: test", "metric must be", "arm B must hold", "'a/b' is not a valid",
                   "the baseline 'C' is not an arm", "arm lr: model.optimizer.init_args.lrr: no"):  # fmt: skip
         assert [mistake for mistake in mistakes if mistake.startswith(start)], start
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"- 1", b"name: \xff", b"minutes: 2020-13-45", b"a: [", b"? [1]\n: 2", b"name: {"]
+)
+def test_file_that_is_no_study_gives_one_message(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "study.yaml").write_bytes(content)
+    with pytest.raises(UserError, match=r"study\.yaml "):
+        read_study(tmp_path / "study.yaml")
 
 
 VALUES = st.recursive(
@@ -320,6 +330,7 @@ def test_ambiguous_key_is_reported_with_both(module: None) -> None:
         (["--minutes", "3"], "--minutes: minutes: no such key"),
         (["--trainer.max_epoch=3"], "nearest: trainer.max_epochs"),
         (["--trainer.max_epochs", "[1"], "is not valid YAML"),
+        (["--trainer.max_epochs", "2020-13-45"], "is not valid YAML"),
         (["--model.net.shortcut", "C"], "would apply to all arms, but they differ"),
         (["3"], "'3' is not an option"),
     ],

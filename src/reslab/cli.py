@@ -257,7 +257,7 @@ def _report(study: "Study", folder: Path, as_json: bool) -> None:
     with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
         page = write_report(study, folder)
         report, text = read_report(folder)
-        print(f"{summary(report, list(sentences(report).values()))}\n\nreport  {page}")
+        print(f"\n{summary(report, list(sentences(report).values()))}\n\nreport  {page}")
         log_summary(study, folder)
     if as_json:
         print(text, end="")

@@ -52,9 +52,10 @@ def notes(study: Study, out: Path) -> Iterator[str]:
     known = list(before.changes())
     yield from [change for change in after.changes() if change not in known]
     if after.looks() != before.looks() and not after.looks_planned:
-        more = ", ".join(str(seed) for seed in study.seeds if seed not in plans[-1].get("seeds", ()))
+        more = [str(seed) for seed in study.seeds if seed not in plans[-1].get("seeds", ())]
         results = count(plan["results"], "result")
-        yield f"seeds {more} added after {results}: without planned looks, verdicts are exploratory"
+        what = f"seed{'s' * (len(more) > 1)} {', '.join(more)}"
+        yield f"{what} added after {results}: without planned looks, verdicts are exploratory"
 
 
 def _looks(study: Study) -> str:

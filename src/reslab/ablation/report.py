@@ -82,6 +82,7 @@ def _environment() -> Environment:
     environment.filters |= {"tex": wording.tex, "md": wording.markdown, "duration": duration, "equals": wording.equals}
     environment.filters |= {"named": wording.named, "counted": wording.count}
     environment.filters |= {"interval": wording.interval, "probability": wording.probability}
+    environment.filters |= {"by_label": wording.by_label}
     return environment
 
 

@@ -29,7 +29,7 @@ def read_mapping(path: Path) -> Config:
         text = yaml.load(path.read_text(encoding="utf-8"), Loader)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or no valid date
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(text, dict):
         raise UserError(f"{path} must hold keys and values")
@@ -40,7 +40,7 @@ def parse_value(text: str) -> Any:
     """Return a value of the command line, which is YAML."""
     try:
         return yaml.load(text, Loader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"{text!r} is not valid YAML; quote it") from error
 
 

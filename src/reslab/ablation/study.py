@@ -231,7 +231,7 @@ def _variants(text: Config, factors: Factors, mistakes: Mistakes) -> Variants:
             with mistakes.collect():
                 name = folder_name("+".join(f"{_short(key, factors)}={label}" for key, label in levels.items()))
                 variants[name] = levels, {key: factors[key][label] for key, label in levels.items()}
-    if len(variants) == 1 == len(text.get("arms") or variants):
+    if (text.get("arms") or factors) and len(text.get("arms") or variants) < 2:
         mistakes.add("nothing to compare the baseline with: add a second arm")
     return variants
 

@@ -120,9 +120,17 @@ def exploratory(looks: Sequence[int], seeds: Sequence[int], chance: float | None
     return (
         f"Seeds were added after results, without planned looks: verdicts could be seen at {', '.join(first)} and "
         f"{last} seeds. With {len(looks)} looks, the chance of a false verdict is {odds}, so the verdicts are "
-        f"exploratory. To confirm one, run a new study with fresh seeds (such as {fresh}), or with planned looks "
+        f"exploratory. To confirm a verdict, run a new study with fresh seeds (such as {fresh}), or with planned looks "
         f"(looks: {list(looks)} in the study file before the first run)."
     )
+
+
+def by_label(labels: Mapping[str, str]) -> str:
+    """Return names grouped by their label, in the order of the labels: `0, 1: planned before any result; 2: ...`."""
+    groups: dict[str, list[str]] = {}
+    for name, label in labels.items():
+        groups.setdefault(label, []).append(name)
+    return "; ".join(f"{', '.join(names)}: {label}" for label, names in groups.items())
 
 
 def equals(p: float) -> str:
