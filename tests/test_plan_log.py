@@ -85,6 +85,7 @@ def test_line_cut_off_anywhere_is_repaired(out: Path) -> None:
     planned(out, 1)
     first = (out / "plan.jsonl").read_bytes()
     study = planned(out, 2)
+    third = make_study(out.parent, ARMS, seeds=3)
     second = (out / "plan.jsonl").read_bytes()[len(first) :]
     for length in [*range(0, len(second), 41), len(second) - 2, len(second) - 1]:
         (out / "plan.jsonl").write_bytes(first + second[:length])
@@ -92,7 +93,7 @@ def test_line_cut_off_anywhere_is_repaired(out: Path) -> None:
         assert len(read_plans(out)) == 1 + complete, length
         append_plan(study, out)
         assert [plan["seeds"] for plan in read_plans(out)] == [[0], [0, 1]]
-        planned(out, 3)
+        append_plan(third, out)
         content = (out / "plan.jsonl").read_bytes()
         assert content.startswith(first) and content.endswith(b"\n") and content.count(b"\n") == 3
         assert [len(json.loads(line)["seeds"]) for line in content.splitlines()] == [1, 2, 3]
