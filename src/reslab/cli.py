@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from reslab.ablation.study import Study
 
 LISTS = {"data": "data", "experiments": "experiment", "recipes": "recipe", "ablations": "ablation"}  # in configs/
-VERDICTS = {"better": Exit.OK, "equivalent": Exit.EQUIVALENT, "worse": Exit.WORSE}  # exit status of `ablate verdict`
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -274,7 +273,8 @@ def _print_verdict(name: str, arm: str, out: str | None, overrides: list[str]) -
     for warning in report["warnings"]:
         print(f"Note: {warning}", file=sys.stderr)
     print(sentences(report)[arm])
-    return VERDICTS.get(report["arms"][arm]["verdict"], Exit.INCONCLUSIVE)
+    statuses = {"better": Exit.OK, "equivalent": Exit.EQUIVALENT, "worse": Exit.WORSE}
+    return statuses.get(report["arms"][arm]["verdict"], Exit.INCONCLUSIVE)
 
 
 def _run_study(
