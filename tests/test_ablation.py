@@ -464,6 +464,12 @@ def test_invalid_new_study_is_not_written(tmp_path: Path, capsys, words: list[st
     assert not (tmp_path / "mine.yaml").exists()
 
 
+def test_base_of_a_new_study_is_relative_to_its_file(tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]
+    (tmp_path / "mine.yaml").write_text((CONFIGS / "experiment/digits.yaml").read_text())
+    assert new(capsys, "mine", "--base", tmp_path / "mine.yaml", "--out", tmp_path / "a/b/c/study.yaml")[0] == 0
+    assert "\nbase: [../../../mine.yaml]\n" in (tmp_path / "a/b/c/study.yaml").read_text()
+
+
 def test_name_of_a_new_study_may_differ_from_its_file(tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]
     new(capsys, "mine", "--base", "digits", "--out", tmp_path / "yours.yaml")
     assert read_study(tmp_path / "yours.yaml").name == "mine"

@@ -37,10 +37,10 @@ def new_study(name: str, base: Sequence[str], arms: Sequence[str], out: Path | N
     files = [base_file(Path(), file).resolve() for file in base]
     changes = _arms(arms) or _example_arm(files)
     text = _text(name, path, [os.path.relpath(file, path.resolve().parent) for file in files], changes)
+    path.parent.mkdir(parents=True, exist_ok=True)  # base files are found relative to it
     mistakes = Mistakes()
     parse_study(path, yaml.load(text, resolve.Loader), (), mistakes)
     mistakes.raise_all(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("x", encoding="utf-8") as file:
         file.write(text)
     return path
