@@ -465,7 +465,8 @@ def test_invalid_new_study_is_not_written(tmp_path: Path, capsys, words: list[st
 
 
 def test_base_of_a_new_study_is_relative_to_its_file(tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]
-    (tmp_path / "mine.yaml").write_text((CONFIGS / "experiment/digits.yaml").read_text())
+    optimizer = {"class_path": "SGD", "init_args": {"lr": 0.1}}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump({"model": {"optimizer": optimizer}}))
     assert new(capsys, "mine", "--base", tmp_path / "mine.yaml", "--out", tmp_path / "a/b/c/study.yaml")[0] == 0
     assert "\nbase: [../../../mine.yaml]\n" in (tmp_path / "a/b/c/study.yaml").read_text()
 
