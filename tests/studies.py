@@ -14,7 +14,8 @@ import numpy as np
 import pandas as pd
 import yaml
 
-from reslab.ablation.cells import ARM, Cell, cells, write_plan
+from reslab.ablation.cells import ARM, Cell, cells
+from reslab.ablation.plan_log import append_plan
 from reslab.ablation.study import Study, read_study
 from reslab.files import write_text
 
@@ -42,7 +43,7 @@ def make_study(folder: Path, arms: Iterable[str] = ("identity", "plain"), seeds:
 def run_study(study: Study, out: Path, accuracy: Mapping[str, float], spread: float = 0.002) -> None:
     """Write the plan and all cells, finished, with about the accuracy of their arm."""
     out.mkdir(parents=True, exist_ok=True)
-    write_plan(study, out)
+    append_plan(study, out)
     for i, cell in enumerate(cells(study, out)):
         of_seed = np.random.default_rng(cell.seed).normal(0, spread)
         of_cell = np.random.default_rng(1000 + i).normal(0, spread / 2)

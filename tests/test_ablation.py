@@ -3,8 +3,10 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -13,17 +15,23 @@ from pathlib import Path
 
 import pytest
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from reslab.ablation import launch
 from reslab.ablation.cells import cells, states
-from reslab.ablation.resolve import check_key, merge, with_defaults
+from reslab.ablation.resolve import Loader, check_key, full_key, merge, with_defaults
 from reslab.ablation.signatures import ROOTS, parameters
+from reslab.ablation.statistics import min_detectable_delta, seeds_needed
 from reslab.ablation.study import read_study
+from reslab.ablation.study_file import KEYS
+from reslab.cli import main
 from reslab.config import Experiment
 from reslab.errors import UserError
 from reslab.host import CONFIGS
 from reslab.training import Classifier
 from runner import manifest
+from studies import make_study, run_study
 from test_tracking import records
 
 FAKE = Path(__file__).with_name("fake_fit.py")
@@ -121,6 +129,8 @@ def test_hash_covers_what_affects_the_results(tmp_path: Path) -> None:
     assert read_study(write(tmp_path), ["--data.root", "elsewhere"]).hash == plain
     assert read_study(write(tmp_path, seeds=[0, 1, 2])).hash != plain
     assert read_study(write(tmp_path), ["--trainer.max_epochs=2"]).hash != plain
+    for keys in ({"test": "pooled"}, {"sd": 0.002}, {"seeds": None, "looks": [3]}):
+        assert read_study(write(tmp_path, **keys)).hash != plain
 
 
 MISTAKES = [
@@ -138,17 +148,44 @@ MISTAKES = [
     ({"arms": {"A": {}, "B": {"data.split_seed": 0}}}, "arm B is the same as A", ""),
     ({"arms": {"A": {}, "a/b": {SHORTCUT: "C"}}}, "'a/b'", "not a valid directory name"),
     ({"baseline": "Aa"}, "baseline 'Aa' is not an arm", "A"),
-    ({"seeds": []}, "seeds", "empty"),
-    ({"seeds": [0, 0]}, "seeds", "twice"),
-    ({"seeds": [0, "x"]}, "seeds", "'x'"),
+    ({"seeds": []}, "seeds must be", "seeds: 5 (got [])"),
+    ({"seeds": 0}, "seeds must be", "seeds: 5 (got 0)"),
+    ({"seeds": True}, "seeds must be", "seeds: 5 (got True)"),
+    ({"seeds": [0, 0]}, "seeds must be", "different integers"),
+    ({"seeds": [0, "x"]}, "seeds must be", "'x'"),
+    ({"seeds": None}, "seeds is missing", "seeds: 5"),
+    ({"seeds": None, "looks": [2, 5]}, "looks must be a list of increasing integers of at least 3", "looks: [3, 5, 8]"),
+    ({"seeds": None, "looks": [5, 3]}, "looks must be", "got [5, 3]"),
+    ({"seeds": None, "looks": [3, 3]}, "looks must be", "got [3, 3]"),
+    ({"seeds": None, "looks": []}, "looks must be", "got []"),
+    ({"seeds": None, "looks": 5}, "looks must be", "got 5"),
+    ({"looks": [3, 5]}, "looks ends at 5 seeds, but seeds has 2", "leave seeds out"),
+    ({"test": "welch"}, "test must be paired or pooled", "test: paired"),
+    ({"sd": 0}, "sd must be a number above 0", "sd: 0.002"),
+    ({"sd": float("inf")}, "sd must be a number above 0", "inf"),
+    ({"minutes": -1}, "minutes must be a number above 0", "minutes: 12"),
+    ({"base": "experiment/digits.yaml"}, "base must be a list: base: [configs/experiment/digits.yaml]", "study.yaml"),
+    ({"base": None}, "base is missing: base: [configs/experiment/digits.yaml]", "study.yaml"),
+    ({"baseline": None}, "baseline is missing: baseline: A", ""),
+    ({"baseline": ["A"]}, "baseline must be the name of an arm", "baseline: A"),
+    ({"name": "a/b"}, "name must be a directory name", "name: shortcuts"),
+    ({"mode": "most"}, "mode must be max or min", "mode: max"),
+    ({"arms": ["A", "B"]}, "arms must be names with dotted keys and values", "arms: {A: {}"),
+    ({"arms": {"A": {}, "B": 3}}, "arm B must hold keys and values: B: {model.optimizer.lr: 0.2}", "got 3"),
+    ({"arms": {"A": {}, False: {SHORTCUT: "C"}}}, 'write "false"', "line "),
+    ({"arms": {"A": {}, "B": {SHORTCUT: "C", "model.net.shortcut": "B"}}}, "are the same key", "arm B"),
+    ({"arms": None, "factors": {3: [1, 2]}}, "3: no such key", ""),
+    ({"arms": None, "factors": {SHORTCUT: ["A", "C"]}, "exclude": [{}]}, "nothing to compare", "second arm"),
+    ({"exclude": "x"}, "exclude must be a list of factors and values", "exclude: [{"),
     ({"metric": "accuracy"}, "metric must be train/NAME, val/NAME or test/NAME", "'accuracy'"),
     ({"metric": "test/"}, "metric must be train/NAME, val/NAME or test/NAME", "'test/'"),
-    ({"margin": 0}, "margin", "more than 0"),
+    ({"margin": 0}, "margin must be a number above 0", "margin: 0.002 (got 0)"),
     ({"test_weights": "final"}, "test_weights", "last or best"),
     ({"sedes": [1]}, "'sedes'", "nearest: seeds"),
-    ({"question": None}, "question", "missing"),
+    ({"question": 3}, "question must be text", "question: Which kind"),
     ({"arms": {"A": {}}}, "nothing to compare", "second arm"),
-    ({"base": ["none.yaml"]}, "none.yaml", "cannot read"),
+    ({"base": ["none.yaml"]}, "no config file", "none.yaml"),
+    ({"base": ["digit"]}, "no config file", "nearest experiments: digits"),
     ({"factors": {SHORTCUT: ["A", "C"]}}, "either arms or factors", ""),
     ({"arms": None, "factors": {SHORTCUT: ["A"]}}, "at least two values", SHORTCUT),
     ({"arms": None, "factors": {SHORTCUT: ["A", "C"]}, "exclude": [{"x": 1}]}, "'x' is not a factor", SHORTCUT),
@@ -161,7 +198,146 @@ def test_mistake_in_a_study_file_is_named(tmp_path: Path, changes: dict, message
         read_study(write(tmp_path, **changes))
     assert message in str(caught.value)
     assert more in str(caught.value)
-    assert "study.yaml" in str(caught.value) or "base" in changes
+    assert "study.yaml" in str(caught.value)
+
+
+def test_all_mistakes_are_reported_at_once(tmp_path: Path) -> None:
+    file = write(
+        tmp_path, base="digits", seeds=[0, 0], margin="small", tset="pooled", baseline="C", metric="accuracy",
+        arms={"A": {}, "B": 3, "a/b": {}, "lr": {"model.optimizer.lrr": 1}},
+    )  # fmt: skip
+    with file.open("a") as text:
+        text.write("question: Twice?\n")
+    with pytest.raises(UserError) as caught:
+        read_study(file)
+    first, *mistakes = str(caught.value).split("\n  ")
+    assert first == f"{file} has 10 mistakes:", mistakes
+    for start in ("line 16: question appears twice", "base must be", "seeds must be", "margin must be",
+                  "no such key 'tset'; nearest: test", "metric must be", "arm B must hold", "'a/b' is not a valid",
+                  "the baseline 'C' is not an arm", "arm lr: model.optimizer.init_args.lrr: no"):  # fmt: skip
+        assert [mistake for mistake in mistakes if mistake.startswith(start)], start
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"- 1", b"name: \xff", b"minutes: 2020-13-45", b"a: [", b"? [1]\n: 2", b"name: {"]
+)
+def test_file_that_is_no_study_gives_one_message(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "study.yaml").write_bytes(content)
+    with pytest.raises(UserError, match=r"study\.yaml "):
+        read_study(tmp_path / "study.yaml")
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-2, 9) | st.floats() | st.sampled_from(["", "A", "x.yaml", SHORTCUT]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
+        st.sampled_from(["A", "none", SHORTCUT, "model", "model.net", "run.dir", 3, ""]), inner, max_size=3
+    ),
+    max_leaves=6,
+)  # fmt: skip
+
+
+@given(changes=st.dictionaries(st.sampled_from(sorted(KEYS)), VALUES, min_size=1, max_size=3))
+@settings(max_examples=150, deadline=None)
+def test_any_content_gives_a_study_or_a_message(tmp_path_factory: pytest.TempPathFactory, changes: dict) -> None:
+    try:
+        study = read_study(write(tmp_path_factory.mktemp("study"), **changes))
+    except UserError as error:
+        assert "study.yaml" in str(error)
+    else:
+        assert study.baseline in study.arms and len(study.arms) > 1 and study.hash
+
+
+@pytest.mark.parametrize(
+    ("changes", "seeds", "looks"),
+    [
+        ({"seeds": 5}, [0, 1, 2, 3, 4], None),
+        ({"seeds": [4, 2]}, [4, 2], None),
+        ({"seeds": None, "looks": [3, 5]}, [0, 1, 2, 3, 4], [3, 5]),
+        ({"seeds": [9, 8, 7, 6], "looks": [3, 4]}, [9, 8, 7, 6], [3, 4]),
+    ],
+)
+def test_seeds_are_a_number_a_list_or_follow_from_looks(
+    tmp_path: Path, changes: dict, seeds: list[int], looks: list[int] | None
+) -> None:
+    study = read_study(write(tmp_path, **changes))
+    assert (study.seeds, study.looks) == (seeds, looks)
+    assert (study.about()["seeds"], study.about()["looks"]) == (seeds, looks)
+
+
+@pytest.mark.parametrize(
+    ("arms", "question"),
+    [
+        ({"A": {}, "none": {SHORTCUT: "none"}}, "Does none differ from A in val/loss?"),
+        ({"A": {}, "B": {SHORTCUT: "B"}, "C": {SHORTCUT: "C"}}, "Does any arm differ from A in val/loss?"),
+    ],
+)
+def test_question_is_made_from_the_arms(tmp_path: Path, arms: dict, question: str) -> None:
+    assert read_study(write(tmp_path, question=None, metric="val/loss", arms=arms)).question == question
+
+
+@pytest.mark.parametrize("base", ["digits", "configs/experiment/digits.yaml"])
+def test_base_is_an_experiment_or_a_file_of_the_repository(tmp_path: Path, base: str) -> None:
+    assert read_study(write(tmp_path, base=[base])).hash == read_study(write(tmp_path)).hash
+
+
+def test_baseline_may_be_a_number(tmp_path: Path) -> None:
+    assert read_study(write(tmp_path, baseline=0.1, arms={0.1: {}, 0.2: {SHORTCUT: "C"}})).baseline == "0.1"
+
+
+@pytest.mark.parametrize(
+    ("short", "full"),
+    [
+        ("model.net.shortcut", SHORTCUT),
+        ("model.optimizer.lr", "model.optimizer.init_args.lr"),
+        ("model.objective.label_smoothing", "model.objective.init_args.label_smoothing"),
+        ("data.augment.flip", "data.augment.flip"),
+        ("model.optimizer.class_path", "model.optimizer.class_path"),
+        ("model.optimizer", "model.optimizer"),
+        ("model.net.no_such_key", "model.net.init_args.no_such_key"),
+    ],
+)
+def test_keys_may_leave_out_init_args(tmp_path: Path, short: str, full: str) -> None:
+    assert full_key(short, read_study(write(tmp_path)).arms["A"].config) == full
+    assert full_key(full, read_study(write(tmp_path)).arms["A"].config) == full
+
+
+def test_spelling_of_keys_changes_nothing(tmp_path: Path) -> None:
+    def hashed(key: str, lr: str, *options: str) -> str:
+        arms = {"A": {}, "none": {key: "none"}}
+        return read_study(write(tmp_path, arms=arms, base=[*PLAIN["base"], {lr: 0.3}]), options).hash
+
+    lr = "model.optimizer.init_args.lr"
+    assert hashed(SHORTCUT, lr) == hashed("model.net.shortcut", "model.optimizer.lr")
+    assert hashed(SHORTCUT, lr, "--model.net.width=8") == hashed(SHORTCUT, lr, "--model.net.init_args.width=8")
+    factors = {"model.net.shortcut": ["A", "none"], "model.optimizer.lr": [0.1, 0.2]}
+    grid = write(tmp_path, arms=None, factors=factors, baseline={SHORTCUT: "A", "model.optimizer.init_args.lr": 0.1})
+    assert read_study(grid).baseline == "shortcut=A+lr=0.1"
+
+
+def test_ambiguous_key_is_reported_with_both(module: None) -> None:
+    config = {"model": {"loss": {"class_path": "mine.model.Loss", "dict_kwargs": {"smoothing": 1, "x": 2}}}}
+    with pytest.raises(
+        UserError, match=r"ambiguous: model\.loss\.init_args\.smoothing or model\.loss\.dict_kwargs\.smo"
+    ):
+        full_key("model.loss.smoothing", config)
+    assert full_key("model.loss.x", config) == "model.loss.dict_kwargs.x"
+    assert full_key("model.loss.smoothing", {"model": {}}) == "model.loss.init_args.smoothing"  # the default class
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--minutes", "3"], "--minutes: minutes: no such key"),
+        (["--trainer.max_epoch=3"], "nearest: trainer.max_epochs"),
+        (["--trainer.max_epochs", "[1"], "is not valid YAML"),
+        (["--trainer.max_epochs", "2020-13-45"], "is not valid YAML"),
+        (["--model.net.shortcut", "C"], "would apply to all arms, but they differ"),
+        (["3"], "'3' is not an option"),
+    ],
+)
+def test_wrong_option_is_reported(tmp_path: Path, options: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
+        read_study(write(tmp_path), options)
 
 
 @pytest.mark.parametrize(
@@ -214,6 +390,138 @@ def test_study_is_found_by_name_and_unknown_names_get_suggestions() -> None:
     assert read_study("digits_shortcuts").path == CONFIGS / "ablation/digits_shortcuts.yaml"
     with pytest.raises(UserError, match="digits_shortcuts"):
         read_study("digit_shortcut")
+
+
+# New study files
+
+
+def new(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str]:
+    status = main(["ablate", "new", *map(str, words)])
+    printed = capsys.readouterr()
+    return status, printed.out + printed.err
+
+
+@pytest.mark.parametrize(
+    ("options", "arms"),
+    [
+        (["--base", "digits"], {"baseline": {}, "double_lr": {"model.optimizer.lr": 0.2}}),
+        (["--base", CONFIGS / "experiment/digits.yaml", "--arm", f"B:{SHORTCUT}=none"], {"B": {SHORTCUT: "none"}}),
+        (
+            ["--base", "cifar10_resnet20", "--base", "configs/trainer/cpu.yaml",
+             "--arm", "no:model.net.layers=[1, 1, 1]",
+             "--arm", "b:model.optimizer.lr=1e-3", "--arm", "b:model.objective.label_smoothing=0.1"],
+            {"no": {"model.net.layers": [1, 1, 1]},
+             "b": {"model.optimizer.lr": 0.001, "model.objective.label_smoothing": 0.1}},
+        ),
+        (["--base", "digits", "--arm", "x:model.ema_decay=0.9"], {"x": {"model.ema_decay": 0.9}}),
+    ],
+)  # fmt: skip
+def test_new_study_passes_plan_at_once(tmp_path: Path, capsys, options: list, arms: dict) -> None:  # type: ignore[no-untyped-def]
+    file = tmp_path / "new/mine.yaml"
+    status, printed = new(capsys, "mine", "--out", file, *options)
+    assert (status, printed) == (0, f"wrote {file}; next: reslab ablate plan {file}\n")
+    assert main(["ablate", "plan", str(file)]) == 0
+    text = file.read_text()
+    content = yaml.load(text, Loader)
+    assert {**content["arms"], **arms} == content["arms"]
+    assert max(len(line) for line in text.splitlines() if "/" not in line) <= 100
+    for key in KEYS:  # each with a line of explanation above
+        assert re.search(rf"\n# [A-Z][^\n]+\.\n(# )?{key}:", text), key
+    content_before = file.read_bytes()
+    status, printed = new(capsys, "mine", "--out", file, *options)
+    assert status == 2 and f"{file} exists" in printed and file.read_bytes() == content_before
+
+
+@pytest.mark.parametrize("key", [key for key in KEYS if key not in ("base", "baseline", "arms", "seeds")])
+def test_optional_key_of_a_new_study_works_without_its_hash(tmp_path: Path, capsys, key: str) -> None:  # type: ignore[no-untyped-def]
+    file = tmp_path / "mine.yaml"
+    new(capsys, "mine", "--base", "digits", "--out", file)
+    text = file.read_text().replace(f"# {key}: ", f"{key}: ")
+    if key in ("factors", "exclude"):  # instead of the arms
+        text = re.sub(r"\narms:\n(  .*\n)+", "\n", text).replace("# factors: ", "factors: ")
+        text = text.replace("baseline: baseline", "baseline: {model.net.shortcut: A}")
+        text = text.replace("[A, none]", "[A, B, none]")
+    file.write_text(text.replace("seeds: 5\n", "\n") if key == "looks" else text)
+    assert read_study(file).name == "mine"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["mine", "--base", "digts"], "nearest experiments: digits"),
+        (["my/mine", "--base", "digits"], "'my/mine' is not a valid directory name"),
+        (["mine", "--base", "digits", "--arm", "none"], "--arm must be NAME:KEY=VALUE, got 'none'"),
+        (["mine", "--base", "digits", "--arm", "a:model.net.shorcut=none"], "nearest: model.net.init_args.shortcut"),
+        (["mine", "--base", "digits", "--arm", "baseline:a=b"], "the arm baseline is the unchanged base"),
+        (["mine", "--base", "digits", "--arm", "a:model.net.shortcut=[1"], "not valid YAML"),
+        (["mine", "--base", "digits", "--arm", "a:model.net.shortcut=A"], "arm a is the same as baseline"),
+        (["mine", "--base", "digits", "--jobs", "2"], "unrecognized arguments: --jobs 2"),
+    ],
+)
+def test_invalid_new_study_is_not_written(tmp_path: Path, capsys, words: list[str], message: str) -> None:  # type: ignore[no-untyped-def]
+    status, printed = new(capsys, *words, "--out", tmp_path / "mine.yaml")
+    assert status == 2 and message in printed
+    assert not (tmp_path / "mine.yaml").exists()
+
+
+def test_base_of_a_new_study_is_relative_to_its_file(tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]
+    optimizer = {"class_path": "SGD", "init_args": {"lr": 0.1}}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump({"model": {"optimizer": optimizer}}))
+    assert new(capsys, "mine", "--base", tmp_path / "mine.yaml", "--out", tmp_path / "a/b/c/study.yaml")[0] == 0
+    assert "\nbase: [../../../mine.yaml]\n" in (tmp_path / "a/b/c/study.yaml").read_text()
+
+
+def test_name_of_a_new_study_may_differ_from_its_file(tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]
+    new(capsys, "mine", "--base", "digits", "--out", tmp_path / "yours.yaml")
+    assert read_study(tmp_path / "yours.yaml").name == "mine"
+
+
+# Power
+
+
+def plan_of(capsys: pytest.CaptureFixture[str], *words: object) -> str:
+    assert main(["ablate", "plan", *map(str, words)]) == 0
+    return capsys.readouterr().out
+
+
+def test_plan_states_what_the_seeds_can_find(tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]
+    arms = {"A": {}, "B": {SHORTCUT: "B"}, "none": {SHORTCUT: "none"}}
+    plan = plan_of(capsys, write(tmp_path, seeds=5, arms=arms, minutes=3), "--find", 0.003)
+    detectable = 100 * min_detectable_delta(0.002 * 2**0.5, 5, 0.05 / 2)
+    assert f"finds      differences of {detectable:.3g} points at 80 % power: 5 seeds, 2 comparisons (Holm)" in plan
+    assert "√2 × 0.2 points if arms do not correlate; the default for accuracies" in plan
+    n = seeds_needed(0.002 * 2**0.5, 0.003, 0.05 / 2)
+    assert f"to find 0.3 points: {n} seeds per arm, {3 * n} cells, 1 h 48 min one after the other" in plan
+    assert "equivalence within ±1 points: 4 seeds per arm" in plan
+    stated = plan_of(capsys, write(tmp_path, seeds=5, sd=0.004))
+    assert "sd of a paired difference: 0.566 points, √2 × 0.4 points if arms do not correlate; as stated" in stated
+    assert "unknown: set `sd`" in plan_of(capsys, write(tmp_path, metric="test/loss"))
+    looks = plan_of(capsys, write(tmp_path, seeds=None, looks=[3, 8], test="pooled"))
+    assert "test       pooled, judged after 3, 8 seeds" in looks and "8 seeds, 1 comparison" in looks
+
+
+def test_power_is_measured_on_finished_cells_of_the_same_config(tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]
+    study, out = make_study(tmp_path, ("A", "B")), tmp_path / "out"
+    run_study(study, out, {"A": 0.95, "B": 0.94})
+    by_arm = [
+        [manifest(c.folder)["results"]["test/acc"] for c in cells(study, out) if c.arm == arm] for arm in ("A", "B")
+    ]
+    sd = statistics.stdev(b - a for a, b in zip(*by_arm, strict=True))
+    words = study.path, "--out", out
+    assert f"sd of a paired difference: {100 * sd:.3g} points, measured on the finished cells" in plan_of(
+        capsys, *words
+    )
+    assert "the default for accuracies" in plan_of(capsys, *words, "--trainer.max_epochs=99")
+    shutil.rmtree(out / "B")
+    sd = 2**0.5 * statistics.stdev(by_arm[0])
+    assert f"difference: {100 * sd:.3g} points, √2 × that of the finished baseline cells" in plan_of(capsys, *words)
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "nan", "inf", "x"])
+def test_find_requires_a_positive_number(tmp_path: Path, value: str, capsys) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(SystemExit) as stop:
+        main(["ablate", "plan", str(write(tmp_path)), f"--find={value}"])
+    assert stop.value.code == 2 and "invalid positive value" in capsys.readouterr().err
 
 
 # Resolving groups and classes
@@ -433,6 +741,7 @@ def test_plan_prints_cells_changes_and_hash_without_torch(tmp_path: Path) -> Non
     words = ["ablate", "plan", str(write(tmp_path, minutes=3)), "--out", str(tmp_path / "out")]
     done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True)
     assert "2 arms × 2 seeds (0, 1) = 4; 0 done" in done.stdout
+    assert "finds      nothing: a verdict requires at least 3 seeds" in done.stdout
     assert f"none  {SHORTCUT}: A → none" in done.stdout
     assert "4 cells to run, 12 min 00 s" in done.stdout
     assert read_study(write(tmp_path, minutes=3)).hash in done.stdout

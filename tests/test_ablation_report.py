@@ -20,10 +20,11 @@ from scipy import stats
 
 from reslab.ablation import report as reports
 from reslab.ablation.cells import Cell, cells
-from reslab.ablation.report import log_summary, write_report
+from reslab.ablation.report import log_summary, sentences, write_report
 from reslab.ablation.statistics import Reason, Why
 from reslab.ablation.study import Study
 from reslab.ablation.wording import REASONS, Unit, explain, markdown, probability, tex
+from reslab.cli import main
 from reslab.errors import UserError
 from studies import DATA, ENVIRONMENT, make_study, predict, run_cell, run_study
 
@@ -339,18 +340,18 @@ UNIT = Unit(percent=True, decimals=2)
         (
             [Reason(Why.ADJUSTED, 10), Reason(Why.SEPARATE, 12)],
             "significant on its own, but not after adjusting for 10 comparisons; "
-            "about 12 more seeds would be needed to detect a difference of 0.1 points at 80 % power",
+            "a new study with about 17 seeds per arm, or planned looks, would detect a difference of 0.1 points at",
         ),
         (
             [Reason(Why.EQUIVALENCE, 1)],
-            "about 1 more seed would be needed to show equivalence within ±0.2 points at 80 %",
+            "a new study with about 6 seeds per arm, or planned looks, would show equivalence within ±0.2 points",
         ),
-        ([Reason(Why.SEPARATE)], "more than 1,000 seeds would be needed to detect a difference of 0.1 points"),
+        ([Reason(Why.SEPARATE)], "more than 1,000 seeds per arm would be needed to detect a difference of 0.1 points"),
     ],
     ids=lambda value: value[0].why if isinstance(value, list) else "",
 )
 def test_reasons_are_sentences(reasons: list[Reason], text: str) -> None:
-    assert text in explain(reasons, UNIT, margin=0.002, delta=-0.001, p_holm=0.0123)
+    assert text in explain(reasons, UNIT, margin=0.002, delta=-0.001, p_holm=0.0123, n=5)
 
 
 def test_every_reason_has_a_sentence() -> None:
@@ -434,3 +435,100 @@ def test_report_of_very_short_cells(tmp_path: Path) -> None:
         run_cell(study, cell, 0.9, wall_seconds=0.4)
     write_report(study, out)
     assert (out / "figures/cost.png").exists()
+
+
+# On the terminal
+
+
+def shown(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
+    """Run `reslab ablate` in this process; return exit status, stdout and stderr."""
+    status = main(["ablate", *map(str, words)])
+    return status, *capsys.readouterr()
+
+
+GRID = {"model.net.shortcut": ["A", "B", "none"], "data.augment.crop_padding": [0, 1]}
+STUDIES = {
+    "short names": (("identity", "plain", "twin"), {}),
+    "long names": (("identity", *(f"a_very_long_name_of_an_arm+lr=0.{i}+weight_decay=5e-{i}" for i in range(3))), {}),
+    "no margin": (("identity", "plain"), {"margin": None}),
+    "a loss": (("identity", "plain"), {"metric": "test/loss", "margin": 0.0002}),
+    "factors": (("shortcut=A+crop_padding=0",), {"factors": GRID}),
+    "a long question": (("identity", "plain"), {"question": "Does it " + "really " * 30 + "matter?"}),
+}
+
+
+@pytest.mark.parametrize(("arms", "keys"), STUDIES.values(), ids=STUDIES)
+def test_report_fits_80_columns_in_one_unit(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arms: tuple[str, ...], keys: dict[str, Any]
+) -> None:
+    study, out = make_study(tmp_path, arms, **keys), tmp_path / "out"
+    run_study(study, out, {name: 0.95 - 0.0012 * i for i, name in enumerate(study.arms)})
+    shutil.rmtree(cell(study, out, f"{[*study.arms][-1]}/seed-1").folder)
+    status, printed, _ = shown(capsys, "report", study.path, "--out", out)
+    assert status == 0
+    lines = printed.splitlines()
+    assert max(len(line) for line in lines if not line.startswith("report  ")) <= 80
+    joined = " ".join(printed.split())
+    assert study.question in joined and "mean ± sd" in joined and "verdict" in joined
+    for name in study.arms:
+        assert any(line.startswith(name) for line in lines)
+    report = json.loads((out / "report.json").read_text())
+    for sentence in sentences(report).values():
+        assert sentence in joined
+    if study.metric == "test/acc":
+        assert "in points" in joined and not re.search(r"\b0\.\d{3,}", joined.replace("p_Holm = 0.", ""))
+    else:
+        assert "points" not in joined and "%)" not in joined
+
+
+def test_json_prints_the_report_and_nothing_else(
+    study: Study, out: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    status, printed, errors = shown(capsys, "report", study.path, "--out", out, "--json")
+    assert status == 0 and printed == (out / "report.json").read_text() and "plain is worse" in errors
+    monkeypatch.setattr("reslab.cli._run_study", lambda *args, **options: print("[9/9] progress") or 1)
+    status, printed, errors = shown(capsys, "run", study.path, "--out", out, "--json")
+    assert status == 1 and printed == (out / "report.json").read_text() and "[9/9] progress" in errors
+
+
+@pytest.mark.parametrize(
+    ("arm", "status", "sentence"),
+    [
+        ("good", 0, "good is better than identity: +"),
+        ("twin", 3, "twin is equivalent to identity within ±0.2 points"),
+        ("plain", 4, "plain is worse than identity: −"),
+        ("noisy", 5, "noisy vs. identity is inconclusive"),
+        ("missing", 5, "No verdict on missing vs. identity: no result for missing/seed-2"),
+        ("identity", 2, "no arm 'identity' to compare with the baseline"),
+        ("plian", 2, "no arm 'plian' to compare with the baseline identity; arms: plain, "),
+    ],
+)
+def test_verdict_is_an_exit_status(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arm: str, status: int, sentence: str
+) -> None:
+    accuracy = {"identity": 0.95, "plain": 0.91, "twin": 0.95, "good": 0.97, "noisy": 0.95, "missing": 0.95}
+    study, out = make_study(tmp_path, accuracy, seeds=3), tmp_path / "out"
+    run_study(study, out, accuracy)
+    for seed in study.seeds:
+        results = json.loads((out / f"identity/seed-{seed}/manifest.json").read_text())["results"]
+        run_cell(study, cell(study, out, f"twin/seed-{seed}"), 0.95, results=results)
+        better = results | {"test/acc": results["test/acc"] + 0.02 + 0.001 * seed}
+        run_cell(study, cell(study, out, f"good/seed-{seed}"), 0.97, results=better)
+        run_cell(study, cell(study, out, f"noisy/seed-{seed}"), 0.94 + 0.01 * seed)
+    shutil.rmtree(cell(study, out, "missing/seed-2").folder)
+    before = sorted(out.rglob("*"))
+    ended, printed, errors = shown(capsys, "verdict", study.path, arm, "--out", out)
+    assert ended == status and sentence in (errors if status == 2 else printed)
+    assert status == 2 or printed.count("\n") == 1
+    assert sorted(out.rglob("*")) == before
+
+
+def test_verdict_before_any_run_is_inconclusive(study: Study, tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]
+    status, printed, _ = shown(capsys, "verdict", study.path, "plain", "--out", tmp_path / "nowhere")
+    assert status == 5 and printed.startswith("No verdict on plain")
+
+
+def test_metric_in_percent_is_not_multiplied() -> None:
+    arms = {"a": {"mean": 95.3, "sd": 0.2}, "b": {"mean": None, "sd": None}}
+    unit = Unit.of({"metric": "test/acc", "arms": arms})
+    assert (unit.number(95.3), unit.axis("test/acc")) == ("95.30", "test/acc")

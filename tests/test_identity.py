@@ -211,9 +211,9 @@ def test_study_refuses_finished_cells_on_other_data(changed_pictures: Path, tmp_
     assert f"a/seed-0: the run has other data (files, split): {CHANGES[remove_three]}" in ended.output
     assert contents(tmp_path / "out") == before
     # A cell that ran while the data were different does not enter the report.
-    plan = json.loads((tmp_path / "out/plan.json").read_text())
+    plan = json.loads((tmp_path / "out/plan.jsonl").read_text())
     plan["data"]["a"]["files"] = "0" * 64
-    (tmp_path / "out/plan.json").write_text(json.dumps(plan))
+    (tmp_path / "out/plan.jsonl").write_text(json.dumps(plan) + "\n")
     study.write_text(yaml.safe_dump({**text, "arms": arms}))
     assert reslab("ablate", "report", *words[2:]).status == 0
     cells = json.loads((tmp_path / "out/report.json").read_text())["cells"]

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from runner import DIGITS, fit, manifest
 
 from reslab.config import Experiment
 from reslab.errors import UserError
+from runner import DIGITS, fit, manifest
 
 SOURCES = ("init", "order", "augment", "network")
 

@@ -1,6 +1,7 @@
 """Command line interface. Commands import torch and lightning lazily, when they run."""
 
 import argparse
+import contextlib
 import importlib
 import logging
 import os
@@ -36,7 +37,7 @@ def _main(argv: list[str]) -> int:
         args, overrides = _parser().parse_known_args(argv)
         _refuse_copies(argv[0])
         options = vars(args)
-        if argv[0] == "ablate":
+        if argv[:2] == ["ablate", "run"]:
             options["command"] = mask_command(["reslab", *argv])
         if options.pop("takes_config"):
             options["overrides"] = overrides
@@ -145,16 +146,26 @@ def _parser() -> argparse.ArgumentParser:
 def _add_ablate(parser: argparse.ArgumentParser) -> None:
     commands = parser.add_subparsers(required=True, metavar="STEP")
 
-    def add(name: str, help: str) -> argparse.ArgumentParser:
+    def add(name: str, help: str, target: str) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=help, description=help, allow_abbrev=False)
-        command.set_defaults(takes_config=True, target="cli:_ablate", step=name)
+        command.set_defaults(takes_config=True, target=target)
         command.add_argument("name", metavar="STUDY", help="study file, or its name in configs/ablation")
         command.add_argument("--out", metavar="DIR", help="study directory (default: runs/ablations/<name>)")
         return command
 
-    plan = add("plan", "list the runs, what each arm changes, and the cost: STUDY [--KEY VALUE ...]")
+    help = "write a commented study file: NAME --base EXPERIMENT [--arm NAME:KEY=VALUE ...]"
+    new = commands.add_parser("new", help=help, description=help, allow_abbrev=False)
+    new.set_defaults(takes_config=False, target="cli:_new_study")
+    new.add_argument("name", metavar="NAME", help="name of the study")
+    new.add_argument("--base", required=True, action="append", metavar="EXPERIMENT", help="config file or its name")
+    new.add_argument("--arm", default=[], action="append", metavar="NAME:KEY=VALUE", help="an arm and its change")
+    new.add_argument("--out", type=Path, metavar="FILE", help="study file (default: configs/ablation/NAME.yaml)")
+    plan = add("plan", "list runs, changes, cost and what they can find: STUDY [--KEY VALUE ...]", "cli:_plan_study")
     plan.add_argument("--check", action="store_true", help="also check every value against its type (imports torch)")
-    run = add("run", "start or resume all runs, then report: STUDY [--KEY VALUE ...]")
+    plan.add_argument(
+        "--find", type=positive, metavar="D", help="seeds and hours to find this difference in the metric"
+    )
+    run = add("run", "start or resume all runs, then report: STUDY [--KEY VALUE ...]", "cli:_run_and_report")
     run.add_argument("--jobs", type=int, metavar="N", help="concurrent runs (default: one per visible GPU; 1 on CPU)")
     run.add_argument("--jobs-per-gpu", type=int, default=1, metavar="K", help="runs that share one GPU (default: 1)")
     run.add_argument("--retries", type=int, default=1, metavar="N", help="retries per failed run (default: 1)")
@@ -168,12 +179,25 @@ def _add_ablate(parser: argparse.ArgumentParser) -> None:
     slurm.add_argument("--cpus", type=int, metavar="N", help="CPUs per process (default: 1)")
     slurm.add_argument("--memory", type=int, metavar="GB", help="memory per node (default: the cluster's default)")
     slurm.add_argument("--sbatch", type=_pair, action="append", metavar="KEY=VALUE", help="any other sbatch option")
-    add("report", "write statistics, tables and figures of the finished runs: STUDY [--KEY VALUE ...]")
+    help = "write statistics, tables and figures of the finished runs: STUDY [--KEY VALUE ...]"
+    report = add("report", help, "cli:_report_study")
+    for command in (run, report):
+        command.add_argument(
+            "--json", dest="as_json", action="store_true", help="print only the content of report.json"
+        )
+    help = "print an arm's verdict: STUDY ARM; exit status 0 better, 3 equivalent, 4 worse, 5 inconclusive or none yet"
+    add("verdict", help, "cli:_print_verdict").add_argument("arm", metavar="ARM", help="an arm of the study")
 
 
 def _pair(text: str) -> tuple[str, str | bool]:
     key, equals, value = text.lstrip("-").partition("=")
     return key, value if equals else True
+
+
+def positive(text: str) -> float:  # argparse shows this name: "invalid positive value"
+    if not 0 < (number := float(text)) < float("inf"):
+        raise ValueError(text)
+    return number
 
 
 def shape(text: str) -> tuple[int, ...]:  # argparse shows this name: "invalid shape value"
@@ -211,31 +235,78 @@ def _summary(model: str, input: tuple[int, ...], classes: int) -> None:
     print(summarize(create_model(model, num_classes=classes, in_channels=input[0], **size), input))
 
 
-def _ablate(
-    step: str, name: str, out: str | None, overrides: list[str], command: str, check: bool = False, **options: Any
-) -> int:
-    from reslab.ablation.cells import PLAN
-    from reslab.ablation.launch import typed_configs
-    from reslab.ablation.plan import describe
+def _new_study(name: str, base: list[str], arm: list[str], out: Path | None) -> None:
+    from reslab.ablation.new import new_study, shown
+
+    path = shown(new_study(name, base, arm, out))
+    print(f"wrote {path}; next: reslab ablate plan {path}")
+
+
+def _read_study(name: str, out: str | None, overrides: list[str]) -> "tuple[Study, Path]":
+    """Return a study and its directory."""
     from reslab.ablation.study import read_study
 
     study = read_study(name, overrides)
-    folder = Path(out) if out else study.out
-    if step == "plan":
-        if check:
-            typed_configs(study)
-        print(describe(study, folder))
-        return Exit.OK
-    status: int = Exit.OK
-    if step == "run":
-        resume_hint(lambda: f"to resume, run {command}" if (folder / PLAN).exists() else "")
-        status = _run_study(study, folder, **options)
-    if status != Exit.PREEMPTED and not options.get("detach"):
-        from reslab.ablation.report import log_summary, write_report
+    return study, Path(out) if out else study.out
 
-        print(f"report  {write_report(study, folder)}")
-        log_summary(study, folder)
+
+def _plan_study(name: str, out: str | None, overrides: list[str], check: bool, find: float | None) -> None:
+    from reslab.ablation.launch import typed_configs
+    from reslab.ablation.plan import describe
+
+    study, folder = _read_study(name, out, overrides)
+    if check:
+        typed_configs(study)
+    print(describe(study, folder, find))
+
+
+def _run_and_report(
+    name: str, out: str | None, overrides: list[str], as_json: bool, command: str, **options: Any
+) -> int:
+    from reslab.ablation.plan import notes
+    from reslab.ablation.plan_log import PLANS
+
+    study, folder = _read_study(name, out, overrides)
+    resume_hint(lambda: f"to resume, run {command}" if (folder / PLANS).exists() else "")
+    with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
+        for note in notes(study, folder):
+            print(f"Note: {note}")
+        status = _run_study(study, folder, **options)
+    if status != Exit.PREEMPTED and not options["detach"]:
+        _report(study, folder, as_json)
     return status
+
+
+def _report_study(name: str, out: str | None, overrides: list[str], as_json: bool) -> None:
+    _report(*_read_study(name, out, overrides), as_json)
+
+
+def _report(study: "Study", folder: Path, as_json: bool) -> None:
+    from reslab.ablation.report import log_summary, read_report, sentences, write_report
+    from reslab.ablation.terminal import summary
+
+    with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
+        page = write_report(study, folder)
+        report, text = read_report(folder)
+        print(f"\n{summary(report, list(sentences(report).values()))}\n\nreport  {page}")
+        log_summary(study, folder)
+    if as_json:
+        print(text, end="")
+
+
+def _print_verdict(name: str, arm: str, out: str | None, overrides: list[str]) -> int:
+    from reslab.ablation.report import current_report, sentences
+
+    study, folder = _read_study(name, out, overrides)
+    if arm not in study.arms or arm == study.baseline:
+        others = ", ".join(other for other in study.arms if other != study.baseline)
+        raise UserError(f"no arm {arm!r} to compare with the baseline {study.baseline}; arms: {others}")
+    report = current_report(study, folder)
+    for warning in report["warnings"]:
+        print(f"Note: {warning}", file=sys.stderr)
+    print(sentences(report)[arm])
+    statuses = {"better": Exit.OK, "equivalent": Exit.EQUIVALENT, "worse": Exit.WORSE}
+    return statuses.get(report["arms"][arm]["verdict"], Exit.INCONCLUSIVE)
 
 
 def _run_study(

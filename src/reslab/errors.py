@@ -37,5 +37,8 @@ class Exit(IntEnum):
     OK = 0
     FAILED = 1  # failed, diverged, or what was checked is not as it should be
     USAGE = 2  # wrong usage, config or data
+    EQUIVALENT = 3  # of `ablate verdict`, as the next two; better is 0
+    WORSE = 4
+    INCONCLUSIVE = 5  # or no verdict yet
     PREEMPTED = 75  # stopped by a signal with a checkpoint: run the same command again
     INTERRUPTED = 130  # stopped by Ctrl-C, with no checkpoint to resume from

@@ -15,10 +15,11 @@ from zipfile import BadZipFile
 import numpy as np
 import pandas as pd
 
-from reslab.ablation.cells import State, read_plan, unplanned_runs
+from reslab.ablation.cells import State, unplanned_runs
+from reslab.ablation.plan_log import PlanHistory, read_plans, seeds_compared
 from reslab.ablation.statistics import compare_by_seed, factor_effects, paired_bootstrap, summarise
 from reslab.ablation.study import Study
-from reslab.ablation.wording import Unit, count, explain, named
+from reslab.ablation.wording import Unit, count, explain, exploratory, named
 from reslab.diff import differences
 from reslab.errors import UserError
 from reslab.runs.figures import read_predictions
@@ -46,7 +47,7 @@ def analyse(study: Study, out: Path, states: Sequence[State]) -> Report:
     arms, unit = _arms(study, states, values, by_seed, faults)
     report: Report = {
         "study": study.name,
-        "plan": _plan(study, out, states),
+        **_planned(study, out, states, arms),
         **study.about(),
         "confidence": 0.95,
         "cells": {"planned": len(states), **Counter(state.status for state in states)},
@@ -106,13 +107,44 @@ def _shown(path: Path) -> str:
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
-def _plan(study: Study, out: Path, states: Sequence[State]) -> Report:
+def _planned(study: Study, out: Path, states: Sequence[State], arms: Mapping[str, Report]) -> Report:
+    """Return what the plan log shows; adds to every arm when it was planned."""
+    plans, fault = [], None
     try:
-        recorded = read_plan(out).get("hash")
-    except UserError:
-        recorded = None
+        plans = read_plans(out)
+    except UserError as error:
+        fault = str(error)
+    history = PlanHistory(study, plans)
+    for name in study.arms:
+        arms[name]["planned"] = history.arm(name)
+    done = {name: {s.cell.seed for s in states if s.cell.arm == name and s.status == "complete"} for name in arms}
+    others = [seeds for name, seeds in done.items() if name != study.baseline]
+    looks = history.looks(seeds_compared(done[study.baseline], others))
+    recorded = plans[-1].get("hash") if plans else None
     mismatched = any(state.status == "mismatched" for state in states)
-    return {"hash": study.hash, "recorded": recorded, "matches": recorded == study.hash and not mismatched}
+    matches = recorded == study.hash and not mismatched
+    return {
+        "plan": {"hash": study.hash, "recorded": recorded, "matches": matches},
+        "plan_log": [{key: plan.get(key) for key in ("time", "hash", "commit", "dirty", "results")} for plan in plans],
+        "plan_log_fault": fault,
+        "plan_changes": list(history.changes()),
+        "seeds_planned": {str(seed): history.seed(seed) for seed in study.seeds},
+        "looks_taken": looks,
+        **_exploratory(study, looks, history.looks_planned),
+    }
+
+
+def _exploratory(study: Study, looks: Sequence[int], planned: bool) -> Report:
+    """Return whether, and why, verdicts are exploratory: seeds were added after results, without planned looks."""
+    if planned or len(looks) < 2:
+        return {"false_verdict_chance": None, "exploratory": None}
+    chance = false_verdict_chance(looks, len(study.arms) - 1)
+    return {"false_verdict_chance": chance, "exploratory": exploratory(looks, study.seeds, chance)}
+
+
+def false_verdict_chance(looks: Sequence[int], arms: int) -> float | None:
+    """Return the simulated chance of a false verdict if `arms` arms are judged at every look; None: not known."""
+    return None
 
 
 def _arms(
@@ -133,7 +165,7 @@ def _arms(
     unit = Unit.of({"metric": study.metric, "arms": arms})
     for name, c in compare_by_seed(by_seed, study.baseline, study.seeds, study.margin, study.mode).items():
         arms[name] |= {RENAMED.get(key, key): value for key, value in vars(c).items() if key != "reasons"}
-        arms[name]["reason"] = faults.get(name) or explain(c.reasons, unit, study.margin, c.delta, c.p_holm)
+        arms[name]["reason"] = faults.get(name) or explain(c.reasons, unit, study.margin, c.delta, c.p_holm, c.n)
     return arms, unit
 
 
@@ -205,8 +237,14 @@ def _hours(study: Study, states: Sequence[State]) -> Report:
 def _warnings(report: Report, study: Study, out: Path, values: pd.DataFrame) -> Iterator[str]:
     """Yield what a reader must know before the numbers."""
     plan, cells = report["plan"], report["cells"]
-    if not plan["recorded"]:
-        yield "There is no readable plan.json, so nothing shows that these runs were planned before they ran."
+    if report["exploratory"]:
+        yield report["exploratory"]
+    if report["plan_changes"]:
+        yield f"The plan was changed when results existed: {'; '.join(report['plan_changes'])}."
+    if report["plan_log_fault"]:
+        yield f"The plan log cannot be trusted: {report['plan_log_fault']}."
+    elif not plan["recorded"]:
+        yield "There is no plan log (plan.jsonl), so nothing shows that these runs were planned before they ran."
     elif plan["recorded"] != plan["hash"]:
         hashes = f"its hash is {plan['hash'][:12]}, the plan's is {plan['recorded'][:12]}"
         yield f"The study file has changed since the runs were planned: {hashes}."

@@ -1,23 +1,23 @@
 """Cells of a study: one run directory per arm and seed, and their states."""
 
-import json
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Literal
+from typing import Literal
 
 import yaml
 
+from reslab.ablation.plan_log import read_plan
 from reslab.ablation.resolve import Config, Loader
 from reslab.ablation.study import Study
 from reslab.diff import differences
 from reslab.errors import UserError
-from reslab.files import write_text
 from reslab.runs import manifest as manifests
 from reslab.runs.folder import RunFolder
 
-PLAN, ARM, LOG = "plan.json", "arm.yaml", "log.txt"
+ARM, LOG = "arm.yaml", "log.txt"
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,10 @@ def states(
     """
     if configs is None:
         configs = {arm: read_config(out / arm / ARM) for arm in study.arms}
-    data = read_plan(out).get("data", {}) if data is None else data
+    if data is None:
+        data = {}
+        with contextlib.suppress(UserError):  # a damaged plan log, which the report states
+            data = read_plan(out).get("data", {})
     return [state(study, cell, configs[cell.arm], data.get(cell.arm)) for cell in cells(study, out)]
 
 
@@ -145,21 +148,3 @@ def seconds_per_cell(study: Study, current: Sequence[State]) -> dict[str, float 
     overall = fmean(wall for _, wall in walls) if walls else stated
     of_arm = {arm: [wall for name, wall in walls if name == arm] for arm in study.arms}
     return {arm: fmean(seconds) if seconds else overall for arm, seconds in of_arm.items()}
-
-
-def write_plan(study: Study, out: Path, data: Mapping[str, Config] | None = None) -> None:
-    """Write plan.json: the cells to run, the hash that identifies the study, and those of each arm's data."""
-    plan: dict[str, Any] = {"name": study.name, "hash": study.hash, **study.about(), "data": data or {}}
-    plan["arms"] = {arm.name: {"levels": arm.levels, "changes": arm.changes} for arm in study.arms.values()}
-    plan["cells"] = [{"arm": c.arm, "seed": c.seed, "folder": c.name} for c in cells(study, out)]
-    write_text(out / PLAN, json.dumps(plan, indent=2, default=str) + "\n")
-
-
-def read_plan(out: Path) -> dict[str, Any]:
-    """Return plan.json; {} if nothing was run yet."""
-    try:
-        return json.loads((out / PLAN).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {out / PLAN}: {error}; `reslab ablate run` rewrites it") from error

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING
 
 import yaml
 
-from reslab.ablation.cells import ARM, Cell, State, states, write_plan
+from reslab.ablation.cells import ARM, Cell, State, states
+from reslab.ablation.plan_log import append_plan
 from reslab.ablation.progress import StudyProgress
 from reslab.ablation.resolve import Loader
 from reslab.ablation.study import Study
@@ -86,7 +87,7 @@ def prepare(study: Study, out: Path) -> list[State]:
     for arm, text in configs.items():
         (out / arm).mkdir(exist_ok=True)
         write_text(out / arm / ARM, text)
-    write_plan(study, out, data)
+    append_plan(study, out, data)
     return current
 
 

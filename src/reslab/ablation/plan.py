@@ -1,15 +1,19 @@
-"""Text printed by `ablate plan`: cells, changes of each arm, cost. Imports no torch."""
+"""Text printed by `ablate plan`: cells, changes of each arm, cost, power. Imports no torch."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
-from reslab.ablation.cells import State, read_plan, seconds_per_cell, states
+from reslab.ablation.cells import State, seconds_per_cell, states
+from reslab.ablation.plan_log import PlanHistory, next_plan, read_plan, read_plans
+from reslab.ablation.power import power
 from reslab.ablation.study import Arm, Study, change_text
+from reslab.ablation.wording import Unit, count, is_share
 from reslab.runs.manifest import duration
 
 
-def describe(study: Study, out: Path) -> str:
-    """Return the plan as plain text, with what is already done in `out`."""
+def describe(study: Study, out: Path, find: float | None = None) -> str:
+    """Return the plan as plain text: what is done in `out`, what it can find, what finding `find` would cost."""
     current = states(study, out)
     done = sum(s.status == "complete" for s in current)
     seeds = ", ".join(map(str, study.seeds))
@@ -17,7 +21,8 @@ def describe(study: Study, out: Path) -> str:
     weights = "last" if study.test_weights == "last" else "best validated"
     margin = "no margin, so no arm can be called equivalent"
     if study.margin is not None:
-        margin = f"differences within ±{study.margin:g} do not matter"
+        size = Unit(is_share(study.metric), 2).exact(study.margin)
+        margin = f"differences within ±{size} do not matter"
     recorded = read_plan(out).get("hash")
     earlier = "nothing run yet" if recorded is None else f"holds runs of another plan, {recorded[:12]}…"
     lines = [
@@ -25,14 +30,36 @@ def describe(study: Study, out: Path) -> str:
         f"file       {os.path.relpath(study.path)}",
         f"cells      {len(study.arms)} arms × {len(study.seeds)} seeds ({seeds}) = {len(current)}; {done} done",
         f"metric     {study.metric} ({better} is better) of the {weights} weights; {margin}",
+        f"test       {study.test}, {_looks(study)}",
         *(f"factor     {key}: {', '.join(labels)}" for key, labels in study.factors.items()),
         "arms",
         *(f"  {line}" for arm in study.arms.values() for line in _arm(arm, study)),
         f"cost       {_cost(study, current)}",
+        *(f"{'' if i else 'finds':<11}{line}" for i, line in enumerate(power(study, out, current, find))),
         f"directory  {out}" + (f" ({earlier})" if recorded != study.hash else ""),
         f"plan       {study.hash}",
+        *(f"note       {note}" for note in notes(study, out)),
     ]
     return "\n".join(lines)
+
+
+def notes(study: Study, out: Path) -> Iterator[str]:
+    """Yield what running the study now would change in its plan although results exist."""
+    plans = read_plans(out)
+    if not plans or (plan := next_plan(study, out, plans)) is None:
+        return
+    before, after = PlanHistory(study, plans), PlanHistory(study, [*plans, plan])
+    known = list(before.changes())
+    yield from [change for change in after.changes() if change not in known]
+    if after.looks() != before.looks() and not after.looks_planned:
+        more = [str(seed) for seed in study.seeds if seed not in plans[-1].get("seeds", ())]
+        results = count(plan["results"], "result")
+        what = f"seed{'s' * (len(more) > 1)} {', '.join(more)}"
+        yield f"{what} added after {results}: without planned looks, verdicts are exploratory"
+
+
+def _looks(study: Study) -> str:
+    return f"judged after {', '.join(map(str, study.looks))} seeds" if study.looks else "judged once, after all seeds"
 
 
 def _arm(arm: Arm, study: Study) -> list[str]:

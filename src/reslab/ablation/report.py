@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from jinja2 import Environment
 
 from reslab.ablation import wording
 from reslab.ablation.analysis import analyse, of_metric, results
@@ -20,6 +21,8 @@ from reslab.runs.manifest import duration
 from reslab.runs.metrics import read_rows, series
 from reslab.runs.report import embed, templates
 
+REPORT = "report.json"
+
 
 def write_report(study: Study, out: Path) -> Path:
     """Write results.csv, report.json, report.md, table.tex, figures/ and report.html; return the path of the page.
@@ -30,26 +33,57 @@ def write_report(study: Study, out: Path) -> Path:
         UserError: cells have finished, but none logged the study's metric.
     """
     out.mkdir(parents=True, exist_ok=True)
-    order = list(study.arms)
-    current = sorted(states(study, out), key=lambda state: order.index(state.cell.arm))
+    current = _ordered_states(study, out)
     table = results(study, current)
     report = analyse(study, out, current)
     report["curve"], curves = _curves(study, current)
     write_text(out / "results.csv", table.to_csv(index=False, lineterminator="\n"))
-    write_text(out / "report.json", json.dumps(report, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+    write_text(out / REPORT, json.dumps(report, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
     draw_figures(report, of_metric(study, table), curves, out / "figures")
+    texts = _texts(report) | {"points": Unit(percent=True, decimals=2), "figures": embed(out / "figures", CAPTIONS)}
+    texts["cells"] = table.reindex(columns=["arm", "seed", "status", study.metric]).to_numpy().tolist()
+    environment = _environment()
+    for name in ("report.md", "table.tex", "report.html"):
+        write_text(out / name, environment.get_template(f"{name}.j2").render(texts))
+    return out / "report.html"
+
+
+def read_report(out: Path) -> tuple[dict[str, Any], str]:
+    """Return the content of report.json, and its text."""
+    text = (out / REPORT).read_text(encoding="utf-8")
+    return json.loads(text), text
+
+
+def current_report(study: Study, out: Path) -> dict[str, Any]:
+    """Return the content of report.json as the cells are now; writes nothing."""
+    return analyse(study, out, _ordered_states(study, out))
+
+
+def sentences(report: dict[str, Any]) -> dict[str, str]:
+    """Return the verdict of every arm but the baseline as a sentence."""
+    module = _environment().get_template("sentences.j2").make_module(_texts(report))
+    arms = {name: arm for name, arm in report["arms"].items() if name != report["baseline"]}
+    return {name: " ".join(module.answer(name, arm).split()) for name, arm in arms.items()}  # type: ignore[attr-defined]
+
+
+def _ordered_states(study: Study, out: Path) -> list[State]:
+    order = list(study.arms)
+    return sorted(states(study, out), key=lambda state: order.index(state.cell.arm))
+
+
+def _texts(report: dict[str, Any]) -> dict[str, Any]:
     unit = Unit.of(report)
     arms = [wording.row(name, arm, report, unit) for name, arm in report["arms"].items()]
-    texts = {"report": report, "unit": unit, "arms": arms, "best": wording.best(report)}
-    texts |= {"points": Unit(percent=True, decimals=2), "figures": embed(out / "figures", CAPTIONS)}
-    texts["cells"] = table.reindex(columns=["arm", "seed", "status", study.metric]).to_numpy().tolist()
+    return {"report": report, "unit": unit, "arms": arms, "best": wording.best(report)}
+
+
+def _environment() -> Environment:
     environment = templates(Path(__file__).parent)
     environment.filters |= {"tex": wording.tex, "md": wording.markdown, "duration": duration, "equals": wording.equals}
     environment.filters |= {"named": wording.named, "counted": wording.count}
     environment.filters |= {"interval": wording.interval, "probability": wording.probability}
-    for name in ("report.md", "table.tex", "report.html"):
-        write_text(out / name, environment.get_template(f"{name}.j2").render(texts))
-    return out / "report.html"
+    environment.filters |= {"by_label": wording.by_label}
+    return environment
 
 
 def log_summary(study: Study, out: Path) -> None:
@@ -62,7 +96,7 @@ def log_summary(study: Study, out: Path) -> None:
         return
     from reslab.runs.tracking import WandB  # imports torch
 
-    report = json.loads((out / "report.json").read_text(encoding="utf-8"))
+    report = read_report(out)[0]
     identity = hashlib.sha256(f"{study.name} {study.hash}".encode()).hexdigest()[:16]
     tracker = WandB(**options)
     about = {"plan": report["plan"], **study.about()}

@@ -29,11 +29,19 @@ def read_mapping(path: Path) -> Config:
         text = yaml.load(path.read_text(encoding="utf-8"), Loader)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or no valid date
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(text, dict):
         raise UserError(f"{path} must hold keys and values")
     return text
+
+
+def parse_value(text: str) -> Any:
+    """Return a value of the command line, which is YAML."""
+    try:
+        return yaml.load(text, Loader)
+    except (yaml.YAMLError, ValueError) as error:
+        raise UserError(f"{text!r} is not valid YAML; quote it") from error
 
 
 def options(overrides: Sequence[str]) -> Iterator[tuple[str, str]]:
@@ -63,13 +71,54 @@ def loaded(value: Any, folder: Path) -> Any:
 
 
 def change(config: Config, changes: Config, folder: Path) -> Config:
-    """Return the config with some dotted keys changed; paths of YAML files are relative to `folder`."""
+    """Return the config with some dotted keys changed; paths of YAML files are relative to `folder`.
+
+    Keys may leave out `init_args`, see `full_key`. Two spellings of one key are refused.
+    """
+    spelled: dict[str, str] = {}
     for key, value in changes.items():
-        nested = loaded(value, folder)
-        for part in reversed(key.split(".")):
+        full, nested = full_key(key, config), loaded(value, folder)
+        if full in spelled:
+            raise UserError(f"{spelled[full]} and {key} are the same key: keep one of them")
+        spelled[full] = key
+        for part in reversed(full.split(".")):
             nested = {part: nested}
         config = merge(config, nested)
     return config
+
+
+def full_key(key: str, config: Config) -> str:
+    """Return a dotted key with the `init_args` that it leaves out: `fit` accepts model.optimizer.lr, too.
+
+    Arguments in `dict_kwargs` are found likewise. Raise UserError if both fit.
+    """
+    node: Any = config
+    owner: str | None = CONFIG
+    at: list[str] = []
+    for part in key.split("."):
+        steps = [part]
+        if _names_a_class(node):
+            groups = _groups_with(node, part)
+            if len(groups) > 1:
+                raise UserError(f"{key} is ambiguous: {' or '.join('.'.join([*at, *g, part]) for g in groups)}")
+            steps = [*groups[0], part] if groups else ["init_args", part]
+        for step in steps:
+            owner, node = _below(owner, node, step)
+        at += steps
+    return ".".join(at)
+
+
+def _groups_with(node: Config, part: str) -> list[list[str]]:
+    """Return where a class's config may hold `part`: at the class itself, in `init_args`, in `dict_kwargs`."""
+    arguments = {*parameters(str(node["class_path"])), *(node.get("init_args") or {})}
+    groups: list[list[str]] = [[]] if part in CLASS_KEYS else []
+    groups += [["init_args"]] if part in arguments else []
+    return groups + ([["dict_kwargs"]] if part in (node.get("dict_kwargs") or {}) else [])
+
+
+def short_key(key: str) -> str:
+    """Return a dotted key without `init_args` and `dict_kwargs`."""
+    return ".".join(part for part in key.split(".") if part not in CLASS_KEYS[1:])
 
 
 def merge(old: Any, new: Any) -> Any:
@@ -113,17 +162,25 @@ def check_key(key: str, config: Config) -> None:
     at = ""
     for part in key.split("."):
         accepted = CLASS_KEYS if _names_a_class(node) else list(parameters(owner))
+        part = part.removesuffix("+")  # appends to a list
         if accepted and part not in accepted:
             near = difflib.get_close_matches(part, accepted, 3, 0.5)
             hint = f"; nearest: {', '.join(f'{at}.{n}' if at else n for n in near)}" if near else ""
             raise UserError(f"{key}: no such key{hint}")
-        owner = _owner(owner, node, part)
-        node = node.get(part) if isinstance(node, dict) else None
+        owner, node = _below(owner, node, part)
         at = f"{at}.{part}" if at else part
 
 
 def _names_a_class(node: Any) -> bool:
     return isinstance(node, dict) and "class_path" in node
+
+
+def _below(owner: str | None, node: Any, part: str) -> tuple[str | None, Any]:
+    """Return the owner and node below `part`; the node is the default if the config omits it and it is a class."""
+    below = node.get(part) if isinstance(node, dict) else None
+    if below is None and not _names_a_class(node):
+        below = parameters(owner).get(part, Parameter(None)).default
+    return _owner(owner, node, part), below if isinstance(below, dict) else None
 
 
 def _owner(owner: str | None, node: Any, part: str) -> str | None:

@@ -10,24 +10,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from reslab.ablation import resolve
-from reslab.ablation.resolve import Config, merge
+from reslab.ablation.resolve import Config, merge, short_key
+from reslab.ablation.study_file import Mistakes, check_keys, folder_name, read_text, seeds_of
 from reslab.diff import differences
 from reslab.errors import UserError
 from reslab.host import CONFIGS
 
 Factors = dict[str, dict[str, Any]]  # values by label, by factor key
-KEYS: dict[str, Any] = {  # of a study file, and their types
-    **dict.fromkeys(("name", "question", "metric", "mode", "test_weights"), str),
-    **dict.fromkeys(("base", "exclude", "seeds"), list),
-    **dict.fromkeys(("arms", "factors"), dict),
-    **dict.fromkeys(("margin", "minutes"), (float, int)),
-    "baseline": (str, dict),
-}
-REQUIRED = ("question", "base", "baseline", "seeds")
-DEFAULTS = {"metric": "test/acc", "margin": None, "test_weights": "last", "minutes": None}
+Variants = dict[str, tuple[dict[str, str], Config]]  # levels and changes (by dotted key) by arm
+DEFAULTS = {"metric": "test/acc", "margin": None, "test": "paired", "sd": None, "test_weights": "last", "minutes": None}
 # Options of a single run: they do not identify a study, and an arm cannot change them.
 RUN_ONLY = ("run.dir", "run.name", "run.group", "run.job_type", "run.tags", "data.root", "data.download")
 
@@ -55,6 +47,9 @@ class Study:
     margin: float | None
     test_weights: str
     seeds: list[int]
+    looks: list[int] | None  # numbers of seeds after which the study is judged; None: once, at the end
+    test: Literal["paired", "pooled"]
+    sd: float | None  # of the metric over seeds, if the file states it
     arms: dict[str, Arm]  # by name, in the file's order, including the baseline
     factors: dict[str, list[str]]  # level labels by factor key; empty if the file lists arms
     minutes: float | None  # expected wall time per cell, if the file states it
@@ -75,8 +70,8 @@ class Study:
 
     def about(self) -> dict[str, Any]:
         """Return the keys of the study file that a plan and a report repeat."""
-        keys = ("question", "metric", "mode", "margin", "test_weights", "baseline", "seeds", "factors")
-        return {key: getattr(self, key) for key in keys}
+        keys = ("question", "metric", "mode", "margin", "test", "sd", "test_weights", "baseline", "seeds", "looks")
+        return {key: getattr(self, key) for key in (*keys, "factors")}
 
 
 def change_text(key: str, there: Any, here: Any) -> str:
@@ -93,7 +88,7 @@ def read_study(name: str | Path, overrides: Sequence[str] = ()) -> Study:
         overrides: Options for all arms: --config FILE and --KEY VALUE, as for `reslab fit`.
 
     Raises:
-        UserError: the file is invalid; the message names the key.
+        UserError: the file is invalid; the message lists all mistakes, each with an example.
     """
     path, shipped = Path(name), {file.stem: file for file in sorted((CONFIGS / "ablation").glob("*.yaml"))}
     if not path.is_file():
@@ -101,90 +96,144 @@ def read_study(name: str | Path, overrides: Sequence[str] = ()) -> Study:
             near = difflib.get_close_matches(path.stem, shipped, 3, 0.5) or shipped
             raise UserError(f"no study file {name}; studies in configs/ablation: {', '.join(near)}")
         path = shipped[str(name)]
-    text = {**DEFAULTS, "name": path.stem, **resolve.read_mapping(path)}
-    try:
-        return _study(path, text, tuple(overrides))
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
-
-
-def _study(path: Path, text: Config, overrides: tuple[str, ...]) -> Study:
-    _check_keys(text)
-    factors = {key: _levels(key, values) for key, values in (text.get("factors") or {}).items()}
-    variants = dict(_arms(text, factors))
-    base = _base(path.parent, text["base"], overrides, {key for _, changes in variants.values() for key in changes})
-    arms = {}
-    for name, (levels, changes) in variants.items():
-        run = {"name": f"{text['name']}.{name}", "group": text["name"], "job_type": name}
-        start = merge(base, {"run": {**run, "test_weights": text["test_weights"]}})
-        arms[name] = Arm(name, levels, resolve.change(start, changes, path.parent))
-        _check_arm(arms[name], changes)
-    baseline = _baseline(text["baseline"], factors, arms)
-    study = Study(
-        path=path,
-        question=" ".join(text["question"].split()),
-        baseline=baseline,
-        mode=text.get("mode", "min" if text["metric"].endswith("loss") else "max"),
-        arms=_compared(arms, baseline),
-        factors={key: list(levels) for key, levels in factors.items()},
-        overrides=overrides,
-        **{key: text[key] for key in ("name", "metric", "margin", "test_weights", "seeds", "minutes")},
-    )
-    _check_values(study)
+    mistakes = Mistakes()
+    study = parse_study(path, read_text(path, mistakes), overrides, mistakes)
+    mistakes.raise_all(path)
+    assert study is not None
     return study
 
 
-def _check_keys(text: Config) -> None:
-    for key, value in text.items():
-        if key not in KEYS:
-            near = ", ".join(difflib.get_close_matches(str(key), KEYS, 3, 0.5) or KEYS)
-            raise UserError(f"no such key {key!r}; nearest: {near}")
-        if value is not None and not isinstance(value, KEYS[key]):
-            raise UserError(f"{key} does not accept {value!r}")
-    if lacking := [key for key in REQUIRED if not text.get(key)]:
-        raise UserError(f"{lacking[0]} is missing or empty")
-    if bool(text.get("arms")) == bool(text.get("factors")):
-        raise UserError("give either arms or factors")
+def parse_study(
+    path: Path, text: Config, overrides: Sequence[str] = (), mistakes: Mistakes | None = None
+) -> Study | None:
+    """Check the content of a study file and return the study; None if there are mistakes, which are added."""
+    mistakes = Mistakes() if mistakes is None else mistakes
+    text = {**DEFAULTS, "name": path.stem, **check_keys(text, mistakes)}
+    factors = _factors(text.get("factors") or {}, mistakes)
+    variants = _variants(text, factors, mistakes)
+    seeds = seeds_of(text, mistakes)
+    arms = _arms(path.parent, text, variants, overrides, mistakes)
+    baseline = ""
+    faulty = {*map(str, text.get("arms") or ())} - {*variants}
+    if "baseline" in text and variants and str(text["baseline"]) not in faulty:
+        with mistakes.collect():
+            baseline = _baseline(text["baseline"], factors, variants)
+    if baseline in arms:
+        arms = _compared(arms, baseline, mistakes)
+    if mistakes.texts:
+        return None
+    question = text.get("question") or _question(list(arms), baseline, text["metric"])
+    return Study(
+        path=path,
+        question=" ".join(question.split()),
+        baseline=baseline,
+        mode=text.get("mode", "min" if text["metric"].endswith("loss") else "max"),
+        seeds=seeds,
+        looks=text.get("looks"),
+        arms=arms,
+        factors={key: list(levels) for key, levels in factors.items()},
+        overrides=tuple(overrides),
+        **{key: text[key] for key in ("name", *DEFAULTS)},
+    )
 
 
-def _base(folder: Path, files: Sequence[Any], overrides: Sequence[str], varied: set[str]) -> Config:
+def _question(arms: Sequence[str], baseline: str, metric: str) -> str:
+    others = [arm for arm in arms if arm != baseline]
+    return f"Does {others[0] if len(others) == 1 else 'any arm'} differ from {baseline} in {metric}?"
+
+
+def _factors(stated: Mapping[str, Any], mistakes: Mistakes) -> Factors:
+    factors: Factors = {}
+    for key, values in stated.items():
+        with mistakes.collect():
+            factors[str(key)] = _levels(str(key), values)
+    return factors
+
+
+def _arms(
+    folder: Path, text: Config, variants: Variants, overrides: Sequence[str], mistakes: Mistakes
+) -> dict[str, Arm]:
+    """Return the valid arms, each with its resolved config."""
+    arms: dict[str, Arm] = {}
+    varied = {key for _, changes in variants.values() for key in changes}
+    base = _base(folder, text.get("base", []), overrides, varied, mistakes)
+    of_base = set(_wrong_keys(base))
+    for message in sorted(of_base):
+        mistakes.add(f"base: {message}")
+    for name, (levels, changes) in variants.items():
+        run = {"name": f"{text['name']}.{name}", "group": text["name"], "job_type": name}
+        start = merge(base, {"run": {**run, "test_weights": text["test_weights"]}})
+        before = len(mistakes.texts)
+        with mistakes.collect(f"arm {name}: "):
+            arm = Arm(name, levels, resolve.change(start, changes, folder))
+            for message in [*_forbidden(changes), *(m for m in _wrong_keys(arm.config) if m not in of_base)]:
+                mistakes.add(f"arm {name}: {message}")
+            if len(mistakes.texts) == before:
+                arms[name] = arm
+    return arms
+
+
+def _base(folder: Path, parts: Sequence[Any], overrides: Sequence[str], varied: set[str], mistakes: Mistakes) -> Config:
     """Return the config that all arms start from: base.yaml, the study's base files, then the command line."""
     config = resolve.read_config(CONFIGS / "base.yaml")
-    for part in files:  # a config file, or dotted keys and values
-        if isinstance(part, dict):
-            config = resolve.change(config, dict(resolve.flat(part)), folder)
-        else:
-            config = merge(config, resolve.read_config(folder / str(part)))
-    for key, value in resolve.options(overrides):
-        if key == "config":
-            config = merge(config, resolve.read_config(Path(value)))
-        elif clash := [v for v in varied if f"{key}.".startswith(f"{v}.")]:
-            raise UserError(f"--{key} would apply to all arms, but they differ in {clash[0]}")
-        else:
-            config = resolve.change(config, {key: yaml.load(value, resolve.Loader)}, Path())
+    for part in parts:  # a config file, or dotted keys and values
+        with mistakes.collect("base: "):
+            if isinstance(part, dict):
+                config = resolve.change(config, dict(resolve.flat(part)), folder)
+            else:
+                config = merge(config, resolve.read_config(base_file(folder, part)))
+    stated: list[tuple[str, str]] = []
+    with mistakes.collect():
+        stated += resolve.options(overrides)
+    for key, value in stated:
+        with mistakes.collect(f"--{key}: "):
+            config = _override(config, key, value, varied)
     return config
 
 
-def _arms(text: Config, factors: Factors) -> Iterator[tuple[str, tuple[dict[str, str], Config]]]:
-    """Yield (name, (levels, changes)) of every arm; changes by dotted key."""
-    if text.get("arms"):
-        for name, changes in text["arms"].items():
+def base_file(folder: Path, name: str) -> Path:
+    """Return the config file that a study in `folder` names: relative to it, to the repository, or an experiment."""
+    experiments = CONFIGS / "experiment"
+    for path in (folder / name, CONFIGS.parent / name, experiments / f"{name}.yaml"):
+        if path.is_file():
+            return path
+    names = [path.stem for path in sorted(experiments.glob("*.yaml"))]
+    near = difflib.get_close_matches(Path(name).stem, names, 3, 0.5) or names
+    raise UserError(f"no config file {folder / name}; nearest experiments: {', '.join(near)}")
+
+
+def _override(config: Config, key: str, value: str, varied: set[str]) -> Config:
+    if key == "config":
+        return merge(config, resolve.read_config(Path(value)))
+    if clash := [v for v in varied if f"{short_key(key)}.".startswith(f"{short_key(v)}.")]:
+        raise UserError(f"it would apply to all arms, but they differ in {clash[0]}")
+    changed = resolve.change(config, {key: resolve.parse_value(value)}, Path())
+    resolve.check_key(resolve.full_key(key, changed), changed)
+    return changed
+
+
+def _variants(text: Config, factors: Factors, mistakes: Mistakes) -> Variants:
+    """Return levels and changes of every arm by name."""
+    variants: Variants = {}
+    for name, changes in (text.get("arms") or {}).items():
+        with mistakes.collect():
             if not isinstance(changes, dict | None):
-                raise UserError(f"arm {name} must hold keys and values, got {changes!r}")
-            yield _folder_name(str(name)), ({}, dict(resolve.flat(changes or {})))
-        return
-    excluded = [_level_labels(factors, part) for part in text.get("exclude") or []]
-    for labels in itertools.product(*factors.values()):
+                example = f"{name}: {{model.optimizer.lr: 0.2}}"
+                raise UserError(f"arm {name} must hold keys and values: {example} (got {changes!r})")
+            variants[folder_name(str(name))] = {}, dict(resolve.flat(changes or {}))
+    excluded: list[dict[str, str]] = []
+    for part in (text.get("exclude") or []) if factors else []:
+        with mistakes.collect("exclude: "):
+            excluded.append(_level_labels(factors, part))
+    for labels in itertools.product(*factors.values()) if factors else ():
         levels = dict(zip(factors, labels, strict=True))
         if not any(part.items() <= levels.items() for part in excluded):
-            name = _folder_name("+".join(f"{_short(key, factors)}={label}" for key, label in levels.items()))
-            yield name, (levels, {key: factors[key][label] for key, label in levels.items()})
-
-
-def _folder_name(name: str) -> str:
-    if not re.fullmatch(r"\w[\w.=+-]*", name):
-        raise UserError(f"{name!r} is not a valid directory name: use letters, digits and _ . = + -")
-    return name
+            with mistakes.collect():
+                name = folder_name("+".join(f"{_short(key, factors)}={label}" for key, label in levels.items()))
+                variants[name] = levels, {key: factors[key][label] for key, label in levels.items()}
+    if (text.get("arms") or factors) and len(text.get("arms") or variants) < 2:
+        mistakes.add("nothing to compare the baseline with: add a second arm")
+    return variants
 
 
 def _levels(key: str, values: Any) -> dict[str, Any]:
@@ -209,10 +258,11 @@ def _short(key: str, factors: Mapping[str, Any]) -> str:
 
 def _level_labels(factors: Factors, part: Any) -> dict[str, str]:
     """Return factors and values (or labels) as factors and labels."""
-    labels = {}
-    for key, value in part.items() if isinstance(part, dict) else [(part, None)]:
-        if key not in factors:
-            raise UserError(f"{key!r} is not a factor; factors: {', '.join(factors)}")
+    labels, keys = {}, {short_key(key): key for key in factors}
+    for stated, value in part.items() if isinstance(part, dict) else [(part, None)]:
+        key = keys.get(short_key(str(stated)))
+        if key is None:
+            raise UserError(f"{stated!r} is not a factor; factors: {', '.join(factors)}")
         matches = [label for label, level in factors[key].items() if value == level or str(value) == label]
         if not matches:
             raise UserError(f"{key} has no level {value!r}; levels: {', '.join(factors[key])}")
@@ -220,54 +270,41 @@ def _level_labels(factors: Factors, part: Any) -> dict[str, str]:
     return labels
 
 
-def _baseline(baseline: Any, factors: Factors, arms: Mapping[str, Arm]) -> str:
+def _baseline(baseline: Any, factors: Factors, variants: Variants) -> str:
     if isinstance(baseline, dict) and factors:
-        levels = _level_labels(factors, baseline)
-        baseline = next((arm.name for arm in arms.values() if arm.levels == levels), str(baseline))
-    if not isinstance(baseline, str) or baseline not in arms:
-        near = difflib.get_close_matches(str(baseline), arms, 3, 0.5) or list(arms)[:8]
+        wanted = _level_labels(factors, baseline)
+        baseline = next((name for name, (levels, _) in variants.items() if levels == wanted), baseline)
+    if str(baseline) not in variants:
+        near = difflib.get_close_matches(str(baseline), variants, 3, 0.5) or list(variants)[:8]
         raise UserError(f"the baseline {baseline!r} is not an arm; arms: {', '.join(near)}")
-    return baseline
+    return str(baseline)
 
 
-def _check_arm(arm: Arm, changes: Config) -> None:
-    """Raise UserError for keys that an arm cannot change, and for keys that the config does not accept."""
-    try:
-        for key in changes:
-            if key.startswith(RUN_ONLY) or key in ("seed_everything", "run.test_weights"):
-                raise UserError(f"an arm cannot change {key}")
-        for key in (*changes, *dict(resolve.flat(arm.config, classes=True))):
-            resolve.check_key(key, arm.config)
-    except UserError as error:
-        raise UserError(f"arm {arm.name}: {error}") from error
+def _forbidden(changes: Config) -> Iterator[str]:
+    """Yield a message for every key that an arm cannot change."""
+    for key in changes:
+        if key.startswith(RUN_ONLY) or key in ("seed_everything", "run.test_weights"):
+            yield f"an arm cannot change {key}"
 
 
-def _check_values(study: Study) -> None:
-    if bad := [seed for seed in study.seeds if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0]:
-        raise UserError(f"seeds must be integers of at least 0, got {bad[0]!r}")
-    if len(set(study.seeds)) < len(study.seeds):
-        raise UserError(f"seeds contains a seed twice: {study.seeds}")
-    if not re.fullmatch(r"(train|val|test)/\S+", study.metric):
-        raise UserError(f"metric must be train/NAME, val/NAME or test/NAME, got {study.metric!r}")
-    for key, choices in (("mode", ("max", "min")), ("test_weights", ("last", "best"))):
-        if getattr(study, key) not in choices:
-            raise UserError(f"{key} must be {' or '.join(choices)}, got {getattr(study, key)!r}")
-    if study.margin is not None and not study.margin > 0:
-        raise UserError(f"margin must be more than 0, got {study.margin}: smaller differences do not matter")
-    _folder_name(study.name)
-    if len(study.arms) < 2:
-        raise UserError("nothing to compare the baseline with: add a second arm")
+def _wrong_keys(config: Config) -> Iterator[str]:
+    """Yield a message for every key that the classes of a config do not accept."""
+    for key in dict(resolve.flat(config, classes=True)):
+        try:
+            resolve.check_key(key, config)
+        except UserError as error:
+            yield str(error)
 
 
-def _compared(arms: Mapping[str, Arm], baseline: str) -> dict[str, Arm]:
-    """Return the arms with their changes from the baseline; raise UserError if two arms are the same."""
+def _compared(arms: Mapping[str, Arm], baseline: str, mistakes: Mistakes) -> dict[str, Arm]:
+    """Return the arms with their changes from the baseline; two arms that are the same are a mistake."""
     complete = {name: resolve.with_defaults(arm.config) for name, arm in arms.items()}
     compared, by_changes = {}, {"[]": baseline}
     for name, arm in arms.items():
         rows = [row for row in differences(complete[baseline], complete[name]) if not row[0].startswith("run.")]
-        signature = json.dumps([(key, here) for key, _, here in rows], sort_keys=True)
+        signature = json.dumps([(key, here) for key, _, here in rows], sort_keys=True, default=str)
         if name != baseline and signature in by_changes:
-            raise UserError(f"arm {name} is the same as {by_changes[signature]}: it changes nothing")
+            mistakes.add(f"arm {name} is the same as {by_changes[signature]}: it changes nothing")
         by_changes[signature] = name
         compared[name] = replace(arm, changes=tuple(rows))
     return compared

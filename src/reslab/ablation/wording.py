@@ -18,18 +18,18 @@ REASONS = {
     Why.IDENTICAL: "both arms have the same result in every seed",
     Why.NO_MARGIN: "with a margin in the study file, the arms would be equivalent",
     Why.CONSTANT: "every seed differs by the same {size}, so no test applies: the metric is too coarse to show the "
-    "spread between seeds; use a finer metric (such as a loss) or more seeds",
+    "spread between seeds; a new study with a finer metric (such as a loss) would",
     Why.NEGLIGIBLE: "the difference is significant (p_Holm {p}) but smaller than the margin of {margin}",
     Why.MAYBE_NEGLIGIBLE: "the difference may be smaller than the margin of {margin}",
     Why.ADJUSTED: "significant on its own, but not after adjusting for {number} comparisons",
-    Why.SEPARATE: "{more} would be needed to detect a difference of {size} at 80 % power",
-    Why.EQUIVALENCE: "{more} would be needed to show equivalence within ±{margin} at 80 % power",
     Why.NEXT_LOOK: "not decided so far; the next look is at {number} seeds",
     Why.LAST_LOOK: "not decided at the last look, at {number} seeds; only a study of new seeds can decide it",
     Why.HOPELESS: "stopped early: the chance of a verdict by the last look was {number} %",
     Why.UNEQUAL_SPREADS: "results of {cells} spread differently from those of the other arms, so the pooled test would "
     "give too many false verdicts; use `test: paired`",
     Why.POOLED_LOOKS: "the pooled test allows no planned looks; use `test: paired`, or `seeds` instead of `looks`",
+    Why.SEPARATE: "{remedy} detect a difference of {size} at 80 % power",
+    Why.EQUIVALENCE: "{remedy} show equivalence within ±{margin} at 80 % power",
 }
 TEX = {
     **{sign: f"\\{sign}" for sign in "&%$#_{}"},
@@ -50,7 +50,7 @@ class Unit:
     @classmethod
     def of(cls, report: Mapping[str, Any]) -> "Unit":
         """Return the unit of the report's metric, with two significant digits of the smallest sd over the seeds."""
-        percent = report["metric"].rpartition("/")[2].startswith("acc")
+        percent = is_share(report["metric"]) and all((arm.get("mean") or 0) <= 1 for arm in report["arms"].values())
         factor = 100 if percent else 1
         spreads = [arm["sd"] * factor for arm in report["arms"].values() if (arm["sd"] or 0) > 1e-9]  # else rounding
         if not spreads:
@@ -83,6 +83,11 @@ class Unit:
         return f"{size * self.factor:.3g}" + (" points" if self.percent else "")
 
 
+def is_share(metric: str) -> bool:
+    """Return whether a metric is an accuracy, by its name: a share of the images."""
+    return metric.rpartition("/")[2].startswith("acc")
+
+
 def probability(p: float | None) -> str:
     """Return p with two digits, never as 0."""
     if p is None:
@@ -96,14 +101,42 @@ def explain(
     margin: float | None = None,
     delta: float | None = None,
     p_holm: float | None = None,
+    n: int = 0,
 ) -> str:
-    """Return the reasons of a comparison, or of missing effects, as text; empty if there are none."""
+    """Return the reasons of a comparison of `n` seeds, or of missing effects, as text; empty if there are none."""
     numbers = {"margin": unit.exact(margin or 0), "size": unit.exact(abs(delta or 0)), "p": equals(p_holm or 0)}
     texts = []
     for r in reasons:
-        more = f"about {count(r.number, 'more seed')}" if r.number is not None else f"more than {MAX_SEEDS:,} seeds"
-        texts.append(REASONS[r.why].format(cells=named(r.cells), number=r.number, more=more, **numbers))
+        texts.append(REASONS[r.why].format(cells=named(r.cells), number=r.number, remedy=_remedy(r, n), **numbers))
     return "; ".join(texts)
+
+
+def _remedy(reason: Reason, n: int) -> str:
+    """Return what would settle an inconclusive comparison: not more seeds in the same study (optional stopping)."""
+    if reason.number is None:
+        return f"more than {MAX_SEEDS:,} seeds per arm would be needed to"
+    return f"a new study with about {count(n + reason.number, 'seed')} per arm, or planned looks, would"
+
+
+def exploratory(looks: Sequence[int], seeds: Sequence[int], chance: float | None) -> str:
+    """Return why verdicts are exploratory: seeds were added after these looks, which no plan stated beforehand."""
+    *first, last = map(str, looks)
+    odds = "above 5 %" if chance is None else f"{chance:.1%}".replace("%", " %")
+    fresh = f"{max(seeds) + 1} to {max(seeds) + len(seeds)}"
+    return (
+        f"Seeds were added after results, without planned looks: verdicts could be seen at {', '.join(first)} and "
+        f"{last} seeds. With {len(looks)} looks, the chance of a false verdict is {odds}, so the verdicts are "
+        f"exploratory. To confirm a verdict, run a new study with fresh seeds (such as {fresh}), or with planned looks "
+        f"(looks: {list(looks)} in the study file before the first run)."
+    )
+
+
+def by_label(labels: Mapping[str, str]) -> str:
+    """Return names grouped by their label, in the order of the labels: `0, 1: planned before any result; 2: ...`."""
+    groups: dict[str, list[str]] = {}
+    for name, label in labels.items():
+        groups.setdefault(label, []).append(name)
+    return "; ".join(f"{', '.join(names)}: {label}" for label, names in groups.items())
 
 
 def equals(p: float) -> str:
@@ -130,6 +163,7 @@ def row(name: str, arm: Mapping[str, Any], report: Mapping[str, Any], unit: Unit
         "detectable": unit.number(arm.get("min_detectable_delta")),
         "verdict": arm.get("verdict") or "no verdict",
         "changes": [change_text(*change) for change in arm["changes"]],
+        "planned": arm["planned"],
         "seconds": arm["wall_seconds"],
     }
 
