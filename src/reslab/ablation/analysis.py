@@ -15,9 +15,18 @@ from zipfile import BadZipFile
 import numpy as np
 import pandas as pd
 
+from reslab.ablation import noise
 from reslab.ablation.cells import State, unplanned_runs
+from reslab.ablation.dunnett import spreads
 from reslab.ablation.plan_log import PlanHistory, read_plans, seeds_compared
-from reslab.ablation.statistics import compare_by_seed, factor_effects, paired_bootstrap, summarise
+from reslab.ablation.statistics import (
+    MIN_SEEDS,
+    compare_by_seed,
+    factor_effects,
+    paired_bootstrap,
+    simulated_error,
+    summarise,
+)
 from reslab.ablation.study import Study
 from reslab.ablation.wording import Unit, count, explain, exploratory, named
 from reslab.diff import differences
@@ -26,6 +35,7 @@ from reslab.runs.figures import read_predictions
 from reslab.runs.verify import CODE
 
 RESAMPLES = 10_000
+MOST_SIMULATED = 200  # seeds: a simulation of more takes too long for a report
 RENAMED = {"n": "n_pairs", "sd": "delta_sd"}  # keys of a comparison that an arm has, too
 HARDWARE = ("cpu", "gpus", "threads", "world_size")  # of the manifest's `environment`
 SOFTWARE = ("python", "packages", "cuda", "cudnn", "determinism")
@@ -50,11 +60,11 @@ def analyse(study: Study, out: Path, states: Sequence[State]) -> Report:
         **_planned(study, out, states, arms),
         **study.about(),
         "confidence": 0.95,
-        "cells": {"planned": len(states), **Counter(state.status for state in states)},
+        "cells": {"planned": sum(s.status != "not needed" for s in states), **Counter(s.status for s in states)},
         "missing": [
             {"cell": s.cell.name, "arm": s.cell.arm, "seed": s.cell.seed, "status": s.status, "detail": s.detail}
             for s in states
-            if s.status != "complete"
+            if s.status not in ("complete", "not needed")
         ],
         "command": command(study, out),
         "tested_weights": _groups(done, lambda manifest: {"weights": manifest.get("tested_weights")}),
@@ -63,6 +73,8 @@ def analyse(study: Study, out: Path, states: Sequence[State]) -> Report:
         "code": _groups(done, lambda manifest: _subset(manifest.get("git"), CODE)),
         **_hours(study, states),
         "arms": arms,
+        "noise": noise.sources(study, by_seed, lambda arm: _correct(study, done, arm)),
+        "spread": _spread(study, by_seed),
         **_effects(study, by_seed, faults, unit),
         "per_image": _per_image(study, done),
     }
@@ -143,8 +155,8 @@ def _exploratory(study: Study, looks: Sequence[int], planned: bool) -> Report:
 
 
 def false_verdict_chance(looks: Sequence[int], arms: int) -> float | None:
-    """Return the simulated chance of a false verdict if `arms` arms are judged at every look; None: not known."""
-    return None
+    """Return the simulated chance of a false verdict if `arms` arms are judged at every look; None: too many looks."""
+    return simulated_error(looks, arms) if looks[-1] <= MOST_SIMULATED else None
 
 
 def _arms(
@@ -163,7 +175,8 @@ def _arms(
             "samples_per_second": _mean(own, "samples_per_second"),
         }
     unit = Unit.of({"metric": study.metric, "arms": arms})
-    for name, c in compare_by_seed(by_seed, study.baseline, study.seeds, study.margin, study.mode).items():
+    rules = (study.margin, study.mode, study.looks, study.test)
+    for name, c in compare_by_seed(by_seed, study.baseline, study.seeds, *rules).items():
         arms[name] |= {RENAMED.get(key, key): value for key, value in vars(c).items() if key != "reasons"}
         arms[name]["reason"] = faults.get(name) or explain(c.reasons, unit, study.margin, c.delta, c.p_holm, c.n)
     return arms, unit
@@ -178,6 +191,17 @@ def _by_seed(states: Sequence[State], values: pd.DataFrame, faults: Mapping[str,
         if arm not in faults and (state.status == "diverged" or not math.isnan(metric[arm][seed])):
             by_seed[arm][seed] = metric[arm][seed]
     return by_seed
+
+
+def _spread(study: Study, by_seed: BySeed) -> Report:
+    """Return the correlation between arms over the seeds that all have, and the largest ratio of their spreads."""
+    common = [seed for seed in study.seeds if all(math.isfinite(of.get(seed, math.nan)) for of in by_seed.values())]
+    if len(common) < MIN_SEEDS:
+        return {"correlation": None, "ratio": None, "seeds": len(common)}
+    table = np.array([[of[seed] for seed in common] for of in by_seed.values()])
+    sds = table.std(axis=1, ddof=1)
+    ratio = float(sds.max() / sds.min()) if sds.min() > 0 else None
+    return {"correlation": float(spreads(table).correlation), "ratio": ratio, "seeds": len(common)}
 
 
 def _effects(study: Study, by_seed: BySeed, faults: Mapping[str, str], unit: Unit) -> Report:
@@ -284,7 +308,7 @@ Correct = tuple[np.ndarray, np.ndarray]  # M images: index and label (M, 2), and
 def _correct(study: Study, states: Sequence[State], arm: str) -> Correct | str:
     """Return which test images every seed of an arm classifies correctly, or why that is unknown."""
     cells = [state.cell for state in states if state.cell.arm == arm]
-    if len(cells) < len(study.seeds):
+    if len(cells) < len(study.seeds) and not study.looks:
         return f"{arm} has cells without a result"
     images, correct = [], []
     for cell in cells:
@@ -305,6 +329,7 @@ def _bootstrap(baseline: Correct | str, arm: Correct | str) -> Report:
         return {"reason": baseline if isinstance(baseline, str) else arm}
     if not np.array_equal(baseline[0], arm[0]):
         return {"reason": "it was not tested on the same images as the baseline"}
-    delta, low, high = paired_bootstrap(arm[1], baseline[1], RESAMPLES, np.random.default_rng(0))
-    seeds, images = arm[1].shape
+    both = min(len(arm[1]), len(baseline[1]))  # with planned looks, an arm may have stopped before the baseline
+    delta, low, high = paired_bootstrap(arm[1][:both], baseline[1][:both], RESAMPLES, np.random.default_rng(0))
+    seeds, images = both, arm[1].shape[1]
     return {"seeds": seeds, "images": images, "delta": delta, "ci_low": low, "ci_high": high}

@@ -44,8 +44,9 @@ class Cell:
 
 
 Status = Literal[
-    "missing", "interrupted", "running", "preempted", "failed", "diverged", "complete", "unreadable", "mismatched"
-]
+    "missing", "interrupted", "running", "preempted", "failed", "diverged", "complete", "unreadable", "mismatched",
+    "not needed",
+]  # fmt: skip
 NOT_BEGUN = "it was stopped before it began to train; `ablate run` starts it again"
 FINAL = ("complete", "unreadable", "mismatched")  # cells that are not run
 

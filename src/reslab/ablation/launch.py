@@ -174,7 +174,7 @@ class Pool:
 
     def __init__(self, progress: StudyProgress, slots: list[dict[str, str]]) -> None:
         self.progress, self.free = progress, list(slots)
-        self.waiting = progress.to_run()
+        self.waiting = progress.to_run() or progress.next_look()
         self.running: dict[Cell, tuple[subprocess.Popen[bytes], dict[str, str]]] = {}
         self.stopped = False
 
@@ -185,6 +185,8 @@ class Pool:
             while self.running or (self.waiting and not self.stopped):
                 self._start()
                 self._reap()
+                if not (self.running or self.waiting or self.stopped):
+                    self.waiting = self.progress.next_look()
                 self.progress.refresh()
                 time.sleep(POLL)
         finally:  # leave no processes behind if this one fails

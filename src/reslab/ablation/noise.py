@@ -4,7 +4,7 @@ A study whose arms fix some of `run.seeds` shows how much the result varies with
 Bouthillier et al. 2021 ("Accounting for variance in machine learning benchmarks", arXiv:2103.03098).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,15 +17,31 @@ SOURCES = ("init", "order", "augment", "network")  # of reslab.config.Seeds
 ALPHA = 0.05
 
 
-def varied_sources(study: Study) -> dict[str, list[str]]:
+def sources(
+    study: Study, by_seed: Mapping[str, Mapping[int, float]], correct: Callable[[str], Any]
+) -> dict[str, dict[str, Any]]:
+    """Return the part of the report about noise: by arm, what varies with the seed, and its share of the variance.
+
+    Empty unless the arms differ in `run.seeds` only. `correct` returns which test images each seed of an arm classifies
+    correctly, as (images, correct (S, M)), or text.
+    """
+    varied = _varied(study)
+    values = {arm: [v for v in by_seed[arm].values() if np.isfinite(v)] for arm in varied}
+    rows = {}
+    for arm, names in varied.items():
+        rows[arm] = {"varies": names, **variance_share(values[arm], values[study.baseline])}
+        outcomes = correct(arm) if study.metric == "test/acc" and len(values[arm]) > 1 else ""
+        rows[arm] |= {} if isinstance(outcomes, str) else test_set_noise(outcomes[1])
+    return rows
+
+
+def _varied(study: Study) -> dict[str, list[str]]:
     """Return which sources of randomness vary with the seed in each arm; {} unless all arms differ in that only."""
-    arms = study.arms.values()
-    keys = {arm.name: [key for key, _, _ in arm.changes] for arm in arms}
-    only_seeds = all(key.startswith("run.seeds.") for changed in keys.values() for key in changed)
-    if not only_seeds or not any(keys.values()):
+    changed = [key for arm in study.arms.values() for key, _, _ in arm.changes]
+    if not changed or not all(key.startswith("run.seeds.") for key in changed):
         return {}
-    fixed = {arm.name: {key for key, value in _seeds(arm.config).items() if value is not None} for arm in arms}
-    return {name: [source for source in SOURCES if source not in fixed[name]] for name in keys}
+    fixed = {arm.name: [s for s, seed in _seeds(arm.config).items() if seed is not None] for arm in study.arms.values()}
+    return {name: [source for source in SOURCES if source not in fixed[name]] for name in study.arms}
 
 
 def _seeds(config: Mapping[str, Any]) -> Mapping[str, Any]:

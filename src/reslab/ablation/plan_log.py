@@ -32,7 +32,7 @@ def append_plan(study: Study, out: Path, data: Mapping[str, Config] | None = Non
 
     A line that a crash cut off is removed first; complete lines are never touched.
     """
-    lines, plans = _read(out)
+    (lines, _), plans = _read(out), read_plans(out)
     if plan := next_plan(study, out, plans, data):
         git = manifests.git_state(Path(__file__).parent) or {}
         about = {"time": manifests.now(), "commit": git.get("sha"), "dirty": git.get("dirty")}
@@ -54,13 +54,32 @@ def next_plan(study: Study, out: Path, plans: Sequence[Plan], data: Mapping[str,
     return {"results": len(complete), "complete": complete, **plan}
 
 
+def append_decisions(study: Study, out: Path, decisions: Mapping[str, Plan]) -> list[str]:
+    """Log what was decided at a look, by arm; a decision that is in the log stays. Return the arms that are new."""
+    known = read_decisions(study, out)
+    new = {arm: decision for arm, decision in decisions.items() if arm not in known}
+    if new:
+        lines, _ = _read(out)
+        _append(out / PLANS, lines, [{"time": manifests.now(), "hash": study.hash, "decisions": new}])
+    return list(new)
+
+
+def read_decisions(study: Study, out: Path) -> dict[str, Plan]:
+    """Return the decisions about the study as it is now, by arm: look, stopped and verdict."""
+    decisions: dict[str, Plan] = {}
+    for line in _read(out)[1]:
+        if line.get("hash") == study.hash:
+            decisions = {**line.get("decisions", {}), **decisions}
+    return decisions
+
+
 def read_plans(out: Path) -> list[Plan]:
     """Return all plans, the oldest first; [] if nothing was run yet.
 
     Raises:
         UserError: a line other than the last is damaged, or was changed after a later one was appended.
     """
-    return _read(out)[1]
+    return [line for line in _read(out)[1] if "decisions" not in line]
 
 
 def read_plan(out: Path) -> Plan:

@@ -4,6 +4,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -11,6 +12,8 @@ from rich.live import Live
 from rich.table import Table
 
 from reslab.ablation.cells import FINAL, NOT_BEGUN, Cell, State, read_config, seconds_per_cell, state
+from reslab.ablation.looks import cells_due, comparisons, decided_at, without_unneeded
+from reslab.ablation.plan_log import append_decisions
 from reslab.ablation.study import Study
 from reslab.errors import Exit
 from reslab.runs.folder import RunFolder
@@ -50,10 +53,32 @@ class StudyProgress:
 
     def to_run(self) -> list[Cell]:
         """Return the cells that still have to run."""
-        return [cell for cell, s in self.states.items() if s.status not in FINAL]
+        return cells_due(self.study, [*self.states.values()], self._decided())
+
+    def next_look(self) -> list[Cell]:
+        """Log and report what the look that has ended decided; return the cells of the next one."""
+        if not self.study.looks:
+            return []
+        compared = comparisons(self.study, [*self.states.values()])
+        stopped = {arm: {"look": c.look, "stopped": c.stopped, "verdict": c.verdict} for arm, c in compared.items()}
+        new = append_decisions(self.study, self._out, {arm: d for arm, d in stopped.items() if d["stopped"]})
+        for arm in new:
+            self._report(f"{arm}: {compared[arm].verdict} after {compared[arm].look} seeds ({stopped[arm]['stopped']})")
+        return [cell for cell in self.to_run() if not self._tries[cell]]
 
     def exit_status(self) -> int:
-        return Exit.OK if all(s.status == "complete" for s in self.states.values()) else Exit.FAILED
+        return Exit.OK if all(s.status == "complete" for s in self._needed()) else Exit.FAILED
+
+    @property
+    def _out(self) -> Path:
+        return next(iter(self.states)).folder.parents[1]
+
+    def _decided(self) -> dict[str, int]:
+        return decided_at(self.study, self._out)
+
+    def _needed(self) -> list[State]:
+        current = without_unneeded(self.study, [*self.states.values()], self._decided())
+        return [s for s in current if s.status != "not needed"]
 
     def started(self, cell: Cell, note: str = "") -> None:
         self.running[cell] = time.monotonic()
@@ -86,8 +111,8 @@ class StudyProgress:
         if self._live:
             self.refresh(now=True)
         else:
-            done = sum(s.status == "complete" for s in self.states.values())
-            print(f"[{done}/{len(self.states)}] {event}{self._time_left()}", flush=True)
+            done, needed = sum(s.status == "complete" for s in self.states.values()), len(self._needed())
+            print(f"[{done}/{needed}] {event}{self._time_left()}", flush=True)
 
     def _outcome(self, state: State) -> str:
         if state.status != "complete":
@@ -108,8 +133,9 @@ class StudyProgress:
 
     def _table(self) -> Table:
         count = Counter(s.status for s in self.states.values())
-        waiting = len(self.states) - count["complete"] - count["failed"] - len(self.running)
-        title = f"{self.study.name}: {count['complete']} of {len(self.states)} complete, {len(self.running)} running, "
+        needed = len(self._needed())
+        waiting = needed - count["complete"] - count["failed"] - len(self.running)
+        title = f"{self.study.name}: {count['complete']} of {needed} complete, {len(self.running)} running, "
         title += f"{waiting} waiting, {count['failed']} failed{self._time_left()}"
         table = Table("cell", "state", "time", title=title, title_justify="left")
         for cell, since in self.running.items():

@@ -13,6 +13,7 @@ from reslab.ablation import wording
 from reslab.ablation.analysis import analyse, of_metric, results
 from reslab.ablation.cells import State, states
 from reslab.ablation.figures import CAPTIONS, draw_figures
+from reslab.ablation.looks import decided_at, without_unneeded
 from reslab.ablation.study import Study
 from reslab.ablation.wording import Unit
 from reslab.files import write_text
@@ -68,7 +69,8 @@ def sentences(report: dict[str, Any]) -> dict[str, str]:
 
 def _ordered_states(study: Study, out: Path) -> list[State]:
     order = list(study.arms)
-    return sorted(states(study, out), key=lambda state: order.index(state.cell.arm))
+    current = without_unneeded(study, states(study, out), decided_at(study, out))
+    return sorted(current, key=lambda state: order.index(state.cell.arm))
 
 
 def _texts(report: dict[str, Any]) -> dict[str, Any]:
@@ -82,7 +84,7 @@ def _environment() -> Environment:
     environment.filters |= {"tex": wording.tex, "md": wording.markdown, "duration": duration, "equals": wording.equals}
     environment.filters |= {"named": wording.named, "counted": wording.count}
     environment.filters |= {"interval": wording.interval, "probability": wording.probability}
-    environment.filters |= {"by_label": wording.by_label}
+    environment.filters |= {"by_label": wording.by_label, "percent": wording.percent, "sd": wording.sd}
     return environment
 
 

@@ -175,6 +175,9 @@ class Queue:
                 pass  # controllers are sometimes unresponsive for a while
             else:
                 self._update(known)
+            if not self.todo and (next_look := self.progress.next_look()):
+                self._submit(next_look)
+                self.todo = next_look
             self.progress.refresh()
             time.sleep(POLL)
 

@@ -88,6 +88,15 @@ def is_share(metric: str) -> bool:
     return metric.rpartition("/")[2].startswith("acc")
 
 
+def percent(share: float | None) -> str:
+    return "–" if share is None else f"{100 * share:.0f} %"
+
+
+def sd(value: Any, unit: Unit) -> str:
+    """Return a standard deviation in the unit; value may be missing."""
+    return unit.number(value) if isinstance(value, float) else "–"
+
+
 def probability(p: float | None) -> str:
     """Return p with two digits, never as 0."""
     if p is None:
