@@ -118,7 +118,7 @@ def test_only_rank_0_prints_the_closing_line(undisturbed: Callable[..., Path]) -
 
 def test_second_interrupt_ends_a_training_run_without_a_traceback(tmp_path: Path) -> None:
     ended = fit(tmp_path, "--data.num_workers=1", fault=Fault(TRAINING, "interrupt_twice", 11))
-    assert_closing_line(ended, -signal.SIGINT)
+    assert_closing_line(ended, -signal.SIGINT, "reslab: interrupted: run the same command again to resume\n")
 
 
 def test_ignored_interrupt_stays_ignored() -> None:
