@@ -1,6 +1,7 @@
 """Replacement of `reslab fit` for tests of scheduling: writes a run directory in milliseconds, without torch.
 
-$FAKE is a JSON object with a list of outcomes per cell name, one per try; the last one is repeated.
+$FAKE is a JSON object with a list of outcomes per cell name, one per try; the last one is repeated. $FAKE_RESULTS holds
+a list of test accuracies per arm, by seed.
 """
 
 import json
@@ -40,6 +41,8 @@ def main() -> int:
 def write(folder: Path, status: str, options: dict[str, str]) -> None:
     seed = int(options["--seed_everything"])
     results = {"test/acc": 0.9 + seed / 100 + (len(folder.parent.name) % 7) / 50}
+    if by_arm := json.loads(os.environ.get("FAKE_RESULTS", "{}")):
+        results = {"test/acc": by_arm[folder.parent.name][seed]}
     manifest = {
         "status": status,
         "seed": seed,

@@ -18,7 +18,7 @@ import pandas as pd
 from reslab.ablation import noise
 from reslab.ablation.cells import State, unplanned_runs
 from reslab.ablation.dunnett import spreads
-from reslab.ablation.plan_log import PlanHistory, read_plans, seeds_compared
+from reslab.ablation.plan_log import PlanHistory, read_decisions, read_plans, seeds_compared
 from reslab.ablation.statistics import (
     MIN_SEEDS,
     compare_by_seed,
@@ -78,7 +78,8 @@ def analyse(study: Study, out: Path, states: Sequence[State]) -> Report:
         **_effects(study, by_seed, faults, unit),
         "per_image": _per_image(study, done),
     }
-    report["warnings"] = list(_warnings(report, study, out, values))
+    skipped = [state.cell.name for state in states if state.status == "not needed"]
+    report["warnings"] = list(_warnings(report, study, out, values, skipped))
     # As JSON has it: None for a number that is not finite.
     return json.loads(json.dumps(report, default=str), parse_constant=lambda constant: None)
 
@@ -258,13 +259,18 @@ def _hours(study: Study, states: Sequence[State]) -> Report:
     return {key: round(value, 4) for key, value in hours.items()}
 
 
-def _warnings(report: Report, study: Study, out: Path, values: pd.DataFrame) -> Iterator[str]:
-    """Yield what a reader must know before the numbers."""
+def _warnings(report: Report, study: Study, out: Path, values: pd.DataFrame, skipped: Sequence[str]) -> Iterator[str]:
+    """Yield what a reader must know before the numbers; `skipped` are cells that did not have to run."""
     plan, cells = report["plan"], report["cells"]
     if report["exploratory"]:
         yield report["exploratory"]
     if report["plan_changes"]:
         yield f"The plan was changed when results existed: {'; '.join(report['plan_changes'])}."
+    for arm, decision in [] if report["plan_log_fault"] else read_decisions(study, out).items():
+        now = report["arms"][arm]
+        if (now["look"], now["verdict"]) != (decision["look"], decision["verdict"]):
+            was = f"{decision['verdict']} after {decision['look']} seeds"
+            yield f"{arm} was decided as {was}; its results have changed since and no longer say so."
     if report["plan_log_fault"]:
         yield f"The plan log cannot be trusted: {report['plan_log_fault']}."
     elif not plan["recorded"]:
@@ -280,7 +286,7 @@ def _warnings(report: Report, study: Study, out: Path, values: pd.DataFrame) -> 
         yield f"{lacking} of {count(cells['planned'], 'cell')} have no result; they are listed below, with the reason."
     listed = [state["cell"] for state in report["missing"]]
     empty = [f"{arm}/seed-{seed}" for arm, row in values.iterrows() for seed in row.index[row.isna()]]
-    if silent := [cell for cell in empty if cell not in listed]:
+    if silent := [cell for cell in empty if cell not in (*listed, *skipped)]:
         yield f"These cells finished without a value of {study.metric}: {named(silent)}."
     if others := unplanned_runs(study, out):
         yield f"The study directory holds other runs, which are not counted: {named(others)}."

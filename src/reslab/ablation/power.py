@@ -13,6 +13,9 @@ from reslab.ablation.statistics import (
     ALPHA,
     MAX_SEEDS,
     MIN_SEEDS,
+    POWER,
+    Design,
+    design,
     min_detectable_delta,
     seeds_needed,
     seeds_needed_for_equivalence,
@@ -38,19 +41,55 @@ def power(study: Study, out: Path, current: Sequence[State], find: float | None 
     if spread is None:
         return [f"unknown: set `sd` in the study file, the sd of {study.metric} over seeds"]
     sd, alpha, n = spread.sd, ALPHA / comparisons, len(study.seeds)
+    if study.looks:
+        plan = design(sd, arms=comparisons, margin=study.margin, looks=study.looks, find=find)
+        return [
+            *_at_looks(study, plan, current, unit),
+            _source(spread, unit),
+            *_to_find(study, plan, current, unit, find),
+        ]
     tests = f"{count(n, 'seed')}, {count(comparisons, 'comparison')} (Holm)"
     lines = [f"nothing: a verdict requires at least {MIN_SEEDS} seeds"]
     if n >= MIN_SEEDS:
         lines = [f"differences of {unit.exact(min_detectable_delta(sd, n, alpha))} at 80 % power: {tests}, paired test"]
-    if study.looks:
-        lines.append("planned looks reduce this power a little, and save seeds where the difference is clear")
     if study.margin:
         enough = _seeds(seeds_needed_for_equivalence(sd, 0, study.margin, alpha))
         lines.append(f"equivalence within ±{unit.exact(study.margin)}: {enough} per arm, if there is no difference")
-    lines.append(f"sd of a paired difference: {unit.exact(sd)}, {spread.source}")
+    lines.append(_source(spread, unit))
     if find is not None:
         lines.append(f"to find {unit.exact(find)}: {_cost(study, current, seeds_needed(sd, find, alpha))}")
     return lines
+
+
+def _source(spread: Spread, unit: Unit) -> str:
+    return f"sd of a paired difference: {unit.exact(spread.sd)}, {spread.source}"
+
+
+def _at_looks(study: Study, plan: Design, current: Sequence[State], unit: Unit) -> list[str]:
+    """Return what planned looks find, and the expected number of seeds and hours by the true difference."""
+    tests = (
+        f"looks at {', '.join(map(str, study.looks or ()))} seeds, {count(len(study.arms) - 1, 'comparison')} (Holm)"
+    )
+    lines = [f"differences of {unit.exact(plan.detectable)} at 80 % power: {tests}, paired test"]
+    for row, size in zip(plan.rows, ("no difference", "1 sd", "2 sd", "3 sd"), strict=False):
+        decided = f"decided in {100 * row.decided:.0f} % of studies"
+        lines.append(f"{size}: {row.seeds:.1f} seeds per arm expected, {decided}{_hours(study, current, row.seeds)}")
+    return lines
+
+
+def _to_find(study: Study, plan: Design, current: Sequence[State], unit: Unit, find: float | None) -> list[str]:
+    if find is None:
+        return []
+    seeds, power = plan.rows[-1].seeds, 100 * plan.rows[-1].power
+    hours = _hours(study, current, seeds)
+    lines = [f"to find {unit.exact(find)}: {power:.0f} % power, {seeds:.1f} seeds per arm expected{hours}"]
+    return [*lines, f"80 % power: a last look at {_seeds(plan.seeds_to_find)}"] if power < 100 * POWER else lines
+
+
+def _hours(study: Study, current: Sequence[State], seeds: float) -> str:
+    """Return the time that an expected number of seeds takes, all arms one after the other; "" if unknown."""
+    each = [seconds_per_cell(study, current)[arm] for arm in study.arms]
+    return "" if None in each else f", {duration(seeds * sum(s for s in each if s))} one after the other"
 
 
 def _seeds(n: int | None) -> str:
