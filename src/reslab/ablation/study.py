@@ -301,7 +301,7 @@ def _compared(arms: Mapping[str, Arm], baseline: str, mistakes: Mistakes) -> dic
     complete = {name: resolve.with_defaults(arm.config) for name, arm in arms.items()}
     compared, by_changes = {}, {"[]": baseline}
     for name, arm in arms.items():
-        rows = [row for row in differences(complete[baseline], complete[name]) if not row[0].startswith("run.")]
+        rows = [row for row in differences(complete[baseline], complete[name]) if not row[0].startswith(RUN_ONLY)]
         signature = json.dumps([(key, here) for key, _, here in rows], sort_keys=True, default=str)
         if name != baseline and signature in by_changes:
             mistakes.add(f"arm {name} is the same as {by_changes[signature]}: it changes nothing")
