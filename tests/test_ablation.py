@@ -159,6 +159,7 @@ MISTAKES = [
     ({"seeds": None, "looks": [3, 3]}, "looks must be", "got [3, 3]"),
     ({"seeds": None, "looks": []}, "looks must be", "got []"),
     ({"seeds": None, "looks": 5}, "looks must be", "got 5"),
+    ({"seeds": None, "looks": [3, 5], "test": "pooled"}, "test: pooled allows no planned looks", "use test: paired"),
     ({"looks": [3, 5]}, "looks ends at 5 seeds, but seeds has 2", "leave seeds out"),
     ({"test": "welch"}, "test must be paired or pooled", "test: paired"),
     ({"sd": 0}, "sd must be a number above 0", "sd: 0.002"),

@@ -197,6 +197,8 @@ def check_keys(text: Config, mistakes: Mistakes) -> Config:
     lacking += ["seeds"] if text.get("seeds") is None and text.get("looks") is None else []
     for key in lacking:
         mistakes.add(f"{key} is missing{_example(key)}")
+    if valid.get("looks") and valid.get("test") == "pooled":  # its error over looks is not kept: docs/statistics.md
+        mistakes.add("test: pooled allows no planned looks: use test: paired, or seeds instead of looks")
     if bool(text.get("arms")) == bool(text.get("factors")):
         mistakes.add(f"give either arms or factors{_example('arms')}")
     return {key: value for key, value in valid.items() if key not in ("arms", "factors", "exclude") or value}
