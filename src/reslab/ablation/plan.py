@@ -4,7 +4,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from reslab.ablation.cells import State, seconds_per_cell, states
+from reslab.ablation.cells import Cell, State, seconds_per_cell, states
+from reslab.ablation.looks import cells_due, decided_at
 from reslab.ablation.plan_log import PlanHistory, next_plan, read_plan, read_plans
 from reslab.ablation.power import power
 from reslab.ablation.study import Arm, Study, change_text
@@ -17,6 +18,7 @@ def describe(study: Study, out: Path, find: float | None = None) -> str:
     current = states(study, out)
     done = sum(s.status == "complete" for s in current)
     seeds = ", ".join(map(str, study.seeds))
+    at_most = "at most " if study.looks else ""
     better = "higher" if study.mode == "max" else "lower"
     weights = "last" if study.test_weights == "last" else "best validated"
     margin = "no margin, so no arm can be called equivalent"
@@ -28,13 +30,13 @@ def describe(study: Study, out: Path, find: float | None = None) -> str:
     lines = [
         f"study      {study.name}: {study.question}",
         f"file       {os.path.relpath(study.path)}",
-        f"cells      {len(study.arms)} arms × {len(study.seeds)} seeds ({seeds}) = {len(current)}; {done} done",
+        f"cells      {len(study.arms)} arms × {at_most}{len(study.seeds)} seeds ({seeds}) = {len(current)}; {done} done",
         f"metric     {study.metric} ({better} is better) of the {weights} weights; {margin}",
         f"test       {study.test}, {_looks(study)}",
         *(f"factor     {key}: {', '.join(labels)}" for key, labels in study.factors.items()),
         "arms",
         *(f"  {line}" for arm in study.arms.values() for line in _arm(arm, study)),
-        f"cost       {_cost(study, current)}",
+        f"cost       {_cost(study, out, current)}",
         *(f"{'' if i else 'finds':<11}{line}" for i, line in enumerate(power(study, out, current, find))),
         f"directory  {out}" + (f" ({earlier})" if recorded != study.hash else ""),
         f"plan       {study.hash}",
@@ -69,11 +71,21 @@ def _arm(arm: Arm, study: Study) -> list[str]:
     return [f"{arm.name}  {changes[0]}"] if len(changes) == 1 else [arm.name, *(f"    {line}" for line in changes)]
 
 
-def _cost(study: Study, current: list[State]) -> str:
-    each = seconds_per_cell(study, current)
-    left = [each[s.cell.arm] for s in current if s.status != "complete"]
-    if None in left:
+def _cost(study: Study, out: Path, current: list[State]) -> str:
+    each, left = seconds_per_cell(study, current), [s.cell for s in current if s.status != "complete"]
+    if None in each.values():
         return "unknown until a cell has finished; set `minutes` in the study file to state it"
     source = "as stated in the study file" if len(left) == len(current) else "measured on the finished cells"
-    total = sum(seconds for seconds in left if seconds)
-    return f"{len(left)} cells to run, {duration(total)} one after the other ({source})"
+
+    def time(cells: list[Cell]) -> str:
+        return duration(sum(each[cell.arm] or 0 for cell in cells))
+
+    if not study.looks:
+        return f"{len(left)} cells to run, {time(left)} one after the other ({source})"
+    decided = decided_at(study, out)
+    due = cells_due(study, current, decided)
+    at_most = [s.cell for s in current if s.cell in left and s.cell.arm not in decided]
+    if not due:
+        return "all arms are decided: nothing to run"
+    next_look = f"{len(due)} cells to the next look, {time(due)} one after the other"
+    return f"{next_look}; at most {len(at_most)}, {time(at_most)} ({source})"
