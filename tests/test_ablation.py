@@ -497,8 +497,18 @@ def test_plan_states_what_the_seeds_can_find(tmp_path: Path, capsys) -> None:  #
     stated = plan_of(capsys, write(tmp_path, seeds=5, sd=0.004))
     assert "sd of a paired difference: 0.566 points, √2 × 0.4 points if arms do not correlate; as stated" in stated
     assert "unknown: set `sd`" in plan_of(capsys, write(tmp_path, metric="test/loss"))
-    looks = plan_of(capsys, write(tmp_path, seeds=None, looks=[3, 8], test="pooled"))
-    assert "test       pooled, judged after 3, 8 seeds" in looks and "8 seeds, 1 comparison" in looks
+    pooled = plan_of(capsys, write(tmp_path, seeds=5, test="pooled"))
+    assert "test       pooled, judged once, after all seeds" in pooled
+
+
+def test_plan_of_looks_states_expected_seeds_and_hours(tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]
+    plan = plan_of(capsys, write(tmp_path, seeds=None, looks=[3, 8], minutes=3), "--find", 0.03)
+    assert "test       paired, judged after 3, 8 seeds" in plan and "× at most 8 seeds" in plan
+    assert "6 cells to the next look, 18 min 00 s one after the other; at most 16, 48 min 00 s" in plan
+    rows = {row: float(seeds) for row, seeds in re.findall(r"(no difference|\d sd): ([\d.]+) seeds per arm", plan)}
+    assert set(rows) == {"no difference", "1 sd", "2 sd", "3 sd"} and all(3 <= n <= 8 for n in rows.values())
+    power, seeds = re.search(r"to find 3 points: (\d+) % power, ([\d.]+) seeds", plan).groups()  # type: ignore[union-attr]
+    assert int(power) >= 80 and 3 <= float(seeds) <= 8
 
 
 def test_power_is_measured_on_finished_cells_of_the_same_config(tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]

@@ -18,7 +18,7 @@ def describe(study: Study, out: Path, find: float | None = None) -> str:
     current = states(study, out)
     done = sum(s.status == "complete" for s in current)
     seeds = ", ".join(map(str, study.seeds))
-    at_most = "at most " if study.looks else ""
+    number = f"{'at most ' if study.looks else ''}{len(study.seeds)}"
     better = "higher" if study.mode == "max" else "lower"
     weights = "last" if study.test_weights == "last" else "best validated"
     margin = "no margin, so no arm can be called equivalent"
@@ -30,7 +30,7 @@ def describe(study: Study, out: Path, find: float | None = None) -> str:
     lines = [
         f"study      {study.name}: {study.question}",
         f"file       {os.path.relpath(study.path)}",
-        f"cells      {len(study.arms)} arms × {at_most}{len(study.seeds)} seeds ({seeds}) = {len(current)}; {done} done",
+        f"cells      {len(study.arms)} arms × {number} seeds ({seeds}) = {len(current)}; {done} done",
         f"metric     {study.metric} ({better} is better) of the {weights} weights; {margin}",
         f"test       {study.test}, {_looks(study)}",
         *(f"factor     {key}: {', '.join(labels)}" for key, labels in study.factors.items()),
