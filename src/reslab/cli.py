@@ -117,18 +117,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--compare", metavar="DIR", help="run nothing: compare with the finished run in DIR")
     _add_ablate(add("ablate", "plan, run and report an ablation study: arms × seeds in, a verdict out"))
     help = "compare finished runs with others, or with a published number: a test, a verdict, one page"
-    command = add("compare", help, False, target="ablation.compare:compare_runs")
-    command.add_argument("run", nargs="+", metavar="RUN", help="run directory, directory of runs, or glob")
-    others = command.add_mutually_exclusive_group(required=True)
-    others.add_argument("--against", nargs="+", metavar="RUN", help="the runs to compare with")
-    others.add_argument("--published", metavar="X", help="a published result, such as 91.25, 91.25%% or 0.9125")
-    others.add_argument("--published-error", metavar="X", help="a published error rate, such as 8.75")
-    command.add_argument("--published-sd", metavar="S", help="its sd over runs; requires --published-n")
-    command.add_argument("--published-n", type=int, metavar="N", help="its number of runs; requires --published-sd")
-    command.add_argument("--metric", default="test/acc", metavar="NAME", help="default: test/acc")
-    command.add_argument("--margin", type=float, metavar="M", help="differences below it do not matter, such as 0.002")
-    command.add_argument("--json", dest="as_json", action="store_true", help="print one JSON object")
-    command.add_argument("--out", type=Path, metavar="FILE.html", help="also write one page with the curves")
+    _add_compare(add("compare", help, False, target="ablation.compare:compare_runs"))
     command = add("list", "list models, data sets, experiments or ablation studies", False, target="cli:_list")
     command.add_argument("what", nargs="?", choices=[*LISTS, "models"], help="default: all of them")
     command.add_argument("pattern", nargs="?", help="with models: timm, torchvision, or 'timm/convnext*'")
@@ -141,6 +130,20 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("what", choices=["lr", "augment"])
     command.add_argument("--out", type=Path, metavar="FILE.png", help="output (default: preview-WHAT.png)")
     return parser
+
+
+def _add_compare(command: argparse.ArgumentParser) -> None:
+    command.add_argument("run", nargs="+", metavar="RUN", help="run directory, directory of runs, or glob")
+    others = command.add_mutually_exclusive_group(required=True)
+    others.add_argument("--against", nargs="+", metavar="RUN", help="the runs to compare with")
+    others.add_argument("--published", metavar="X", help="a published result, such as 91.25, 91.25%% or 0.9125")
+    others.add_argument("--published-error", metavar="X", help="a published error rate, such as 8.75")
+    command.add_argument("--published-sd", metavar="S", help="its sd over runs; requires --published-n")
+    command.add_argument("--published-n", type=int, metavar="N", help="its number of runs; requires --published-sd")
+    command.add_argument("--metric", default="test/acc", metavar="NAME", help="default: test/acc")
+    command.add_argument("--margin", type=float, metavar="M", help="differences below it do not matter, such as 0.002")
+    command.add_argument("--json", dest="as_json", action="store_true", help="print one JSON object")
+    command.add_argument("--out", type=Path, metavar="FILE.html", help="also write one page with the curves")
 
 
 def _add_ablate(parser: argparse.ArgumentParser) -> None:

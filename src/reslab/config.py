@@ -195,7 +195,7 @@ class Experiment(LightningCLI):
         def construct(cls: type, *args: Any, **kwargs: Any) -> Any:
             try:
                 return cls(*args, **kwargs)
-            except Exception as error:  # jsonargparse wraps some kinds in messages of its own
+            except Exception as error:  # jsonargparse would wrap some kinds of errors
                 failed.append((cls, error))
                 raise
 

@@ -24,11 +24,7 @@ def replacing(path: Path) -> Iterator[Path]:
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+    sync_directory(path.parent)
 
 
 def check_output(path: Path) -> None:
@@ -44,6 +40,15 @@ def check_output(path: Path) -> None:
     except OSError as error:
         problem = error.strerror or str(error)
     raise UserError(f"cannot write {path}: {problem}")
+
+
+def sync_directory(path: Path) -> None:
+    """Write a directory's entries to disk, so that a new or renamed file in it survives a crash."""
+    directory = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
 
 
 def write_text(path: Path, text: str) -> None:

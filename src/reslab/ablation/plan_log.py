@@ -20,6 +20,7 @@ from reslab.ablation.resolve import Config
 from reslab.ablation.study import RUN_ONLY, Arm, Study
 from reslab.ablation.study_file import MIN_LOOK
 from reslab.errors import UserError
+from reslab.files import sync_directory
 from reslab.runs import manifest as manifests
 
 PLANS, OLD_PLAN = "plan.jsonl", "plan.json"  # the second of earlier versions: overwritten by every plan
@@ -139,11 +140,7 @@ def _append(path: Path, lines: Sequence[bytes], plans: Sequence[Plan]) -> None:
         file.write(new)
         file.flush()
         os.fsync(file.fileno())
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+    sync_directory(path.parent)
 
 
 def _sha256(line: bytes) -> str:

@@ -170,11 +170,8 @@ def compare(
         ValueError: shapes differ, values are not finite, or margin, mode, looks or test is invalid.
     """
     _check(margin, mode, test)
-    base = np.asarray(baseline, float)
-    values = {arm: np.asarray(of, float) for arm, of in arms.items()}
+    base, values = _arrays(baseline, arms)
     family = family or len(arms)
-    if any(x.ndim != 1 or not np.isfinite(x).all() for x in (base, *values.values())):
-        raise ValueError("baseline and arms must be finite values (n,) of the same seeds in the same order")
     if looks is not None:
         return _compare_at_looks(base, values, _Rules(margin, mode, family, sequential.check_looks(looks), test), {})
     if any(x.shape != base.shape for x in values.values()):
@@ -186,6 +183,13 @@ def compare(
     x = np.array(list(values.values()))
     tests = _t_tests(x - base, np.maximum(abs(x).max(axis=1), abs(base).max()), margin)
     return dict(zip(arms, _judged(tests, margin, mode, family), strict=True))
+
+
+def _arrays(baseline: npt.ArrayLike, arms: Mapping[str, npt.ArrayLike]) -> tuple[Floats, dict[str, Floats]]:
+    base, values = np.asarray(baseline, float), {arm: np.asarray(of, float) for arm, of in arms.items()}
+    if any(x.ndim != 1 or not np.isfinite(x).all() for x in (base, *values.values())):
+        raise ValueError("baseline and arms must be finite values (n,) of the same seeds in the same order")
+    return base, values
 
 
 def compare_by_seed(
@@ -320,7 +324,7 @@ def design(
         n: Number of seeds, at least 3; not used if there are `looks`.
         arms: Number of arms besides the baseline.
         margin, looks: See `compare`.
-        find: Difference to find, for `seeds_to_find` and a row of its own.
+        find: Difference to find, for `seeds_to_find` and the last row.
     """
     plan = sequential.check_looks(looks or (n or 0,))
     noise = np.random.default_rng(0).standard_normal((replications, plan[-1]))
