@@ -807,6 +807,7 @@ def test_study_killed_five_times_gives_the_same_results(tmp_path: Path) -> None:
     assert max(attempts) > 1, "no cell was ever hit"
 
 
+@pytest.mark.slow  # CI runs a real study with `make ablation-demo`
 @pytest.mark.timeout(600)
 def test_real_study_runs_reports_and_is_grouped_in_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")

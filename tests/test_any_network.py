@@ -38,7 +38,7 @@ def fit(folder: Path, *options: str, **how: object) -> Ended:
     return reslab("fit", *DIGITS, *SHORT, "--run.dir", folder, *options, **how)  # type: ignore[arg-type]
 
 
-SLOW = ("timm vit", "torchvision mobilenet")  # one library network and the user's own are enough for every change
+SLOW = ("timm resnet10t", "timm vit", "torchvision mobilenet")  # the user's own network goes the same ways
 
 
 @pytest.fixture(scope="module", params=[pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in NETWORKS])

@@ -46,7 +46,7 @@ def test_validation_schedule_changes_no_weight(
     assert manifest(tmp_path)["weights_sha256"] == manifest(undisturbed())["weights_sha256"]
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_killed_and_resumed_at_random_points(undisturbed: Undisturbed, tmp_path: Path, workers: int) -> None:
     draw = random.Random(workers).randint
     faults = [
