@@ -105,15 +105,11 @@ def _parser() -> argparse.ArgumentParser:
     help = "CSV file with one row per image (default: RUN/predictions-<name of DIR>.csv)"
     command.add_argument("--out", type=Path, metavar="FILE.csv", help=help)
     command.add_argument("--all", dest="all_classes", action="store_true", help="add one probability column per class")
-    command = add_for_run("export", "export to ONNX, torch.export (pt2) or safetensors", target="export:export")
-    command.add_argument("--format", required=True, choices=["onnx", "pt2", "safetensors"])
-    help = "output; FILE.json describes its use (default: RUN/export/<name of the run>.<format>)"
-    command.add_argument("--out", type=Path, metavar="FILE", help=help)
-    command.add_argument("--with-normalization", action="store_true", help="accept uint8 images and normalize them")
+    _add_export(add_for_run("export", "export to ONNX, torch.export (pt2) or safetensors", target="export:export"))
     add_for_run("verify", "verify a run's hashes: RUN [--data.root DIR]", target="runs.verify:verify")
     help = "repeat a finished run and compare: RUN [--KEY VALUE ...]"
     command = add_for_run("reproduce", help, target="runs.verify:reproduce")
-    command.add_argument("--out", metavar="DIR", help="directory of the new run (default: RUN-reproduced)")
+    command.add_argument("--out", metavar="DIR", help="directory of the new run (default: RUN-reproduced, -2, ...)")
     command.add_argument("--compare", metavar="DIR", help="run nothing: compare with the finished run in DIR")
     _add_ablate(add("ablate", "plan, run and report an ablation study: arms × seeds in, a verdict out"))
     help = "compare finished runs with others, or with a published number: a test, a verdict, one page"
@@ -130,6 +126,13 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("what", choices=["lr", "augment"])
     command.add_argument("--out", type=Path, metavar="FILE.png", help="output (default: preview-WHAT.png)")
     return parser
+
+
+def _add_export(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--format", required=True, choices=["onnx", "pt2", "safetensors"])
+    help = "output; FILE.json describes its use (default: RUN/export/<name of the run>.<format>)"
+    command.add_argument("--out", type=Path, metavar="FILE", help=help)
+    command.add_argument("--with-normalization", action="store_true", help="accept uint8 images and normalize them")
 
 
 def _add_compare(command: argparse.ArgumentParser) -> None:
