@@ -20,6 +20,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterable
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -250,7 +251,7 @@ def ended(commands: list[list[str]], environ: dict[str, str], cwd: Path = REPO) 
             for process in processes:
                 process.wait(PATIENCE)
             log.seek(0)
-            assert all_gone(processes), f"processes are left over:\n{log.read()}"
+            assert all_gone(process.pid for process in processes), f"processes are left over:\n{log.read()}"
         finally:
             for process in processes:
                 with contextlib.suppress(ProcessLookupError):
@@ -259,17 +260,26 @@ def ended(commands: list[list[str]], environ: dict[str, str], cwd: Path = REPO) 
         return Ended(processes[0].returncode, log.read())
 
 
-def all_gone(leaders: list[subprocess.Popen[bytes]], patience: float = 10) -> bool:
-    """Whether the leaders' process groups are soon empty: loader processes of a killed run end by themselves."""
-    deadline = time.monotonic() + patience
-    while time.monotonic() < deadline:
-        with contextlib.suppress(ProcessLookupError):
-            for leader in leaders:
-                os.killpg(leader.pid, 0)
-            time.sleep(0.1)
-            continue
-        return True
-    return False
+def all_gone(groups: Iterable[int], patience: float = 10) -> bool:
+    """Whether the process groups soon have no living member: loader processes of a killed run end by themselves.
+
+    A zombie is not alive. A container's first process may never collect it, and then its group stays for ever.
+    """
+
+    def alive() -> bool:
+        for file in Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # ended meanwhile
+                state, _, group, *_ = file.read_text().rpartition(")")[2].split()
+                if state not in "ZX" and int(group) in groups:
+                    return True
+        return False
+
+    groups, deadline = set(groups), time.monotonic() + patience
+    while alive():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True
 
 
 def fit(folder: Path, *options: str | Path, **kwargs: Any) -> Ended:

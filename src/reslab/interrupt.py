@@ -78,7 +78,8 @@ class Guard:
 
     def close(self) -> int:
         if not self._printed:
-            self._printed, hint = True, self.hint()
+            hint = self.hint()  # before the flag: a second Ctrl-C here must still print the line
+            self._printed = True
             self.status = Exit.PREEMPTED if hint else Exit.INTERRUPTED
             if not any(int(os.environ.get(name) or 0) for name in RANKS):
                 os.write(2, f"reslab: interrupted{': ' * bool(hint)}{hint}\n".encode())
