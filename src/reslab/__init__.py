@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from reslab.models import create_model, list_models
     from reslab.training import Classifier
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["Classifier", "ImageData", "create_model", "list_models"]
 # `import reslab` and `reslab --help` must not import torch (1.7 s) and lightning (5 s).
 __getattr__ = lazy_exports(
