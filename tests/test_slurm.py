@@ -1,5 +1,6 @@
 """Real Slurm: a signalled run is requeued and ends with the same weights; studies run as job arrays."""
 
+import json
 import os
 import re
 import signal
@@ -12,12 +13,14 @@ from pathlib import Path
 import pytest
 
 from reslab.ablation.cells import states
+from reslab.ablation.plan_log import read_decisions
 from reslab.ablation.slurm import Cluster, jobs, run_slurm
 from reslab.ablation.study import read_study
 from reslab.errors import UserError
 from runner import DIGITS, REPO, SHORT, TRAINING, Fault, manifest, metrics, traces
 from slurm import PATIENCE, command, queue, slurm, until
 from test_ablation import fake, tries, write
+from test_looks import LR, RESULTS
 
 __all__ = ["fake", "slurm"]  # fixtures
 pytestmark = pytest.mark.slurm
@@ -111,6 +114,33 @@ def test_study_is_a_job_array_and_failed_cells_are_retried(
     assert (
         len({job.number.partition("_")[0] for name, job in jobs(out).items() if name.endswith("1")}) == 1
     )  # one array
+
+
+def test_study_with_looks_submits_one_look_at_a_time_and_stops_by_itself(
+    slurm: None,
+    quick: None,
+    fake: Callable,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    fake({})
+    monkeypatch.setenv("FAKE_RESULTS", json.dumps(RESULTS))
+    arms = {"base": {}, "far": {LR: 0.2}, "late": {LR: 0.5}}
+    study = read_study(write(tmp_path, arms=arms, baseline="base", looks=[3, 5], seeds=None, margin=0.002))
+    out = tmp_path / "out"
+    assert run_slurm(study, out, Cluster(), detach=True) == 0
+    assert "run the same command again: it judges them" in capfd.readouterr().out
+    until(lambda: not queue(), "the first look")
+    assert len(tries(out)) == 9
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("reslab.ablation.slurm.Queue.wait", interrupt)
+        assert run_slurm(study, out, Cluster()) == 75  # submits the second look
+    assert run_slurm(study, out, Cluster()) == 0 and not queue()
+    assert set(tries(out).values()) == {1}
+    seeds = {"base": 5, "far": 3, "late": 5}
+    assert set(tries(out)) == {f"{arm}/seed-{seed}" for arm, n in seeds.items() for seed in range(n)}
+    assert read_decisions(study, out)["far"]["verdict"] == "worse"
 
 
 def interrupt(*args: object) -> None:

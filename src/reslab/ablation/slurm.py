@@ -143,6 +143,8 @@ def run_slurm(
             if not detach:
                 queue.wait()
                 return progress.exit_status()
+            if study.looks:
+                print("When they have ended, run the same command again: it judges them and submits the next look.")
         except KeyboardInterrupt:
             status = Exit.PREEMPTED
     numbers = {job.number.partition("_")[0] for job in jobs(out).values() if job.state not in ENDED}
