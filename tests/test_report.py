@@ -16,6 +16,7 @@ from PIL import Image
 from scipy.stats import binomtest
 
 from reslab.errors import UserError
+from reslab.metric_text import wilson
 from reslab.runs.figures import (
     CAPTIONS,
     calibrate,
@@ -26,7 +27,6 @@ from reslab.runs.figures import (
     learning_curves,
     most_confused,
     shorten,
-    wilson,
 )
 from reslab.runs.report import duration, write_report
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reslab.errors import Exit, UserError
+from reslab.header import announce
 from reslab.host import CONFIGS
 from reslab.interrupt import close, guarded, resume_hint
 from reslab.runs.masking import mask_command
@@ -33,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(argv: list[str]) -> int:
     try:
         if argv[:1] == ["fit"]:  # LightningCLI parses its options
+            announce(argv[1:])
             return _call("experiment:fit", argv=argv[1:])
         args, overrides = _parser().parse_known_args(argv)
         _refuse_copies(argv[0])
