@@ -3,10 +3,8 @@
 import argparse
 import contextlib
 import importlib
-import logging
 import os
 import sys
-import warnings
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -16,6 +14,7 @@ from reslab.errors import Exit, UserError
 from reslab.header import announce
 from reslab.host import CONFIGS
 from reslab.interrupt import close, guarded, resume_hint
+from reslab.quiet import drop_unhelpful, silenced
 from reslab.runs.masking import mask_command
 from reslab.training.launchers import started_processes
 
@@ -35,6 +34,7 @@ def _main(argv: list[str]) -> int:
     try:
         if argv[:1] == ["fit"]:  # LightningCLI parses its options
             announce(argv[1:])
+            drop_unhelpful()
             return _call("experiment:fit", argv=argv[1:])
         args, overrides = _parser().parse_known_args(argv)
         _refuse_copies(argv[0])
@@ -45,7 +45,8 @@ def _main(argv: list[str]) -> int:
             options["overrides"] = overrides
         elif overrides:
             raise UserError(f"unrecognized arguments: {' '.join(overrides)} (see `reslab {argv[0]} --help`)")
-        return _call(**options)
+        with silenced():
+            return _call(**options)
     except UserError as error:
         print(f"reslab: {error}", file=sys.stderr)
         return Exit.USAGE
@@ -62,19 +63,7 @@ def _refuse_copies(command: str) -> None:
 
 
 def _call(target: str, **options: Any) -> int:
-    """Import and call `module:function`, with known unhelpful library messages silenced; return its exit status."""
-    for name in ("utilities.rank_zero", "trainer.connectors.checkpoint_connector"):
-        logging.getLogger(f"lightning.pytorch.{name}").setLevel(logging.WARNING)
-    for message in (
-        r".*isinstance\(treespec, LeafSpec\).*",
-        r".*does not have many workers.*",
-        r".*smaller than the logging interval.*",
-        r".*in eval mode at the start of training.*",
-        r".*`srun` command is available on your system but is not used.*",
-        r".*distributed.nn.functional.all_gather is deprecated.*",  # called by Lightning
-        r".*It is recommended to use `self.log\(.*sync_dist=True.*",  # torchmetrics has synchronized them already
-    ):
-        warnings.filterwarnings("ignore", message)
+    """Import and call `module:function`; return its exit status."""
     module, function = target.split(":")
     return getattr(importlib.import_module(f"reslab.{module}"), function)(**options) or 0
 

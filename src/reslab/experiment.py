@@ -83,7 +83,8 @@ class Run:
             objective = self._rehearse(trainer)
             self._open(trainer, objective)
             if self.steps:
-                print_run(self.model, self.data, trainer, self.steps, self.folder.path)
+                new = None if self.options.dir else self.folder.path  # the header has it otherwise
+                print_run(self.model, self.data, trainer, self.steps, new)
             with handling_signals(self.preemption.note):
                 self._train_and_test(trainer)
             self._finish()
@@ -223,6 +224,7 @@ class Run:
             traceback.print_exc()
             print(f"the run in {self.folder.path} is complete, but its figures or report could not be drawn: see above")
             return []
+        print()
         print_rows(result_rows(self.folder))
         return [*figures, report]
 

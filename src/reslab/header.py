@@ -55,7 +55,7 @@ def print_header(config: Config, argv: Sequence[str]) -> None:
             "run": directory and str(directory),
             "config": "; ".join(filter(None, [" + ".join(names), ", ".join(changes)])),
             "data": _data(config),
-            "device": _device(config),
+            "device": f"{_device(config)} (requested)",
         }
     )
 
@@ -121,8 +121,8 @@ def _device(config: Config) -> str:
     return ", ".join(f"{name} {value}" for name, value in options.items() if name != "num_nodes" or value != 1)
 
 
-def print_run(model: "Classifier", data: "ImageData", trainer: "Trainer", steps: "Steps", run: Path) -> None:
-    """Print what is known just before the first step: network, images, steps, device and run directory."""
+def print_run(model: "Classifier", data: "ImageData", trainer: "Trainer", steps: "Steps", run: Path | None) -> None:
+    """Print what is known just before the first step: network, images, steps, device and a new run directory."""
     parameters = sum(p.numel() for p in model.net.parameters())
     trained = sum(p.numel() for p in model.net.parameters() if p.requires_grad)
     share = "" if trained == parameters else f", {trained:,} of them trained"
@@ -133,7 +133,7 @@ def print_run(model: "Classifier", data: "ImageData", trainer: "Trainer", steps:
             "images": f"{len(train):,} train, {len(val):,} validation, {len(data.test_data):,} test",
             "steps": f"{steps.total:,} in total, {steps.per_epoch:,} per epoch, {data.batch_size:,} images each",
             "device": f"{trainer.world_size} × {_device_name(trainer)}, precision {trainer.precision}",
-            "run": str(run),
+            "run": run and str(run),
         }
     )
 

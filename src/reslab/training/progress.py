@@ -109,7 +109,7 @@ class ProgressReport(Callback):
         place, left = f"{self._epoch_text()}  step {self._step:,}/{self._total:,}", f"left {self._time_left()}"
         first, second = Table.grid(padding=(0, 2)), Text(no_wrap=True, overflow="ellipsis")
         room = width - len(place) - len(left) - 4
-        bar = [ProgressBar(self._total, self._step, width=room)] if room >= 4 else []
+        bar: list[Any] = [ProgressBar(self._total, self._step, width=room)] if room >= 4 else []
         first.add_row(*(Text(place, no_wrap=True), *bar, Text(left, no_wrap=True)))
         second.append("  ".join(_fitting(self._fields, width)))
         lines = Table.grid()
