@@ -62,9 +62,9 @@ def test_checkout_without_git_is_refused(copy: Path) -> None:
     assert result.returncode == 1 and "must be a git repository" in result.stderr and "Traceback" not in result.stderr
 
 
-@pytest.mark.parametrize("new", ["mylab", "myreslab", "reslab2"])
+@pytest.mark.parametrize("new", ["pinelab", "myreslab", "reslab2"])
 def test_no_file_keeps_the_old_name(copy: Path, new: str) -> None:
-    """In no spelling and no path: neither in files that git ignores nor, if the new name contains the old, by itself."""
+    """Checks all spellings, in contents and paths, also of ignored files, and new names that contain the old one."""
     (copy / "notes.md").write_text("Reslab's RESLAB_DATA; github.com/me/reslab, reslab/reslab")
     for left in ("src/reslab/__pycache__", "src/reslab/runs/__pycache__", "src/reslab.egg-info"):
         (copy / left).mkdir(parents=True, exist_ok=True)
