@@ -154,7 +154,7 @@ def test_directories_that_are_not_recognised_are_named(
     output = capsys.readouterr().out
     assert not [text for text in messages if text.format(images=images) not in output], output
     columns = next(csv.reader((tmp_path / "out.csv").open()))
-    assert ("true_class" in columns) == ("accuracy: " in output) == ("3" in directories)
+    assert ("true_class" in columns) == ("95 % interval" in output) == ("3" in directories)
 
 
 def test_flat_directory_has_no_true_classes(

@@ -48,7 +48,7 @@ class ProgressReport(Callback):
         self._logged = (self.seconds, self.images)
         self._total, self._epochs = int(trainer.estimated_stepping_batches), max(trainer.max_epochs or 0, 0)
         self._step, self._epoch = trainer.global_step, trainer.current_epoch + 1
-        if trainer.is_global_zero and self._console.is_terminal:
+        if trainer.is_global_zero and self._console.is_terminal and not self._console.is_dumb_terminal:
             self._fields = self._bar_fields(pl_module)
             self._bar = Live(get_renderable=self.picture, console=self._console, refresh_per_second=REFRESH)
             self._bar.start()
