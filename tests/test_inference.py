@@ -1,14 +1,20 @@
 """Classify a directory of any size: rows are streamed, and the file is written completely or not at all."""
 
 import csv
+import logging
 import os
 import re
 import shutil
+import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from PIL import Image
 
 from reslab.cli import main
@@ -97,6 +103,112 @@ def test_pretrained_weights_are_not_fetched_again(tmp_path: Path, init_args: str
     config = tmp_path / "config.yaml"
     config.write_text(f"model: {{net: {{class_path: Net, init_args: {init_args}}}}}")
     assert _without_pretrained(config) == overrides
+
+
+# ---- class directories
+
+
+def class_directories(top: Path, *names: str, images: int = 3) -> Path:
+    for name in names:
+        (top / name).mkdir(parents=True, exist_ok=True)
+        for i in range(images):
+            save_gray(top / name / f"{i}.png", 80 * i)
+    return top
+
+
+def test_class_directories_give_true_classes_and_accuracy(
+    undisturbed: Undisturbed, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = class_directories(tmp_path / "images", "3", "8", "8/deeper")
+    (images / "3" / "broken.png").write_bytes(b"not an image")
+    assert predict(undisturbed(), images, tmp_path / "out.csv", "--all") == 0
+    rows = list(csv.DictReader((tmp_path / "out.csv").open()))
+    assert [row["true_class"] for row in rows] == ["3"] * 4 + ["8"] * 6
+    assert all(row["0"] for row in rows if not row["error"])
+    correct = sum(row["prediction"] == row["true_class"] for row in rows)
+    assert f"accuracy: {100 * correct / 9:.2f} %  (95 % interval" in (output := capsys.readouterr().out)
+    assert "n = 9)" in output and "not counted" not in output  # an unreadable file has no prediction to be right
+
+
+@pytest.mark.parametrize(
+    ("directories", "messages"),
+    [
+        (
+            ["3", "cats", "dogs"],
+            ["n = 3)", "not counted: 6 images", "1 of 10 classes (3)", "not recognised: cats, dogs"],
+        ),
+        (["3", ""], ["n = 3)", "not counted: 3 images outside of the class directories", "1 of 10 classes (3)"]),
+        (["cats", "dogs"], ["no accuracy: no directory", "10 classes (0, 1, 2,"]),
+        (["train/3", "val/3"], ["no accuracy: no directory", "try --images {images}/train"]),
+    ],
+)
+def test_directories_that_are_not_recognised_are_named(
+    directories: list[str],
+    messages: list[str],
+    undisturbed: Undisturbed,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    images = class_directories(tmp_path / "images", *directories)
+    assert predict(undisturbed(), images, tmp_path / "out.csv") == 0
+    output = capsys.readouterr().out
+    assert not [text for text in messages if text.format(images=images) not in output], output
+    columns = next(csv.reader((tmp_path / "out.csv").open()))
+    assert ("true_class" in columns) == ("95 % interval" in output) == ("3" in directories)
+
+
+def test_flat_directory_has_no_true_classes(
+    undisturbed: Undisturbed, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = class_directories(tmp_path / "images", "")
+    assert predict(undisturbed(), images, tmp_path / "out.csv") == 0
+    assert (tmp_path / "out.csv").read_text().startswith("file,prediction,probability,error\n")
+    assert "accuracy" not in capsys.readouterr().out
+
+
+# ---- what libraries print
+
+MESSAGES = ["torch warns", "lightning warns", "lightning gives a tip", "torch logs a warning"]
+USES = {
+    "test": lambda run: ["test", run],
+    "validate": lambda run: ["validate", run],
+    "predict": lambda run: ["predict", run, "--images", class_directories(run / "images", "3")],
+    "export": lambda run: ["export", run, "--format", "safetensors"],
+    "verify": lambda run: ["verify", run],
+    "doctor": lambda run: ["doctor", "--config", run / "config.yaml"],
+    "preview": lambda run: ["preview", "lr", "--config", run / "config.yaml", "--out", run / "lr.png"],
+    "summary": lambda run: ["summary", "resnet20", "--input", "3,8,8"],
+}
+
+
+@pytest.mark.parametrize("command", USES)
+def test_messages_of_libraries_are_not_printed(
+    command: str,
+    undisturbed: Undisturbed,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    create, emitted = torch.nn.Conv2d.__init__, []
+
+    def noisy(self: Any, *args: Any, **options: Any) -> None:
+        warnings.warn(MESSAGES[0], stacklevel=2)
+        rank_zero_warn(MESSAGES[1])
+        rank_zero_info(MESSAGES[2])
+        logging.getLogger("torch.distributed").warning(MESSAGES[3])
+        emitted.append(self)
+        create(self, *args, **options)
+
+    shutil.copytree(undisturbed(), tmp_path / "run")
+    monkeypatch.setattr(torch.nn.Conv2d, "__init__", noisy)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")  # pytest records warnings, so they would not be printed
+        warnings.showwarning = lambda message, *args, **options: print(message, file=sys.stderr)
+        assert main([*map(str, USES[command](tmp_path / "run"))]) == 0
+    output = capfd.readouterr()
+    assert emitted or command == "verify"
+    assert not [text for text in MESSAGES if text in output.out + output.err]
+    assert "warn" not in (output.out + output.err).lower()
 
 
 # ---- where outputs go: the same for all commands that write a file

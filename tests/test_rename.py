@@ -1,6 +1,7 @@
 """Rename the package in a copy of the repository: the copy works and does not contain the old name."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -30,11 +31,53 @@ def run(copy: Path, *args: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *args], cwd=copy, env=env, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("name", ["2fast", "My-Lab", "class", "torch", ""])
-def test_invalid_name_is_refused(copy: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    "name",
+    [
+        "2fast",
+        "My-Lab",
+        "mylab_",
+        "class",
+        "match",
+        "torch",
+        "json",
+        "data",
+        "config",
+        "runner",
+        "configs",
+        "reslab",
+        "",
+    ],
+)
+def test_unusable_name_is_refused(copy: Path, name: str) -> None:
     result = run(copy, "scripts/rename.py", name)
     assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert result.stderr.count("\n") == 1 and (repr(name) in result.stderr or not name)
     assert (copy / "src" / "reslab" / "cli.py").exists()
+
+
+def test_checkout_without_git_is_refused(copy: Path) -> None:
+    shutil.rmtree(copy / ".git")
+    result = run(copy, "scripts/rename.py", NEW)
+    assert result.returncode == 1 and "must be a git repository" in result.stderr and "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("new", ["pinelab", "myreslab", "reslab2"])
+def test_no_file_keeps_the_old_name(copy: Path, new: str) -> None:
+    """Checks all spellings, in contents and paths, also of ignored files, and new names that contain the old one."""
+    (copy / "notes.md").write_text("Reslab's RESLAB_DATA; github.com/me/reslab, reslab/reslab")
+    for left in ("src/reslab/__pycache__", "src/reslab/runs/__pycache__", "src/reslab.egg-info"):
+        (copy / left).mkdir(parents=True, exist_ok=True)
+        (copy / left / "left.pyc").touch()
+    assert run(copy, "scripts/rename.py", new).returncode == 0
+    title, upper = new.capitalize(), new.upper()
+    assert (copy / "notes.md").read_text() == f"{title}'s {upper}_DATA; github.com/me/{new}, {new}/{new}"
+    files = [path for path in copy.rglob("*") if ".git" not in path.relative_to(copy).parts]
+    texts = {path: str(path.relative_to(copy)) for path in files}
+    texts |= {path: texts[path] + path.read_text(errors="replace") for path in files if path.is_file()}
+    old = re.compile("reslab", re.IGNORECASE)
+    left = [path.name for path, text in texts.items() if old.search(re.sub(new, "", text, flags=re.IGNORECASE))]
+    assert left == ["LICENSE"]
 
 
 def test_renamed_copy_works(copy: Path) -> None:
@@ -42,6 +85,8 @@ def test_renamed_copy_works(copy: Path) -> None:
     assert run(copy, "scripts/rename.py", NEW).returncode == 0
     assert "digits" in run(copy, "-m", NEW, "list", "experiments").stdout
     assert run(copy, "-c", PARSES).stderr == ""
+    tests = run(copy, "-m", "pytest", "-p", "no:cacheprovider", "-n0", "tests/test_configs.py", "-k", "header")
+    assert tests.returncode == 0, tests.stdout
     files = [path for path in copy.rglob("*") if path.is_file() and ".git" not in path.parts]
     unchanged = [p for p in files if old in str(p.relative_to(copy)) or old.encode() in p.read_bytes().lower()]
     assert {path.name for path in unchanged if "__pycache__" not in path.parts} <= {"LICENSE"}

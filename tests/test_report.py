@@ -16,9 +16,12 @@ from PIL import Image
 from scipy.stats import binomtest
 
 from reslab.errors import UserError
+from reslab.metric_text import wilson
 from reslab.runs.figures import (
     CAPTIONS,
+    Predictions,
     calibrate,
+    confusion,
     confusion_counts,
     draw_figures,
     draw_grid,
@@ -26,7 +29,6 @@ from reslab.runs.figures import (
     learning_curves,
     most_confused,
     shorten,
-    wilson,
 )
 from reslab.runs.report import duration, write_report
 
@@ -134,6 +136,23 @@ def test_old_mistakes_figure_is_removed(run: Path) -> None:
     paths = draw_figures(run, NAMES, IMAGES)
     assert "mistakes" not in [path.stem for path in paths]
     assert not (run / "figures" / "mistakes.png").exists()
+
+
+def test_confusion_matrix_shows_every_count_also_zero() -> None:
+    index = np.arange(4)
+    label, prediction = np.array([0, 0, 1, 2]), np.array([0, 1, 1, 2])
+    figure = confusion(Predictions(index, label, prediction, np.ones(4)), NAMES[:3])
+    assert figure and [text.get_text() for text in figure.axes[0].texts] == [
+        "1",
+        "1",
+        "0",
+        "0",
+        "1",
+        "0",
+        "0",
+        "0",
+        "1",
+    ]
 
 
 def test_confusion_of_many_classes_shows_pairs(run: Path) -> None:

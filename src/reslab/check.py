@@ -43,8 +43,11 @@ class Problem(NamedTuple):
     nearest: Sequence[str] = ()
 
 
-def check(args: Sequence[str], experiment: bool = True) -> None:
+def check(args: Sequence[str], experiment: bool = True) -> resolve.Config | None:
     """Check a command line: [EXPERIMENT] [--config FILE ...] [--KEY VALUE ...].
+
+    Returns:
+        The config, as far as it is known without torch; None if the command only prints, as --print_config does.
 
     Raises:
         UserError: A name, file, key or value is wrong. The message lists all wrong keys and values.
@@ -52,13 +55,14 @@ def check(args: Sequence[str], experiment: bool = True) -> None:
     args = expand(args, experiment)
     given = [key.removesuffix("+") for key, value, _ in words(args) if value is None]
     if "print_config" in [key.partition("=")[0] for key in given] or any(".help" in a or a == "--help" for a in args):
-        return  # the typed parser answers
+        return None  # the typed parser answers
     config = _resolved(args)
     problems = list(_problems(config, CONFIG, ""))
     if not problems:
         problems = [*_out_of_range(config)]
     if problems:
         raise UserError(_message(problems, args))
+    return config
 
 
 def _resolved(args: Sequence[str]) -> resolve.Config:

@@ -3,10 +3,8 @@
 import argparse
 import contextlib
 import importlib
-import logging
 import os
 import sys
-import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -14,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from reslab import __version__
 from reslab.errors import Exit, UserError
+from reslab.header import print_header
 from reslab.host import CONFIGS
 from reslab.interrupt import close, guarded, resume_hint
+from reslab.quiet import drop_unhelpful, silenced
 from reslab.runs.masking import mask_command
 from reslab.training.launchers import started_processes
 
@@ -45,7 +45,8 @@ def _main(argv: list[str]) -> int:
             options["overrides"] = overrides
         elif overrides:
             raise UserError(f"unrecognized arguments: {' '.join(overrides)} (see `reslab {argv[0]} --help`)")
-        return _call(**options)
+        with silenced():
+            return _call(**options)
     except UserError as error:
         print(f"reslab: {error}", file=sys.stderr)
         return Exit.USAGE
@@ -65,7 +66,9 @@ def _fit(argv: list[str]) -> int:
             key = word.partition("=")[2] or next((w for w in argv[i + 1 : i + 2]), "")
             print(key_help(key) if key else fit_help())
             return Exit.OK
-    check(argv)
+    if config := check(argv):
+        print_header(config, argv)
+    drop_unhelpful()
     return _call("experiment:fit", argv=argv)
 
 
@@ -91,19 +94,7 @@ def _refuse_copies(command: str) -> None:
 
 
 def _call(target: str, **options: Any) -> int:
-    """Import and call `module:function`, with known unhelpful library messages silenced; return its exit status."""
-    for name in ("utilities.rank_zero", "trainer.connectors.checkpoint_connector"):
-        logging.getLogger(f"lightning.pytorch.{name}").setLevel(logging.WARNING)
-    for message in (
-        r".*isinstance\(treespec, LeafSpec\).*",
-        r".*does not have many workers.*",
-        r".*smaller than the logging interval.*",
-        r".*in eval mode at the start of training.*",
-        r".*`srun` command is available on your system but is not used.*",
-        r".*distributed.nn.functional.all_gather is deprecated.*",  # called by Lightning
-        r".*It is recommended to use `self.log\(.*sync_dist=True.*",  # torchmetrics has synchronized them already
-    ):
-        warnings.filterwarnings("ignore", message)
+    """Import and call `module:function`; return its exit status."""
     module, function = target.split(":")
     return getattr(importlib.import_module(f"reslab.{module}"), function)(**options) or 0
 

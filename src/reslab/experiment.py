@@ -22,6 +22,7 @@ from reslab.data import ImageData
 from reslab.data.samplers import BatchKey
 from reslab.errors import Exit, UserError
 from reslab.files import replacing
+from reslab.header import print_rows, print_run
 from reslab.host import handling_signals
 from reslab.interrupt import resume_hint
 from reslab.runs.csv_logger import MetricsCSV
@@ -38,7 +39,7 @@ from reslab.training.log_rows import LogRows
 from reslab.training.preemption import Preempted, Preemption
 from reslab.training.processes import Failure, FailureMonitor, SkipRedundantSync, lost_contact
 from reslab.training.progress import ProgressReport
-from reslab.training.rehearsal import rehearse
+from reslab.training.rehearsal import Steps, rehearse
 
 EXIT = {"complete": Exit.OK, "failed": Exit.FAILED, "diverged": Exit.FAILED, "preempted": Exit.PREEMPTED}
 
@@ -67,6 +68,7 @@ class Run:
         self.record = RunRecord(folder, experiment.dump(), argv, writes=rank() == 0)
         self.failures = FailureMonitor(folder.path, rank(), lambda failure: self._close("failed", failure.message))
         self.progress = ProgressReport()
+        self.steps: Steps | None = None  # known to rank 0, once it has rehearsed
         every = self.options.checkpoint_every_steps, self.options.checkpoint_every_minutes
         self.saver = Checkpoints(folder.checkpoints, self.options.monitor, self.options.mode, *every)
         self.preemption = Preemption(self.saver)
@@ -80,6 +82,9 @@ class Run:
             trainer = self._trainer()
             objective = self._rehearse(trainer)
             self._open(trainer, objective)
+            if self.steps:
+                new = None if self.options.dir else self.folder.path  # the header has it otherwise
+                print_run(self.model, self.data, trainer, self.steps, new)
             with handling_signals(self.preemption.note):
                 self._train_and_test(trainer)
             self._finish()
@@ -115,7 +120,7 @@ class Run:
         if self.record.writes:
             if not self.folder.holds_checkpoint():  # else the checkpoint has the weights
                 self.model.load_pretrained()
-            rehearse(trainer, self.model, self.data, self._needed_metrics())
+            self.steps = rehearse(trainer, self.model, self.data, self._needed_metrics())
             for logger in self._wandb():
                 logger.check(id="00000000", **self._wandb_options())
             print(*(f"note: {note}\n" for note in self.data.notes()), sep="", end="", flush=True)
@@ -209,6 +214,7 @@ class Run:
         """Draw figures and report and print the test results; a failure here leaves the run complete."""
         from reslab.runs.figures import draw_figures
         from reslab.runs.report import write_report
+        from reslab.runs.result import result_rows
 
         try:
             test, names = self.data.test_dataloader().dataset, self.data.class_names
@@ -218,12 +224,8 @@ class Run:
             traceback.print_exc()
             print(f"the run in {self.folder.path} is complete, but its figures or report could not be drawn: see above")
             return []
-        results = self.record.manifest["results"].items()
-        tested = [f"{name} {value:.4f}" for name, value in results if name.startswith("test/")]
-        print(*tested, f"({self.options.test_weights} weights)", sep="  ")
-        print(f"run     {self.folder.path}\nreport  {report}")
-        if reason := self.record.manifest.get("ended_early"):
-            print(f"training ended early, {reason}")
+        print()
+        print_rows(result_rows(self.folder))
         return [*figures, report]
 
     def _close(self, status: str, reason: str = "", quiet: bool = False) -> int:

@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
+from reslab.metric_text import is_accuracy, wilson
 from reslab.runs.folder import RunFolder
 from reslab.runs.metrics import Metrics, read_metrics
 
@@ -96,13 +97,6 @@ def calibrate(confidence: np.ndarray, correct: np.ndarray, bins: int = 15) -> Ca
     return Calibration(count, accuracy, mean, ece)
 
 
-def wilson(successes: int, n: int) -> tuple[float, float]:
-    """Return the 95 % interval of a binomial proportion (Wilson 1927); valid at 0 and 1 and for small n too."""
-    z, p = 1.959964, successes / n
-    centre, half = p + z**2 / (2 * n), z * (p * (1 - p) / n + z**2 / (4 * n**2)) ** 0.5
-    return max((centre - half) / (1 + z**2 / n), 0.0), min((centre + half) / (1 + z**2 / n), 1.0)
-
-
 def shorten(name: str, length: int = 18) -> str:
     """Shorten a name to one line of at most `length` characters."""
     line = " ".join(name.split())
@@ -172,11 +166,6 @@ def learning_curves(metrics: Metrics) -> Figure | None:
         _panel(ax, metrics, name)
     _steps(axes[-1])
     return figure
-
-
-def is_accuracy(name: str) -> bool:
-    """Whether a metric, with or without its split, is shown in percent: acc, acc5, val/acc."""
-    return name.rpartition("/")[2].startswith("acc")
 
 
 def _steps(ax: Axes) -> None:
@@ -270,8 +259,8 @@ def confusion(predictions: Predictions, class_names: Sequence[str]) -> Figure | 
     figure = Figure(figsize=(side, side), layout="constrained")
     ax = figure.subplots()
     ax.imshow(1 - tint[..., None] * (1 - hue))
-    for row, column in np.argwhere(counts):
-        color = "white" if tint[row, column] > 0.65 else INK
+    for row, column in np.ndindex(k, k):
+        color = "white" if tint[row, column] > 0.65 else INK if counts[row, column] else "#B0B0B0"
         ax.text(column, row, f"{counts[row, column]}", ha="center", va="center", fontsize=8, color=color)
     ticks = [shorten(name, 14) for name in class_names]
     ax.set_xticks(range(k), ticks, rotation=45, ha="right", rotation_mode="anchor")

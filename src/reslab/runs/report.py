@@ -2,7 +2,7 @@
 
 import base64
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +11,12 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 
 from reslab.files import write_text
+from reslab.metric_text import formatted, label, main_metric, wilson
 from reslab.runs import figures
-from reslab.runs.figures import CAPTIONS, Predictions, is_accuracy
+from reslab.runs.figures import CAPTIONS, Predictions
 from reslab.runs.folder import RunFolder
 from reslab.runs.manifest import duration, read
 from reslab.runs.metrics import Metrics, read_metrics
-
-SPLIT_LABELS = {"train": "training", "val": "validation"}
-METRIC_LABELS = {"acc": "accuracy", "acc5": "top-5 accuracy"}
 
 
 def write_report(run_dir: Path) -> Path:
@@ -65,23 +63,6 @@ def templates(*folders: Path) -> Environment:
     return environment
 
 
-def label(name: str) -> str:
-    """Return a metric's name for readers: `validation top-5 accuracy` for val/acc5."""
-    split, _, metric = name.partition("/")
-    return f"{SPLIT_LABELS.get(split, split)} {METRIC_LABELS.get(metric, metric.replace('_', ' '))}"
-
-
-def formatted(name: str, value: float) -> str:
-    """Format a metric's value: accuracies in percent."""
-    return f"{100 * value:.2f} %" if is_accuracy(name) else f"{value:.4f}"
-
-
-def main_metric(names: Iterable[str], split: str) -> str | None:
-    """Return the most important metric of a split: the accuracy, else the first one; None without any."""
-    of_split = [name for name in names if name.startswith(f"{split}/")]
-    return f"{split}/acc" if f"{split}/acc" in of_split else next(iter(of_split), None)
-
-
 def headline(results: Mapping[str, float], metrics: Metrics) -> dict[str, Any]:
     """Return the main result: that of the test, else the latest of validation or training."""
     if name := main_metric(results, "test"):
@@ -118,7 +99,7 @@ def describe(predictions: Predictions, manifest: Mapping[str, Any]) -> dict[str,
     return {
         "tested": len(correct),
         "correct": int(correct.sum()),
-        "interval": figures.wilson(int(correct.sum()), len(correct)),
+        "interval": wilson(int(correct.sum()), len(correct)),
         "calibration_error": figures.calibrate(predictions.confidence, correct).ece,
         "classes": sorted(rows, key=lambda row: row[2]),
     }

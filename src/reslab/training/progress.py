@@ -6,10 +6,16 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
 
+from reslab.metric_text import main_metric
 from reslab.training.checkpoint import at_step_end
 from reslab.training.lightning_internals import is_logged_step, publish
+
+REFRESH = 4  # pictures of the bar per second
 
 
 class ProgressReport(Callback):
@@ -22,7 +28,9 @@ class ProgressReport(Callback):
     def __init__(self) -> None:
         self.images, self.seconds = 0, 0.0
         self._console = Console(file=sys.stdout)
-        self._bar: Progress | None = None
+        self._bar: Live | None = None
+        self._epoch = self._step = 0
+        self._fields: list[str] = []  # the second line of the bar, most important first
         self._mark = 0.0  # start of the current stretch of training
         self._logged = (0.0, 0)  # seconds and images at the last logged step
         self._validated_in = -1  # epoch of the last validation
@@ -38,14 +46,11 @@ class ProgressReport(Callback):
         self._first_step = trainer.global_step
         self._mark = time.monotonic()
         self._logged = (self.seconds, self.images)
-        if trainer.is_global_zero and self._console.is_terminal:
-            self._bar = Progress(
-                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-                TextColumn("{task.fields[values]}"), console=self._console,
-            )  # fmt: skip
-            self._task = self._bar.add_task(
-                "training", total=trainer.estimated_stepping_batches, completed=trainer.global_step, values=""
-            )
+        self._total, self._epochs = int(trainer.estimated_stepping_batches), max(trainer.max_epochs or 0, 0)
+        self._step, self._epoch = trainer.global_step, trainer.current_epoch + 1
+        if trainer.is_global_zero and self._console.is_terminal and not self._console.is_dumb_terminal:
+            self._fields = self._bar_fields(pl_module)
+            self._bar = Live(get_renderable=self.picture, console=self._console, refresh_per_second=REFRESH)
             self._bar.start()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -57,8 +62,7 @@ class ProgressReport(Callback):
             self._logged = (self.seconds, self.images)
             publish(trainer, {"images_per_second": images / max(seconds, 1e-9)})
             self._refresh(pl_module)
-        if self._bar is not None:
-            self._bar.update(self._task, completed=step)
+        self._step, self._epoch = step, trainer.current_epoch + 1
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.sanity_checking:  # the clock is not running yet
@@ -71,14 +75,8 @@ class ProgressReport(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero and self._bar is None:
-            done = f"{trainer.current_epoch + 1}"
-            if trainer.max_epochs and trainer.max_epochs > 0:  # otherwise the length is given in steps
-                done += f"/{trainer.max_epochs}"
             values = self._values(pl_module, validated=self._validated_in == trainer.current_epoch)
-            remaining = trainer.estimated_stepping_batches - trainer.global_step
-            taken = max(trainer.global_step - self._first_step, 1)
-            seconds = int((time.monotonic() - self._began) * remaining / taken)
-            print(f"epoch {done}  {values}  left {seconds // 60}:{seconds % 60:02d}", flush=True)
+            print(f"{self._epoch_text()}  {values}  left {self._time_left()}", flush=True)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._stop_clock()
@@ -103,7 +101,43 @@ class ProgressReport(Callback):
 
     def _refresh(self, pl_module: LightningModule) -> None:
         if self._bar is not None:
-            self._bar.update(self._task, values=self._values(pl_module))
+            self._fields = self._bar_fields(pl_module)
+
+    def picture(self) -> Table:
+        """Return the bar, two lines that fit a terminal of 60 columns or more: where training is, and its values."""
+        width = self._console.width
+        place, left = f"{self._epoch_text()}  step {self._step:,}/{self._total:,}", f"left {self._time_left()}"
+        first, second = Table.grid(padding=(0, 2)), Text(no_wrap=True, overflow="ellipsis")
+        room = width - len(place) - len(left) - 4
+        bar: list[Any] = [ProgressBar(self._total, self._step, width=room)] if room >= 4 else []
+        first.add_row(*(Text(place, no_wrap=True), *bar, Text(left, no_wrap=True)))
+        second.append("  ".join(_fitting(self._fields, width)))
+        lines = Table.grid()
+        lines.add_row(first)
+        lines.add_row(second)
+        return lines
+
+    def _bar_fields(self, pl_module: LightningModule) -> list[str]:
+        """Return the values of the bar, most important first."""
+        latest: dict[str, float] = getattr(pl_module, "latest", {})  # host values: no sync
+        names = list(dict.fromkeys([*getattr(pl_module, "metric_names", ()), *latest]))
+        main = {split: main_metric(names, split) for split in ("train", "val")}
+        others = [name for name in names if name.startswith("val/")]
+        speed = self.images_per_second()
+        order = dict.fromkeys(filter(None, ["train/loss" if "train/loss" in names else None, *main.values(), *others]))
+        texts = [f"{name.removeprefix('train/')} {_number(latest.get(name))}" for name in order]
+        return [*texts[:2], f"{speed:,.0f} images/s" if speed else "– images/s", *texts[2:]]
+
+    def _epoch_text(self) -> str:
+        return f"epoch {self._epoch}" + (f"/{self._epochs}" if self._epochs else "")  # else the length is in steps
+
+    def _time_left(self) -> str:
+        taken = self._step - self._first_step
+        if not taken:
+            return "–"
+        seconds = int((time.monotonic() - self._began) * (self._total - self._step) / taken)
+        minutes, hours = seconds // 60 % 60, seconds // 3600
+        return f"{hours}:{minutes:02d}:{seconds % 60:02d}" if hours else f"{minutes}:{seconds % 60:02d}"
 
     def _values(self, pl_module: LightningModule, validated: bool = True) -> str:
         latest: dict[str, float] = getattr(pl_module, "latest", {})  # host values: no sync
@@ -111,3 +145,13 @@ class ProgressReport(Callback):
         shown = [f"{name} {latest[name]:.4f}" for split in splits for name in latest if name.startswith(split)]
         speed = self.images_per_second()
         return "  ".join([*shown, f"{speed:,.0f} images/s"] if speed else shown)
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4f}"
+
+
+def _fitting(fields: list[str], width: int) -> list[str]:
+    """Return the first fields that fit in one line, two columns apart; the first three in any case."""
+    count = next((n for n in range(len(fields), 3, -1) if sum(map(len, fields[:n])) + 2 * (n - 1) <= width), 3)
+    return fields[:count]

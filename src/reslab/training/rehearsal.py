@@ -4,7 +4,7 @@ An error here costs seconds and claims no run directory.
 """
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import Trainer
@@ -16,8 +16,15 @@ from reslab.training.classifier import Classifier
 from reslab.training.optimizers import parameter_groups
 
 
-def rehearse(trainer: Trainer, model: Classifier, data: ImageData, monitors: list[str]) -> None:
-    """Load the data, and check network, optimizer, schedule and validation; change nothing.
+class Steps(NamedTuple):
+    """Optimizer steps of a training."""
+
+    per_epoch: int
+    total: int
+
+
+def rehearse(trainer: Trainer, model: Classifier, data: ImageData, monitors: list[str]) -> Steps:
+    """Load the data, and check network, optimizer, schedule and validation; change nothing. Return the steps to come.
 
     Args:
         trainer, model, data: Those of the run. The data stay loaded.
@@ -44,6 +51,7 @@ def rehearse(trainer: Trainer, model: Classifier, data: ImageData, monitors: lis
         )
     steps = trainer.accumulate_grad_batches
     check_model(model, data, total / steps, batches / steps)
+    return Steps(math.ceil(batches / steps), math.ceil(total / steps))
 
 
 def check_model(model: Classifier, data: ImageData, total_steps: float = 100, steps_per_epoch: float = 10) -> None:
