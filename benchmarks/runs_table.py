@@ -123,14 +123,16 @@ def manifest(name: str, seed: int, status: str, start: str, final: float) -> dic
     }  # fmt: skip
 
 
-def metrics(final: float, epochs: int = 60, every: int = 100, steps: int = 351) -> str:
+def metrics(final: float, epochs: int, every: int = 100, steps: int = 351) -> str:
     """Return the text of a metrics.csv."""
     lines = ["step,epoch,train/loss,train/acc,lr,images_per_second,val/loss,val/acc,val/acc5,test/loss,test/acc"]
     for step in sorted({*range(every, epochs * steps, every), *range(steps, epochs * steps + 1, steps)}):
         share = step / (epochs * steps)
         acc = final * (1 - math.exp(-5 * share)) + random.gauss(0, 0.004)
         validation = f"{1.4 - acc:.16f},{acc:.16f},{min(1, acc + 0.2):.16f}" if step % steps == 0 else ",,"
-        lines.append(f"{step},{step // steps},{2 - 1.7 * acc:.16f},{acc:.16f},{0.1 * (1 - share):.12f},12345.678,{validation},,")
+        lines.append(
+            f"{step},{step // steps},{2 - 1.7 * acc:.16f},{acc:.16f},{0.1 * (1 - share):.12f},12345.678,{validation},,"
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -153,7 +155,7 @@ def recipes() -> list[tuple[str, dict[str, Any]]]:
     return runs
 
 
-def generate(top: Path) -> None:
+def generate(top: Path, epochs: int = 60) -> None:
     """Write the run directories."""
     random.seed(0)
     for i, (path, options) in enumerate(recipes()):
@@ -164,7 +166,7 @@ def generate(top: Path) -> None:
         record = manifest(options["name"], options["seed"], random.choice(STATUSES), start, final)
         (folder / "config.yaml").write_text(config(**options))
         (folder / "manifest.json").write_text(json.dumps(record, indent=2))
-        (folder / "metrics.csv").write_text(metrics(final))
+        (folder / "metrics.csv").write_text(metrics(final, epochs))
         for name in (".lock", "report.html", "weights.safetensors", "predictions.npz", "checkpoints/last.ckpt"):
             (folder / name).write_text("{}")
 

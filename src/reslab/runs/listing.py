@@ -12,13 +12,12 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
 import yaml
 
 from reslab.errors import UserError
 from reslab.host import CONFIGS
-from reslab.runs import manifest as manifests
 from reslab.runs.folder import RunFolder
 
 if TYPE_CHECKING:
@@ -230,7 +229,7 @@ def _facts(path: str, manifest: Mapping[str, Any]) -> dict[str, Any]:
     attempts = manifest["attempts"] if isinstance(manifest["attempts"], list) else []
     attempts = [attempt for attempt in attempts if isinstance(attempt, dict)] or [{}]
     status, seconds = manifest["status"], manifest.get("wall_seconds")
-    seconds = float(seconds) if _is_number(seconds) else None
+    seconds = float(seconds) if is_number(seconds) else None
     how = str(attempts[-1].get("how") or "")
     if status != "complete" and busy(path):
         status, how = "running", ""
@@ -242,7 +241,7 @@ def _facts(path: str, manifest: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "status": status,
         "name": manifest["name"] if isinstance(manifest.get("name"), str) else None,
-        "seed": manifest["seed"] if _is_number(manifest.get("seed")) else None,
+        "seed": manifest["seed"] if is_number(manifest.get("seed")) else None,
         "time": seconds,
         "start": start.astimezone(UTC).isoformat(timespec="seconds") if start else None,
         "reason": None if status == "complete" else how.partition(": ")[2] or None,
@@ -257,7 +256,8 @@ def busy(path: str) -> bool:
         return False
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> TypeGuard[float]:
+    """Whether a value is a finite number, and not true or false."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
@@ -270,7 +270,7 @@ def _time(text: Any) -> datetime | None:
 
 def _numbers(values: Any) -> dict[str, float]:
     pairs = values.items() if isinstance(values, dict) else ()
-    return {name: float(value) for name, value in pairs if _is_number(value)}
+    return {name: float(value) for name, value in pairs if is_number(value)}
 
 
 def _latest(path: str) -> dict[str, float]:
@@ -297,6 +297,11 @@ def _read_config(path: str) -> dict[str, Any]:
         return dict(_blocks(text, ""))
     except (ValueError, yaml.YAMLError):  # an alias of another block, for example
         return dict(_flat_mapping(yaml.load(text, _Loader)))
+
+
+def config_values(path: Path) -> list[Any]:
+    """Return all values of a config file. Raises one of WRONG if it is damaged."""
+    return [*_read_config(str(path)).values()]
 
 
 def _blocks(text: str, prefix: str) -> Items:
@@ -377,7 +382,9 @@ def config_name(key: str, of_class: str, arguments: Items) -> ClassName:
 def shipped(folder: str, key: str) -> dict[str, tuple[str, Items]]:
     """Return class and arguments of each config file in a folder of configs/, also of the user's own, by name."""
     configs: dict[str, tuple[str, Items]] = {}
-    for path in [path for top in (CONFIGS, Path("configs")) if folder for path in sorted((top / folder).glob("*.yaml"))]:
+    for path in [
+        path for top in (CONFIGS, Path("configs")) if folder for path in sorted((top / folder).glob("*.yaml"))
+    ]:
         try:
             value = yaml.load(path.read_text(encoding="utf-8"), _Loader)
             configs[path.stem] = class_name(value), tuple(_arguments(value, key))

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from reslab.runs.listing import FACTS, STATUSES, Listed, find_runs
+from reslab.runs.listing import FACTS, STATUSES, Listed, find_runs, is_number
 from reslab.runs.manifest import duration
 from reslab.runs.query import config_keys, default_columns, local_time, metric_names, resolve, select, shown
 
@@ -31,7 +31,7 @@ def show_runs(
     if html:
         from reslab.runs.listing_page import write_page
 
-        write_page(html, runs, chosen, dirs)
+        write_page(html, runs, chosen)
         print(f"{summary(runs)}\npage  {html} ({html.stat().st_size / 1e6:.1f} MB)")
     elif as_csv or as_json:
         chosen = chosen or [*FACTS, *metric_names(runs), *config_keys(runs)]
@@ -100,17 +100,13 @@ def text_table(runs: Sequence[Listed], columns: Sequence[str], width: int | None
     if width is not None:
         cells = {c: [text if c in FACTS else _cut(text, WIDEST_VALUE) for text in cells[c]] for c in columns}
     kept = fitting(columns, {c: max(map(len, cells[c])) for c in columns}, width)
-    right = {c for c in kept if all(_is_number(run.get(c)) for run in runs)}
+    right = {c for c in kept if all(run.get(c) is None or is_number(run.get(c)) for run in runs)}
     lines = []
     for row in zip(*(cells[c] for c in kept), strict=True):
         texts = [_cut(text, kept[c], keep_end=c == "run") for c, text in zip(kept, row, strict=True)]
         padded = [t.rjust(kept[c]) if c in right else t.ljust(kept[c]) for c, t in zip(kept, texts, strict=True)]
         lines.append(GAP.join(padded).rstrip())
     return lines, [c for c in columns if c not in kept]
-
-
-def _is_number(value: Any) -> bool:
-    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
 
 
 def _cut(text: str, width: int, keep_end: bool = False) -> str:

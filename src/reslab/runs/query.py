@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from reslab.errors import UserError
 from reslab.runs import manifest as manifests
-from reslab.runs.listing import FACTS, ClassName, Listed, natural
+from reslab.runs.listing import FACTS, ClassName, Listed, is_number, natural
 
 SHORT_KEYS = {"lr": "model.optimizer.lr", "epochs": "trainer.max_epochs", "batch_size": "data.batch_size"}
 # Where these keys differ they are shown first; then come the others, in the order of the config.
@@ -108,7 +108,9 @@ class Condition(NamedTuple):
         if sign in ORDER and column != "start" and number(text) is None:
             raise UserError(f"--where {condition}: {text!r} is not a number")
         if sign in ORDER and _is_share(column) and (number(text) or 0) > 1:
-            raise UserError(f"--where {condition}: {column} is a share in [0, 1]: write {float(text) / 100:g} or {text}%")
+            raise UserError(
+                f"--where {condition}: {column} is a share in [0, 1]: write {float(text) / 100:g} or {text}%"
+            )
         if sign == "~":
             _check_pattern(condition, text)
         return cls(column, sign, text)
@@ -124,8 +126,7 @@ class Condition(NamedTuple):
             return re.search(self.text, shown(self.column, value), re.IGNORECASE) is not None
         if self.column == "start":
             return ORDER[self.operator](local_time(value), self.text.replace("T", " "))
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        return is_number and ORDER[self.operator](value, number(self.text))
+        return is_number(value) and ORDER[self.operator](value, number(self.text))
 
 
 def _check_pattern(condition: str, pattern: str) -> None:
@@ -154,7 +155,7 @@ def equals(column: str, value: Any, text: str) -> bool:
         return text.removesuffix(".yaml").replace("/", ".").rpartition(".")[2].lower() in value.names
     if isinstance(value, list):
         return _without_spaces(shown(column, value)) == _without_spaces(text)
-    if isinstance(value, int | float) and not isinstance(value, bool) and (parsed := number(text)) is not None:
+    if is_number(value) and (parsed := number(text)) is not None:
         return math.isclose(value, parsed, rel_tol=1e-9)
     return text.lower() == shown(column, value).lower()
 
