@@ -13,7 +13,7 @@ from reslab.host import CONFIGS
 from reslab.runs import manifest as manifests
 from reslab.runs.folder import RunFolder
 from reslab.runs.listing import WRONG, Listed, config_values, find_runs
-from reslab.runs.listing_text import printable
+from reslab.runs.listing_text import printable, runs_of
 from reslab.runs.query import select
 
 REMOVED = "checkpoints_removed"  # the manifest's record, which `reslab verify` reads
@@ -104,10 +104,11 @@ def _show(runs: Sequence[Listed], plans: Sequence[Plan]) -> None:
             print(f"{size(p.size):>9}  {printable(p.run.path)}: {printable(names)}")
     files = sum(len(p.remove) for p in plans)
     if files:
-        print(f"{size(sum(p.size for p in plans)):>9}  in {files} files of {sum(bool(p.remove) for p in plans)} runs")
+        total = size(sum(p.size for p in plans))
+        print(f"{total:>9} in {files} file{'s' * (files > 1)} of {runs_of(sum(bool(p.remove) for p in plans))}")
     kept = Counter((path.name, reason) for p in plans for path, reason in p.keep.items())
     for (name, reason), count in kept.items():
-        print(f"kept: {printable(name)} of {count} run{'s' * (count > 1)}: {reason}")
+        print(f"kept: {printable(name)} of {runs_of(count)}: {reason}")
     others = Counter(run.facts["status"] for run in runs if run.facts["status"] not in ("complete", "no run"))
     if others:
         print("not touched: " + ", ".join(f"{count} {printable(status)}" for status, count in others.items()))
@@ -139,7 +140,7 @@ def _remove_all(plans: Sequence[Plan]) -> int:
         except (UserError, *WRONG) as error:
             skipped += 1
             print(f"skipped {printable(p.run.path)}: {error}", file=sys.stderr)
-    print(f"freed {size(freed)}" + (f"; {skipped} run{'s' * (skipped > 1)} skipped, see above" if skipped else ""))
+    print(f"freed {size(freed)}" + (f"; {runs_of(skipped)} skipped, see above" if skipped else ""))
     return Exit.FAILED if skipped else Exit.OK
 
 

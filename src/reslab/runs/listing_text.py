@@ -57,9 +57,14 @@ def summary(runs: Sequence[Listed]) -> str:
     counts = Counter(run.facts["status"] for run in runs)
     others = counts.pop("no run", 0)
     order = sorted(counts, key=lambda status: STATUSES.index(status) if status in STATUSES else len(STATUSES))
-    total = f"{sum(counts.values())} run{'s' * (sum(counts.values()) != 1)}"
+    total = runs_of(sum(counts.values()))
     parts = f"{total}: {', '.join(f'{counts[status]} {printable(status)}' for status in order)}" if counts else total
     return parts + (f"; {others} without a run" if others else "")
+
+
+def runs_of(count: int) -> str:
+    """Return "1 run" or "2 runs"."""
+    return f"{count} run" + "s" * (count != 1)
 
 
 def to_csv(runs: Sequence[Listed], columns: Sequence[str]) -> str:
