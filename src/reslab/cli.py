@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import importlib
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -35,6 +36,8 @@ def _main(argv: list[str]) -> int:
     try:
         if argv[:1] == ["fit"]:  # LightningCLI parses its options
             return _fit(argv[1:])
+        if argv[:2] == ["runs", "clean"]:
+            argv = ["runs clean", *argv[2:]]
         args, overrides = _parser().parse_known_args(argv)
         _refuse_copies(argv[0])
         options = vars(args)
@@ -139,6 +142,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_ablate(add("ablate", "plan, run and report an ablation study: arms × seeds in, a verdict out"))
     help = "compare finished runs with others, or with a published number: a test, a verdict, one page"
     _add_compare(add("compare", help, False, target="ablation.compare:compare_runs"))
+    _add_runs(add("runs", "list all runs: [DIR ...] [--where KEY=VALUE] [--sort KEY]", False))
+    _add_runs_clean(add("runs clean", "remove checkpoints that finished runs no longer need", False))
     command = add("list", "list models, data sets, experiments or ablation studies", False, target="cli:_list")
     command.add_argument("what", nargs="?", choices=[*LISTS, "models"], help="default: all of them")
     command.add_argument("pattern", nargs="?", help="with models: timm, torchvision, or 'timm/convnext*'")
@@ -174,6 +179,34 @@ def _add_compare(command: argparse.ArgumentParser) -> None:
     command.add_argument("--margin", type=float, metavar="M", help="differences below it do not matter, such as 0.002")
     command.add_argument("--json", dest="as_json", action="store_true", help="print one JSON object")
     command.add_argument("--out", type=Path, metavar="FILE.html", help="also write one page with the curves")
+
+
+def _add_runs(command: argparse.ArgumentParser) -> None:
+    command.set_defaults(target="runs.listing_text:show_runs")
+    command.epilog = "`reslab runs clean` removes checkpoints that finished runs no longer need."
+    command._negative_number_matcher = re.compile("-[^-].")  # `--sort -time`: argparse takes it for an option
+    _add_selection(command)
+    command.add_argument("--sort", metavar="KEY", help="column to sort by; -KEY: largest first (default: start)")
+    command.add_argument("--columns", metavar="KEY,...", help="columns to show instead of the default ones")
+    form = command.add_mutually_exclusive_group()
+    form.add_argument("--csv", dest="as_csv", action="store_true", help="print CSV with all metrics and all digits")
+    form.add_argument("--json", dest="as_json", action="store_true", help="print a JSON list with one object per run")
+    form.add_argument("--html", type=Path, metavar="FILE", help="write a page with sorting, filters and curves")
+
+
+def _add_selection(command: argparse.ArgumentParser) -> None:
+    command.add_argument("dirs", nargs="*", default=["runs"], metavar="DIR", help="run directories, or above them")
+    help = "condition, such as data.dataset=cifar10 or 'test/acc>0.9' (= != < <= > >= ~); repeat it for several"
+    command.add_argument("--where", action="append", default=[], metavar="KEY=VALUE", help=help)
+
+
+def _add_runs_clean(command: argparse.ArgumentParser) -> None:
+    command.set_defaults(target="runs.clean:clean")
+    _add_selection(command)
+    command.add_argument("--best", action="store_true", help="also remove best.ckpt, the only copy of the best weights")
+    answer = command.add_mutually_exclusive_group()
+    answer.add_argument("--yes", action="store_true", help="do not ask")
+    answer.add_argument("--dry-run", action="store_true", help="only print what would be removed")
 
 
 def _add_ablate(parser: argparse.ArgumentParser) -> None:

@@ -18,6 +18,7 @@ except ImportError as error:
     raise UserError("Linux and macOS are supported; on Windows, use WSL 2 (this Python has no module fcntl)") from error
 
 MIN_FREE_BYTES = 64 * 2**20
+_held: set[Path] = set()  # lock files locked by this process
 
 
 class RunFolder:
@@ -89,12 +90,15 @@ class RunFolder:
                         path.rmdir()
 
     def busy(self) -> bool:
-        """Whether a process holds the lock."""
-        if not (self.path / ".lock").exists():
+        """Whether a process holds the lock: this one, or another one as far as the file may be read."""
+        path = self.path / ".lock"
+        if path.resolve() in _held:  # closing the file would release this process's lock
+            return True
+        if not path.is_file():
             return False
-        with (self.path / ".lock").open("a") as file:
+        with path.open("rb") as file:
             try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except OSError:
                 return True
         return False
@@ -117,4 +121,8 @@ class RunFolder:
             file.truncate(0)
             json.dump({"host": socket.gethostname(), "pid": os.getpid(), "since": now()}, file)
             file.flush()
-            yield
+            _held.add(path := Path(file.name).resolve())
+            try:
+                yield
+            finally:
+                _held.remove(path)

@@ -5,14 +5,15 @@ import io
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from reslab.files import write_text
 
+if TYPE_CHECKING:
+    import numpy as np
+
 Row = dict[str, str]
-Series = tuple[np.ndarray, np.ndarray]  # steps (n,) and values (n,) of one metric
+Series = tuple["np.ndarray", "np.ndarray"]  # steps (n,) and values (n,) of one metric
 Metrics = Mapping[str, Series]
 
 
@@ -45,6 +46,8 @@ def read_metrics(path: Path) -> dict[str, Series]:
 
 def series(rows: Iterable[Row], name: str) -> Series:
     """Return steps and values (n,) of one metric, where a finite number was logged; the last one of each step."""
+    import numpy as np  # not at import: `reslab runs` reads rows only
+
     logged = {int(row["step"]): _number(row[name]) for row in rows if row.get(name)}
     steps, values = np.array([*logged], dtype=float), np.array([*logged.values()], dtype=float)
     return steps[np.isfinite(values)], values[np.isfinite(values)]

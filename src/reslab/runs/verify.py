@@ -66,8 +66,8 @@ def checks(folder: RunFolder, manifest: Mapping[str, Any], overrides: Sequence[s
     git = manifest["git"] or {}
     if git.get("diff"):
         yield _file(folder.path / git["diff"], git["diff_sha256"])
-    yield from _checkpoints(folder.checkpoints)
-    yield _file(folder.weights, manifest["weights_sha256"], _weights_digest)
+    yield from _checkpoints(folder.checkpoints, manifest.get("checkpoints_removed") or {})
+    yield _file(folder.weights, manifest["weights_sha256"], weights_digest)
     if config.state == "ok":
         yield from _data(folder, manifest, overrides)
     else:
@@ -95,20 +95,24 @@ def _file(path: Path, recorded: str, digest: Callable[[Path], str] = sha256_file
     return _compare(path.name, recorded, digest(path)) if path.exists() else Check(path.name, "missing")
 
 
-def _checkpoints(folder: Path) -> Iterator[Check]:
+def _checkpoints(folder: Path, removed: Mapping[str, Any]) -> Iterator[Check]:
     from reslab.training.checkpoint import SUMS, checksum_matches, read_sums
 
     if not (folder / SUMS).exists():
         yield Check(f"{folder.name}/{SUMS}", "missing")
     for name in sorted({*read_sums(folder), *(path.name for path in folder.glob("*.ckpt"))}):
         item, path = f"{folder.name}/{name}", folder / name
-        if path.exists() and not checksum_matches(path):
-            yield Check(item, "differs", f"its SHA-256 is not in {SUMS}")
+        if path.exists():
+            intact = checksum_matches(path)
+            yield Check(item, "ok") if intact else Check(item, "differs", f"its SHA-256 is not in {SUMS}")
+        elif name in removed.get("files", ()):
+            yield Check(item, "ok", f"removed by `reslab runs clean`, {removed['at']}")
         else:
-            yield Check(item, "ok" if path.exists() else "missing")
+            yield Check(item, "missing")
 
 
-def _weights_digest(path: Path) -> str:
+def weights_digest(path: Path) -> str:
+    """Return the SHA-256 of the weights in a .safetensors file, as in the manifest; "unreadable" if it is damaged."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
