@@ -99,7 +99,9 @@ def _parser() -> argparse.ArgumentParser:
     add("fit", "train and test: --config FILE [--run.dir DIR] [--KEY VALUE ...]; all keys: fit --help")
     for name, split in (("validate", "validation"), ("test", "test")):
         help = f"evaluate a finished run on its {split} set: RUN [--data.root DIR]"
-        add_for_run(name, help, target="inference:evaluate", split=split)
+        command = add_for_run(name, help, target="inference:evaluate", split=split)
+        if name == "test":
+            _add_test_sets(command)
     command = add_for_run("predict", "classify image files with a run's weights", target="inference:predict")
     command.add_argument("--images", required=True, metavar="DIR", help="directory of images, searched recursively")
     help = "CSV file with one row per image (default: RUN/predictions-<name of DIR>.csv)"
@@ -126,6 +128,11 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("what", choices=["lr", "augment"])
     command.add_argument("--out", type=Path, metavar="FILE.png", help="output (default: preview-WHAT.png)")
     return parser
+
+
+def _add_test_sets(command: argparse.ArgumentParser) -> None:
+    help = "evaluate on another test set instead, and record the results; a file or name of configs/data; repeatable"
+    command.add_argument("--on", action="append", default=[], metavar="SET", help=help)
 
 
 def _add_export(command: argparse.ArgumentParser) -> None:

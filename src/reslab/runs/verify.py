@@ -49,7 +49,7 @@ def verify(run: str, overrides: Sequence[str] = ()) -> int:
     `overrides` change the run's config: --data.root DIR, for example. Raises UserError if the directory `run` holds
     no finished run, or its manifest is damaged.
     """
-    folder, manifest = _finished(run)
+    folder, manifest = finished(run)
     items = []
     for check in checks(folder, manifest, overrides):
         print(f"{check.state:<8} {check.item}" + (f": {check.detail}" if check.detail else ""), flush=True)
@@ -74,7 +74,8 @@ def checks(folder: RunFolder, manifest: Mapping[str, Any], overrides: Sequence[s
         yield Check("data", "unknown", "config.yaml describes the data, and it is not the run's")
 
 
-def _finished(run: str) -> tuple[RunFolder, dict[str, Any]]:
+def finished(run: str) -> tuple[RunFolder, dict[str, Any]]:
+    """Return the directory and manifest of a run; raise UserError if it is not finished, or its manifest is damaged."""
     folder = RunFolder.existing(run)
     manifest = manifests.read(folder.manifest)
     if isinstance(manifest, dict) and (status := manifest.get("status", "complete")) != "complete":
@@ -83,6 +84,15 @@ def _finished(run: str) -> tuple[RunFolder, dict[str, Any]]:
     if missing := [name for name in RECORDED if name not in manifest]:
         raise UserError(f"{folder.manifest} is damaged: it is not the manifest of a run: it lacks {', '.join(missing)}")
     return folder, manifest
+
+
+def check_weights(folder: RunFolder, manifest: Mapping[str, Any]) -> None:
+    """Raise UserError if the weights of a run are not those that it tested."""
+    check = _file(folder.weights, manifest["weights_sha256"], _weights_digest)
+    if check.state != "ok":
+        raise UserError(
+            f"{folder.weights} does not hold the weights that the run tested: {check.detail or check.state}"
+        )
 
 
 def _compare(item: str, recorded: str, digest: str) -> Check:
@@ -154,10 +164,10 @@ def reproduce(run: str, out: str | None = None, compare: str | None = None, over
     Raises:
         UserError: As `verify` does, or if the metrics or the run's data are missing.
     """
-    folder, manifest = _finished(run)
+    folder, manifest = finished(run)
     logged = _logged(folder.metrics)
     if compare:
-        earlier, record = _finished(compare)
+        earlier, record = finished(compare)
         print(f"nothing is run: {compare} finished at {record['attempts'][-1]['ended']}")
         return _compare_runs(folder, earlier, divergences(logged, _logged(earlier.metrics)))
     copy = _reproduction(folder, out)
