@@ -21,7 +21,7 @@ from reslab.training.launchers import started_processes
 if TYPE_CHECKING:
     from reslab.ablation.study import Study
 
-ONE_PROCESS = ("predict", "export", "preview", "ablate")  # commands whose copies would write the same files
+ONE_PROCESS = ("predict", "export", "preview", "ablate", "push")  # commands whose copies would write the same files
 LISTS = {"data": "data", "experiments": "experiment", "recipes": "recipe", "ablations": "ablation"}  # in configs/
 
 
@@ -123,6 +123,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("model", help="a name from `reslab list models`, timm/NAME or torchvision/NAME")
     command.add_argument("--input", default="3,224,224", type=shape, metavar="C,H,W", help="default 3,224,224")
     command.add_argument("--classes", default=1000, type=int, metavar="N", help="default 1000")
+    _add_push(add("push", "publish a finished run on the Hugging Face Hub: RUN OWNER/NAME", False, target="hub:push"))
     add("doctor", "check the machine and data: [--config FILE ...]", target="doctor:examine")
     command = add("preview", "plot an experiment's learning rate or augmented images", target="preview:preview")
     command.add_argument("what", choices=["lr", "augment"])
@@ -133,6 +134,16 @@ def _parser() -> argparse.ArgumentParser:
 def _add_test_sets(command: argparse.ArgumentParser) -> None:
     help = "evaluate on another test set instead, and record the results; a file or name of configs/data; repeatable"
     command.add_argument("--on", action="append", default=[], metavar="SET", help=help)
+
+
+def _add_push(command: argparse.ArgumentParser) -> None:
+    command.add_argument("run", metavar="RUN", help="run directory")
+    command.add_argument("name", metavar="OWNER/NAME", help="repository on the Hub, created if it does not exist")
+    help = "runs of the same config with other seeds: the model card reports mean ± sd"
+    command.add_argument("--seeds", nargs="+", default=[], metavar="RUN", help=help)
+    command.add_argument("--license", metavar="ID", help="licence of the weights, such as mit or apache-2.0")
+    command.add_argument("--private", action="store_true", help="make the repository private")
+    command.add_argument("--dry-run", type=Path, metavar="DIR", help="write the files into DIR and upload nothing")
 
 
 def _add_export(command: argparse.ArgumentParser) -> None:

@@ -176,7 +176,7 @@ def reproduce(run: str, out: str | None = None, compare: str | None = None, over
     if changed := [check for check in _data(folder, manifest, overrides) if check.state != "ok"]:
         raise UserError(f"{run} cannot be reproduced: the data are not its data: {changed[0].detail}")
     _warn_if_code_differs(folder, manifest["git"])
-    status = _fit(folder.config, copy.path, overrides, manifest["environment"])
+    status = _fit(folder.config, copy.path, [*_same_revisions(manifest), *overrides], manifest["environment"])
     if status:
         print(f"the reproduction did not finish (exit status {status}): see above. {copy.path}")
         return Exit.PREEMPTED if status == Exit.PREEMPTED else Exit.FAILED
@@ -216,6 +216,15 @@ def _code(git: Mapping[str, Any] | None) -> dict[str, Any]:
     return {name: (git or {}).get(name) for name in CODE}
 
 
+def _same_revisions(manifest: Mapping[str, Any]) -> list[str]:
+    """Return the overrides that load weights of the Hugging Face Hub from the commits that the run used."""
+    sources = {
+        "model.weights": manifest.get("pretrained", {}).get("source"),
+        "model.objective.init_args.weights": manifest.get("objective", {}).get("teacher_weights"),
+    }
+    return [f"--{key}={source}" for key, source in sources.items() if source and source.startswith("hf://")]
+
+
 def _fit(config: Path, out: Path, overrides: Sequence[str], environment: Mapping[str, Any]) -> int:
     """Run `reslab fit` in a new process, with the threads and cuBLAS workspace recorded; return its exit status."""
     command = [sys.executable, "-m", "reslab", "fit", "--config", str(config), "--run.dir", str(out)]
@@ -253,7 +262,7 @@ def _circumstances(folder: RunFolder) -> dict[str, Any]:
     manifest = manifests.read(folder.manifest)
     config = yaml.safe_load(folder.config.read_text(encoding="utf-8"))
     del config["trainer"]["logger"]  # `_fit` has turned it off
-    recorded = {"environment": manifest["environment"], "data": manifest["data"]}
+    recorded = {name: manifest.get(name) for name in ("environment", "data", "pretrained")}
     return {"git": _code(manifest["git"]), **recorded, "config": config}
 
 
