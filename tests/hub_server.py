@@ -98,7 +98,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _create(self, wish: dict[str, Any]) -> None:
         repo = f"{wish.get('organization') or 'me'}/{wish['name']}"
         exists = repo in self.hub.private
-        self.hub.private.setdefault(repo, bool(wish.get("private")))
+        self.hub.private.setdefault(repo, wish.get("private") is True or wish.get("visibility") == "private")
         self._send({"url": f"{self.hub.url}/{repo}", "name": repo, "id": repo}, 409 if exists else 200)
 
     def _info(self, repo: str, revision: str) -> None:

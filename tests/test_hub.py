@@ -1,8 +1,12 @@
 """Publish runs on the Hugging Face Hub and load weights from it, with the real client and a local server."""
 
+import hashlib
 import json
+import multiprocessing
+import os
 import re
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,16 +14,19 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from hub_server import TOKEN, Hub, serving
-from runner import fit, manifest, reslab
 from safetensors.torch import load_file, save
 
+from hub_server import TOKEN, Hub, serving
+from reslab import inference
 from reslab.cli import main
-from reslab.models import create_model
-from reslab.models.zoo import network_of_run
+from reslab.models import ModelError, create_model
+from reslab.models.zoo import find_weights, network_of_run
+from reslab.runs.verify import _same_revisions
+from runner import fit, manifest, reslab
 
 hub_package = pytest.importorskip("huggingface_hub")
 Undisturbed = Callable[..., Path]
+FORKSERVER = multiprocessing.get_context("forkserver")  # that of tests/runner.py
 FILES = {"README.md", "config.yaml", "manifest.json", "metrics.csv", "weights.safetensors"}
 
 
@@ -83,7 +90,7 @@ def test_push_is_refused_before_anything_is_written(
         obstacle, {}
     )
     if obstacle == "package":
-        monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", None)
+        monkeypatch.setitem(sys.modules, "huggingface_hub", None)
         status, output = main(["push", str(undisturbed()), "me/digits"]), capsys.readouterr().err
     else:
         status, output = reslab("push", undisturbed(), "me/digits", **environ)
@@ -120,26 +127,27 @@ def test_wrong_push_is_one_message(
     assert not (tmp_path / "new").exists()
 
 
-def test_nothing_private_is_published(undisturbed: Undisturbed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_private_is_published(
+    undisturbed: Undisturbed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef")
     run = shutil.copytree(undisturbed(), tmp_path / "run")
     record = manifest(run)
-    record["command"] = "reslab fit --config /home/ann/my.yaml '--data.root=/home/ann/my data' --trainer.logger.init_args.api_key x1y2"
+    record["command"] = (
+        "reslab fit --config /home/ann/my.yaml '--data.root=/home/ann/my data/sets' --trainer.logger.init_args.api_key x1y2"
+    )
     record["attempts"][0]["host"] = record["environment"]["host"] = "annslaptop"
     record["git"] = {"sha": "a" * 40, "dirty": True, "untracked": ["ann_notes.txt"], "left_out": [], "binaries": []}
     record["git"] |= {"diff": "uncommitted.diff", "diff_sha256": "b" * 64}
     record["pretrained"] = {"source": "/home/ann/weights/start.pt", "sha256": "c" * 64}
     (run / "manifest.json").write_text(json.dumps(record))
     config = yaml.safe_load((run / "config.yaml").read_text())
-    config["data"]["root"] = "/home/ann/my data"
+    config["data"]["root"] = "/home/ann/my data/sets"
     config["model"]["weights"] = "/home/ann/weights/start.pt"
     logger = {"class_path": "WandB", "init_args": {"entity": "annslab", "note": "0123456789abcdef", "token": "x1y2"}}
     config["trainer"]["logger"] = logger
     (run / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
-    from reslab import hub
-
-    monkeypatch.setattr(hub, "load_run", lambda *args: original(str(undisturbed()), []))
-    original = __import__("reslab.inference", fromlist=["load_run"]).load_run
+    monkeypatch.setattr("reslab.hub.load_run", lambda *args: inference.load_run(str(undisturbed()), []))
     assert main(["push", str(run), "me/x", "--dry-run", str(tmp_path / "out")]) == 0
     for file in (tmp_path / "out").iterdir():
         content = file.read_bytes().decode(errors="replace")
@@ -147,7 +155,7 @@ def test_nothing_private_is_published(undisturbed: Undisturbed, tmp_path: Path, 
             assert secret not in content, (file.name, secret)
     public = json.loads((tmp_path / "out/manifest.json").read_text())
     assert public["pretrained"]["source"] == "/path/to/start.pt"
-    digest = __import__("hashlib").sha256((tmp_path / "out/config.yaml").read_bytes()).hexdigest()
+    digest = hashlib.sha256((tmp_path / "out/config.yaml").read_bytes()).hexdigest()
     assert public["config_sha256"] == digest
     assert "not published" in (tmp_path / "out/README.md").read_text()
 
@@ -183,8 +191,8 @@ def test_model_card_of_one_run(undisturbed: Undisturbed, tmp_path: Path) -> None
     values = {result.metric_name: result.metric_value for result in data.eval_results}
     assert values["test accuracy"] == record["results"]["test/acc"]
     assert re.search(r"test accuracy \| \d+\.\d\d % \| \d+\.\d\d % to \d+\.\d\d %", text)
-    for part in (record["weights_sha256"], record["git"]["sha"], "apache-2.0", "reslab reproduce digits", "seed 0",
-                 'network_of_run(snapshot_download("me/digits"))', "hf://me/digits", "ResNet(", "OneCycle("):  # fmt: skip
+    code = 'network_of_run(snapshot_download("me/digits"))', "hf://me/digits", "reslab reproduce digits"
+    for part in (*code, record["weights_sha256"], record["git"]["sha"], "apache-2.0", "seed 0", "ResNet(", "OneCycle("):
         assert part in text, part
     assert "{{" not in text and "None" not in text
 
@@ -227,46 +235,92 @@ def weights(seed: int) -> bytes:
     return save(digits_network().state_dict())
 
 
-def test_run_from_hub_weights_records_and_reproduces_their_revision(tmp_path: Path, hub: Hub) -> None:
+@pytest.mark.slow  # three runs, one of them in a new process
+def test_run_from_hub_weights_is_reproduced_from_their_revision(tmp_path: Path, hub: Hub) -> None:
     environ = hub.environ(tmp_path / "home", logged_in=False)
-    first = hub.commit("ann/start", {"weights.safetensors": weights(1)})
+    hub.commit("ann/start", {"weights.safetensors": weights(1)})
     options = ["--model.weights=hf://ann/start", "--trainer.max_epochs=1"]
-    ended = fit(tmp_path / "run", *options, **environ)
-    assert ended.status == 0, ended.output
-    record = manifest(tmp_path / "run")["pretrained"]
-    assert record["source"] == f"hf://ann/start@{first}/weights.safetensors" and record["revision"] == first
-    assert record["sha256"] == __import__("hashlib").sha256(weights(1)).hexdigest()
+    assert fit(tmp_path / "run", *options, **environ).status == 0
     hub.commit("ann/start", {"weights.safetensors": weights(2)})
     again = reslab("reproduce", tmp_path / "run", **environ)
     assert again.status == 0 and "identical" in again.output, again.output
-    moved = fit(tmp_path / "moved", *options, **environ)
-    assert moved.status == 0
+    assert fit(tmp_path / "moved", *options, **environ).status == 0
     assert manifest(tmp_path / "moved")["weights_sha256"] != manifest(tmp_path / "run")["weights_sha256"]
 
 
-def load(address: str, hub: Hub, home: Path, **environ: str) -> tuple[int, str]:
-    """Load weights in a run of no steps: `reslab fit` refuses what cannot be loaded before it starts."""
-    stop = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=1"]
-    return fit(home / "run", f"--model.weights={address}", *stop, **{**hub.environ(home, False), **environ})
+def test_run_from_hub_weights_records_their_revision_for_reproduce(
+    tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = hub.commit("ann/start", {"weights.safetensors": weights(1)})
+    options = ["--model.weights=hf://ann/start", "--trainer.max_epochs=1"]
+    ended = fit(tmp_path / "run", *options, **hub.environ(tmp_path / "home", logged_in=False))
+    assert ended.status == 0, ended.output
+    source = f"hf://ann/start@{commit}/weights.safetensors"
+    sha256 = hashlib.sha256(weights(1)).hexdigest()
+    record = manifest(tmp_path / "run")
+    assert record["pretrained"] == {"source": source, "revision": commit, "sha256": sha256}
+    assert "hf://ann/start\n" in (tmp_path / "run/config.yaml").read_text()
+    started: list[Any] = []
+    monkeypatch.setattr(
+        "reslab.runs.verify._fit", lambda config, out, overrides, environment: started.append(overrides)
+    )
+    monkeypatch.setattr("reslab.runs.verify._compare_runs", lambda *args: 0)
+    monkeypatch.setattr("reslab.runs.verify._logged", lambda path: {})
+    assert main(["reproduce", str(tmp_path / "run"), "--data.num_workers=0"]) == 0
+    assert started == [[f"--model.weights={source}", "--data.num_workers=0"]]
 
 
-def test_file_is_chosen_by_address_or_name(tmp_path: Path, hub: Hub) -> None:
-    hub.commit("ann/a", {"README.md": b"", "model.safetensors": weights(1), "sub/old.safetensors": weights(2)})
-    hub.commit("ann/b", {"last.safetensors": weights(3)})
-    expected = {
-        "hf://ann/a": "/model.safetensors",
-        "hf://ann/a@main/sub/old.safetensors": "/sub/old.safetensors",
-        "hf://ann/b": "/last.safetensors",
+def test_weights_of_a_teacher_on_the_hub_keep_their_revision() -> None:
+    source = "hf://ann/teacher@abc/weights.safetensors"
+    assert _same_revisions({"objective": {"teacher_weights": source}}) == [
+        f"--model.objective.init_args.weights={source}"
+    ]
+    assert _same_revisions({"pretrained": {"source": "/a/b.pt"}, "objective": {"teacher": "runs/x"}}) == []
+
+
+def resolve(address: str, hub: Hub, home: Path, **environ: str) -> dict[str, str] | str:
+    """Return the manifest's record of the weights at an address, or the message why there is none."""
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    variables = {**hub.environ(home, logged_in=False), **environ}
+    process = FORKSERVER.Process(target=_resolve, args=(address, variables, sender))
+    process.start()
+    process.join(60)
+    return receiver.recv()
+
+
+def _resolve(address: str, environ: dict[str, str], sender: Any) -> None:
+    os.environ.update(environ)  # before huggingface_hub is imported
+    try:
+        sender.send(find_weights(address).record())
+    except ModelError as error:
+        sender.send(str(error))
+
+
+ADDRESSES = {
+    "hf://ann/a": "model.safetensors",
+    "hf://ann/a@main/sub/old.safetensors": "sub/old.safetensors",
+    "hf://ann/b": "last.safetensors",
+}
+
+
+@pytest.mark.parametrize("address", ADDRESSES)
+def test_file_is_chosen_by_address_or_name(tmp_path: Path, hub: Hub, address: str) -> None:
+    content = {"model.safetensors": b"1", "sub/old.safetensors": b"2", "last.safetensors": b"3"}
+    commits = {
+        "ann/a": hub.commit("ann/a", {"README.md": b"", **{name: content[name] for name in [*content][:2]}}),
+        "ann/b": hub.commit("ann/b", {"last.safetensors": b"3"}),
     }
-    for i, (address, end) in enumerate(expected.items()):
-        status, output = load(address, hub, tmp_path / str(i))
-        assert status == 0, output
-        assert manifest(tmp_path / str(i) / "run")["pretrained"]["source"].endswith(end)
+    repo, name = address[5:10], ADDRESSES[address]
+    expected = {"source": f"hf://{repo}@{commits[repo]}/{name}", "revision": commits[repo]}
+    sha256 = hashlib.sha256(content[name]).hexdigest()
+    assert resolve(address, hub, tmp_path) == {**expected, "sha256": sha256}
 
 
 MISSING = [
     ("hf://ann/nothing", "there is no such repository"),
+    ("hf://ann/nothing/x.pt", "there is no such"),
     ("hf://ann/a@v9", "there is no such revision"),
+    ("hf://ann/a@v9/x.pt", "there is no such"),
     ("hf://ann/a/other.safetensors", "there is no such file"),
     ("hf://ann/two", "does not say which file to load: it has a.pt, b.pt"),
     ("hf://ann", "must be hf://OWNER/NAME"),
@@ -276,24 +330,33 @@ MISSING = [
 
 @pytest.mark.parametrize(("address", "message"), MISSING)
 def test_what_is_not_on_the_hub_is_one_message(tmp_path: Path, hub: Hub, address: str, message: str) -> None:
-    hub.commit("ann/a", {"weights.safetensors": weights(1)})
+    hub.commit("ann/a", {"weights.safetensors": b"1"})
     hub.commit("ann/two", {"a.pt": b"1", "b.pt": b"2"})
-    status, output = load(address, hub, tmp_path)
-    assert status == 2 and message in output and "Traceback" not in output, output
+    text = resolve(address, hub, tmp_path)
+    assert isinstance(text, str) and message in text and text.startswith(address) and "\n" not in text
+
+
+def test_fit_refuses_missing_weights_before_it_starts(tmp_path: Path, hub: Hub) -> None:
+    environ = hub.environ(tmp_path, logged_in=False)
+    ended = fit(tmp_path / "run", "--model.weights=hf://ann/nothing", **environ)
+    assert ended.status == 2 and "there is no such repository" in ended.output and "Traceback" not in ended.output
     assert not (tmp_path / "run").exists()
 
 
-def test_weights_in_the_cache_load_without_a_network(tmp_path: Path, hub: Hub) -> None:
-    hub.commit("ann/a", {"weights.safetensors": weights(1)})
-    assert load("hf://ann/a", hub, tmp_path)[0] == 0
-    for i, offline in enumerate(({"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"})):
-        shutil.move(tmp_path / "run", tmp_path / f"run{i}")
-        status, output = load("hf://ann/a", hub, tmp_path, **offline)
-        assert status == 0, output
-        records = [manifest(tmp_path / name)["pretrained"] for name in (f"run{i}", "run")]
-        assert records[0] == records[1]
-    status, output = load("hf://ann/b", hub, tmp_path / "new", HF_HUB_OFFLINE="1")
-    assert status == 2 and "no connection, and it is not in the cache" in output and "give the file" in output
+OFFLINE = [{"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}]
+
+
+@pytest.mark.parametrize("offline", OFFLINE)
+@pytest.mark.parametrize("address", ["hf://ann/a", "hf://ann/a/weights.safetensors"])
+def test_weights_in_the_cache_load_without_a_network(
+    tmp_path: Path, hub: Hub, offline: dict[str, str], address: str
+) -> None:
+    hub.commit("ann/a", {"weights.safetensors": b"1"})
+    online = resolve(address, hub, tmp_path)
+    assert isinstance(online, dict) and resolve(address, hub, tmp_path, **offline) == online
+    assert resolve(online["source"], hub, tmp_path, **offline) == online
+    text = resolve(address, hub, tmp_path / "another", **offline)
+    assert isinstance(text, str) and "no connection, and it is not in the cache" in text and "give the file" in text
 
 
 def test_weights_of_a_local_file_are_recorded_by_their_hash(tmp_path: Path) -> None:
@@ -301,7 +364,7 @@ def test_weights_of_a_local_file_are_recorded_by_their_hash(tmp_path: Path) -> N
     ended = fit(tmp_path / "run", f"--model.weights={tmp_path / 'start.safetensors'}", "--trainer.max_epochs=1")
     assert ended.status == 0, ended.output
     assert load_file(tmp_path / "start.safetensors").keys() == digits_network().state_dict().keys()
-    expected = __import__("hashlib").sha256(weights(1)).hexdigest()
+    expected = hashlib.sha256(weights(1)).hexdigest()
     assert manifest(tmp_path / "run")["pretrained"] == {
         "source": str(tmp_path / "start.safetensors"), "sha256": expected,
     }  # fmt: skip

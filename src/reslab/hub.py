@@ -20,6 +20,7 @@ from reslab.diff import differences
 from reslab.errors import UserError
 from reslab.files import write_text
 from reslab.inference import load_run
+from reslab.models.weights import hub_errors
 from reslab.runs import manifest as manifests
 from reslab.runs.figures import is_accuracy, read_predictions, wilson
 from reslab.runs.folder import RunFolder
@@ -312,7 +313,6 @@ def _logged_in() -> Any:
     """Return huggingface_hub's client; raise UserError unless somebody is logged in."""
     elsewhere = "or write the files only: --dry-run DIR"
     try:
-        import httpx
         import huggingface_hub as hub
     except ImportError:
         raise UserError(f"reslab push requires huggingface_hub: pip install 'reslab[hub]', {elsewhere}") from None
@@ -321,7 +321,7 @@ def _logged_in() -> Any:
         api.whoami()
     except hub.errors.LocalTokenNotFoundError:
         raise UserError(f"you are not logged in to the Hugging Face Hub: run `hf auth login`, {elsewhere}") from None
-    except (OSError, httpx.HTTPError) as error:
+    except hub_errors(hub) as error:
         status = getattr(getattr(error, "response", None), "status_code", None)
         problem = "it does not accept your token: run `hf auth login`" if status == 401 else _first_line(error)
         raise UserError(f"cannot log in to {api.endpoint}: {problem}, {elsewhere}") from None
@@ -330,14 +330,14 @@ def _logged_in() -> Any:
 
 def _upload(api: Any, name: str, folder: Path, private: bool, message: str) -> str:
     """Upload a directory and return the commit."""
-    import httpx
+    import huggingface_hub as hub
 
     try:
         api.create_repo(name, private=private or None, exist_ok=True)
         if private and not api.model_info(name).private:
             raise UserError(f"{name} exists and is public: make it private in its settings, or leave out --private")
         return api.upload_folder(repo_id=name, folder_path=folder, commit_message=message).oid
-    except (OSError, ValueError, httpx.HTTPError) as error:
+    except hub_errors(hub) as error:
         raise UserError(f"{name} could not be uploaded to {api.endpoint}: {_first_line(error)}") from None
 
 

@@ -282,36 +282,37 @@ def hub_file(address: str) -> HubFile:
     if not (match := HUB_ADDRESS.fullmatch(address)):
         raise ModelError(f"{address} must be hf://OWNER/NAME[@REVISION][/FILE]")
     try:
-        import httpx
         import huggingface_hub as hub
     except ImportError:
         raise ModelError(f"{address} requires huggingface_hub: pip install 'reslab[hub]'") from None
-    repo, revision = match["repo"], match["revision"] and unquote(match["revision"])
+    repo, revision = match["repo"], unquote(match["revision"] or "main")
     try:
-        commit, names = _hub_listing(hub, repo, revision, (OSError, httpx.HTTPError))
-        name = match["file"] or _only_weights(address, names)
-        path = hub.hf_hub_download(repo, name, revision=commit)
-    except (OSError, ValueError, httpx.HTTPError) as error:
+        name = match["file"] or _only_weights(address, _hub_listing(hub, repo, revision))
+        path = Path(hub.hf_hub_download(repo, name, revision=revision))
+    except hub_errors(hub) as error:
         raise ModelError(_why_not_downloaded(hub, address, error)) from None
-    return HubFile(f"hf://{repo}@{commit}/{name}", Path(path))
+    commit = path.parents[name.count("/")].name  # of the file in hand: a branch may have moved since the listing
+    return HubFile(f"hf://{repo}@{commit}/{name}", path)
 
 
-def _hub_listing(
-    hub: Any, repo: str, revision: str | None, unreachable: tuple[type[Exception], ...]
-) -> tuple[str, list[str]]:
-    """Return the commit of a revision, and the files of its repository; without a network, those in the cache."""
+def hub_errors(hub: Any) -> tuple[type[Exception], ...]:
+    """Return what calls of huggingface_hub raise: refusals, a missing connection, a full disk."""
+    return OSError, ValueError, hub.errors.HTTPError  # of httpx, whose name depends on the version
+
+
+def _hub_listing(hub: Any, repo: str, revision: str) -> list[str]:
+    """Return the files of a repository; without a network, the weights in the cache."""
     try:
-        info = hub.HfApi().model_info(repo, revision=revision)
+        return [file.rfilename for file in hub.HfApi().model_info(repo, revision=revision).siblings]
     except (hub.errors.RepositoryNotFoundError, hub.errors.RevisionNotFoundError):
         raise
-    except unreachable as error:  # no network, a server that fails, or HF_HUB_OFFLINE
-        try:
-            snapshot = Path(hub.snapshot_download(repo, revision=revision, local_files_only=True))
-        except (OSError, ValueError):  # not in the cache
-            raise error from None
-        names = [str(path.relative_to(snapshot)) for path in snapshot.rglob("*") if path.is_file()]
-        return snapshot.name, names
-    return info.sha, [file.rfilename for file in info.siblings]
+    except hub_errors(hub):  # no network, a server that fails, or HF_HUB_OFFLINE
+        cached = [
+            name for name in HUB_FILES if isinstance(hub.try_to_load_from_cache(repo, name, revision=revision), str)
+        ]
+        if not cached:
+            raise
+        return cached
 
 
 def _only_weights(address: str, names: Sequence[str]) -> str:
