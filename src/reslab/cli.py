@@ -23,7 +23,7 @@ from reslab.training.launchers import started_processes
 if TYPE_CHECKING:
     from reslab.ablation.study import Study
 
-ONE_PROCESS = ("predict", "export", "preview", "ablate")  # commands whose copies would write the same files
+ONE_PROCESS = ("predict", "export", "preview", "ablate", "push")  # commands whose copies would write the same files
 LISTS = {"data": "data", "experiments": "experiment", "recipes": "recipe", "ablations": "ablation"}  # in configs/
 
 
@@ -127,7 +127,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("word", nargs="?", metavar="WORD", help="part of a key, or a class; default: all keys")
     for name, split in (("validate", "validation"), ("test", "test")):
         help = f"evaluate a finished run on its {split} set: RUN [--data.root DIR]"
-        add_for_run(name, help, target="inference:evaluate", split=split)
+        command = add_for_run(name, help, target="inference:evaluate", split=split)
+        if name == "test":
+            _add_test_sets(command)
     command = add_for_run("predict", "classify image files with a run's weights", target="inference:predict")
     command.add_argument("--images", required=True, metavar="DIR", help="directory of images, searched recursively")
     help = "CSV file with one row per image (default: RUN/predictions-<name of DIR>.csv)"
@@ -151,6 +153,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("model", help="a name from `reslab list models`, timm/NAME, torchvision/NAME, or a config")
     command.add_argument("--input", default="224", type=shape, metavar="SIZE", help="224, or C,H,W; default 3,224,224")
     command.add_argument("--classes", default=1000, type=int, metavar="N", help="default 1000")
+    _add_push(add("push", "publish a finished run on the Hugging Face Hub: RUN OWNER/NAME", False, target="hub:push"))
     add("doctor", "check the machine, and an experiment's data: [EXPERIMENT]", target="doctor:examine")
     command = add(
         "preview", "plot an experiment's learning rate or augmented images: WHAT EXPERIMENT", target="preview:preview"
@@ -158,6 +161,21 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("what", choices=["lr", "augment"])
     command.add_argument("--out", type=Path, metavar="FILE.png", help="output (default: preview-WHAT.png)")
     return parser
+
+
+def _add_test_sets(command: argparse.ArgumentParser) -> None:
+    help = "evaluate on another test set instead, and record the results; a file or name of configs/data; repeatable"
+    command.add_argument("--on", action="append", default=[], metavar="SET", help=help)
+
+
+def _add_push(command: argparse.ArgumentParser) -> None:
+    command.add_argument("run", metavar="RUN", help="run directory")
+    command.add_argument("name", metavar="OWNER/NAME", help="repository on the Hub, created if it does not exist")
+    help = "runs of the same config with other seeds: the model card reports mean ± sd"
+    command.add_argument("--seeds", nargs="+", default=[], metavar="RUN", help=help)
+    command.add_argument("--license", metavar="ID", help="licence of the weights, such as mit or apache-2.0")
+    command.add_argument("--private", action="store_true", help="make the repository private")
+    command.add_argument("--dry-run", type=Path, metavar="DIR", help="write the files into DIR and upload nothing")
 
 
 def _add_export(command: argparse.ArgumentParser) -> None:

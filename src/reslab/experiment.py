@@ -25,6 +25,7 @@ from reslab.files import replacing
 from reslab.header import print_rows, print_run
 from reslab.host import handling_signals
 from reslab.interrupt import resume_hint
+from reslab.models.zoo import find_weights
 from reslab.runs.csv_logger import MetricsCSV
 from reslab.runs.folder import RunFolder
 from reslab.runs.metrics import cut
@@ -72,6 +73,7 @@ class Run:
         every = self.options.checkpoint_every_steps, self.options.checkpoint_every_minutes
         self.saver = Checkpoints(folder.checkpoints, self.options.monitor, self.options.mode, *every)
         self.preemption = Preemption(self.saver)
+        self.pretrained: dict[str, str] = {}  # entry of the manifest
 
     def execute(self) -> int:
         """Train and test; record in the manifest how the run ended; return the exit status."""
@@ -119,12 +121,20 @@ class Run:
         objective = self.model.objective.prepare(self.model.net)  # a missing teacher, too
         if self.record.writes:
             if not self.folder.holds_checkpoint():  # else the checkpoint has the weights
-                self.model.load_pretrained()
+                self._load_pretrained()
             self.steps = rehearse(trainer, self.model, self.data, self._needed_metrics())
             for logger in self._wandb():
                 logger.check(id="00000000", **self._wandb_options())
             print(*(f"note: {note}\n" for note in self.data.notes()), sep="", end="", flush=True)
         return objective
+
+    def _load_pretrained(self) -> None:
+        """Load pretrained weights, and note which: those behind an address may change."""
+        if self.model.weights is not None:
+            source = find_weights(self.model.weights)
+            self.pretrained = source.record()
+            self.model.weights = source.name
+        self.model.load_pretrained()
 
     def _needed_metrics(self) -> list[str]:
         best = [self.options.monitor] if self.options.test_weights == "best" else []
@@ -142,6 +152,8 @@ class Run:
         self.record.open(data, identity, trainer.world_size)
         if objective:
             self.record.write(objective=objective)
+        if self.pretrained:
+            self.record.write(pretrained=self.pretrained)
         for logger in self._wandb():
             config = yaml.safe_load(self.folder.config.read_text(encoding="utf-8"))
             logger.start(self.folder.path, id=self.record.manifest["id"], config=config, **self._wandb_options())

@@ -55,11 +55,15 @@ def _without_pretrained(config: Path) -> list[str]:
     return [f"--model.net.init_args.{name}={value}" for name, value in empty.items() if name in init_args]
 
 
-def evaluate(run: str, split: str, overrides: list[str]) -> None:
-    """Print the metrics of a run's weights on the data of a split: validation or test.
+def evaluate(run: str, split: str, overrides: list[str], on: Sequence[str] = ()) -> None:
+    """Print the metrics of a run's weights on the data of a split (validation or test), or on further test sets.
 
-    If the data are not those of the run, so that the metrics may differ from its results, say what has changed.
+    If the data are not those of the run, so that the metrics may differ from its results, report what has changed.
     """
+    if on:
+        from reslab.further_tests import test_on
+
+        return test_on(run, on, overrides)
     data, model, settings = load_run(run, overrides)
     trainer = Trainer(**settings)
     check_trainer(trainer)

@@ -83,7 +83,7 @@ class ImageData(LightningDataModule):
         return self.classes or self._dataset_classes()
 
     def _dataset_classes(self) -> list[str]:
-        names = self._call("classes")
+        names = self.call("classes")
         if not names or not all(isinstance(name, str) for name in names):
             raise DataError(f"{self._source}.classes must return a list of names, got {names!r}")
         for name in names:
@@ -118,7 +118,7 @@ class ImageData(LightningDataModule):
     def _source(self) -> str:
         return type(self.dataset).__name__
 
-    def _call(self, method: str, *arguments: Any) -> Any:
+    def call(self, method: str, *arguments: Any) -> Any:
         """Call a method of the data set; any exception of its code becomes a DataError with the cause."""
         try:
             return getattr(self.dataset, method)(self.root, *arguments)
@@ -129,7 +129,7 @@ class ImageData(LightningDataModule):
             raise DataError(f"{self._source}.{method} failed: {type(error).__name__}: {cause}") from error
 
     def _load(self, split: Split) -> Arrays | Files:
-        data = self._call("load", split)
+        data = self.call("load", split)
         if not isinstance(data, Arrays | Files):
             raise DataError(
                 f"{self._source}.load must return reslab.data.datasets.Arrays or the Files of "
@@ -138,7 +138,7 @@ class ImageData(LightningDataModule):
         return data
 
     def prepare_data(self) -> None:
-        self._call("prepare", self.download)
+        self.call("prepare", self.download)
 
     def setup(self, stage: str | None = None) -> None:
         """Load the data and check everything that can be checked before the first step.

@@ -272,7 +272,7 @@ class ImageFolder(ImageSource):
         if split == "test" and train != test:
             raise DataError(
                 f"the class directories in {root / self.folder / self.train} and in {self.test} differ. "
-                f"Only in {self.train}: {_shorten(train - test)}. Only in {self.test}: {_shorten(test - train)}. "
+                f"Only in {self.train}: {shorten(train - test)}. Only in {self.test}: {shorten(test - train)}. "
                 "Both must have one directory per class, with the same names"
             )
         return file_table(top, folders)
@@ -329,8 +329,8 @@ class Imagenette(ImageFolder):
         expected, folders = set(self._names), set(self._class_folders(root, split)[1])
         if folders != expected:
             raise DataError(
-                f"{root / self.folder} is not Imagenette: missing {_shorten(expected - folders)}, "
-                f"unknown {_shorten(folders - expected)}. For other classes use reslab.data.ImageFolder"
+                f"{root / self.folder} is not Imagenette: missing {shorten(expected - folders)}, "
+                f"unknown {shorten(folders - expected)}. For other classes use reslab.data.ImageFolder"
             )
         return super().load(root, split)
 
@@ -376,7 +376,8 @@ class ImageNet(ImageFolder):
         )
 
 
-def _shorten(names: set[str]) -> str:
+def shorten(names: set[str]) -> str:
+    """Join the first ten names, sorted, and count the others."""
     text = ", ".join(sorted(names)[:10]) or "none"
     return f"{text} and {len(names) - 10} more" if len(names) > 10 else text
 

@@ -12,6 +12,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import unquote
 
 import torch
 from safetensors.torch import load_file
@@ -27,6 +28,8 @@ METADATA = re.compile(
 )
 # Modules that wrap another one in place: torch.compile, FSDP, activation checkpointing.
 WRAPPERS = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+HUB_ADDRESS = re.compile(r"hf://(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[^/@]+))?(/(?P<file>[^@]+[^/@]))?/?")
+HUB_FILES = ("weights.safetensors", "model.safetensors", "pytorch_model.bin")  # of reslab push; of timm and others
 AVERAGE = re.compile(r"(^|[._])ema([._]|$)", re.IGNORECASE)
 
 
@@ -252,3 +255,85 @@ def _resnet(state: Mapping[str, Tensor]) -> dict[str, Any]:
         "projections": sum(key.endswith("downsample.0.weight") for key in state),
         "running statistics": "yes" if any(key.endswith("running_mean") for key in state) else "no",
     }
+
+
+class HubFile(NamedTuple):
+    """A weights file of the Hugging Face Hub, downloaded into its cache.
+
+    Attributes:
+        address: hf://OWNER/NAME@COMMIT/FILE.
+        path: In the cache.
+    """
+
+    address: str
+    path: Path
+
+
+def hub_file(address: str) -> HubFile:
+    """Return the weights file at hf://OWNER/NAME[@REVISION][/FILE]; without a network, from the cache.
+
+    Args:
+        address: REVISION is a commit, branch or tag (default: main), with %2F for a slash; FILE is by default the one
+            of HUB_FILES that the repository has, else its only weights file.
+
+    Raises:
+        ModelError: huggingface_hub is not installed, or there is no such file, or it cannot be reached.
+    """
+    if not (match := HUB_ADDRESS.fullmatch(address)):
+        raise ModelError(f"{address} must be hf://OWNER/NAME[@REVISION][/FILE]")
+    try:
+        import huggingface_hub as hub
+    except ImportError:
+        raise ModelError(f"{address} requires huggingface_hub: pip install 'reslab[hub]'") from None
+    repo, revision = match["repo"], unquote(match["revision"] or "main")
+    try:
+        name = match["file"] or _only_weights(address, _hub_listing(hub, repo, revision))
+        path = Path(hub.hf_hub_download(repo, name, revision=revision))
+    except hub_errors(hub) as error:
+        raise ModelError(_why_not_downloaded(hub, address, error)) from None
+    commit = path.parents[name.count("/")].name  # of the file in hand: a branch may have moved since the listing
+    return HubFile(f"hf://{repo}@{commit}/{name}", path)
+
+
+def hub_errors(hub: Any) -> tuple[type[Exception], ...]:
+    """Return what calls of huggingface_hub raise: refusals, a missing connection, a full disk."""
+    return OSError, ValueError, hub.errors.HTTPError  # of httpx, whose name depends on the version
+
+
+def _hub_listing(hub: Any, repo: str, revision: str) -> list[str]:
+    """Return the files of a repository; without a network, the weights in the cache."""
+    try:
+        return [file.rfilename for file in hub.HfApi().model_info(repo, revision=revision).siblings]
+    except (hub.errors.RepositoryNotFoundError, hub.errors.RevisionNotFoundError):
+        raise
+    except hub_errors(hub):  # no network, a server that fails, or HF_HUB_OFFLINE
+        cached = [
+            name for name in HUB_FILES if isinstance(hub.try_to_load_from_cache(repo, name, revision=revision), str)
+        ]
+        if not cached:
+            raise
+        return cached
+
+
+def _only_weights(address: str, names: Sequence[str]) -> str:
+    """Return the file of a repository to load where the address names none."""
+    endings = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+    candidates = [name for name in HUB_FILES if name in names][:1] or [n for n in names if n.endswith(endings)]
+    if len(candidates) == 1:
+        return candidates[0]
+    files = f"it has {', '.join(sorted(candidates or names)[:10]) or 'no files'}"
+    raise ModelError(f"{address} does not say which file to load: {files}; append /FILE")
+
+
+def _why_not_downloaded(hub: Any, address: str, error: Exception) -> str:
+    known = {  # subclasses first
+        hub.errors.GatedRepoError: "access is restricted: accept its terms on the Hub, and run `hf auth login`",
+        hub.errors.RepositoryNotFoundError: "there is no such repository, or it is private: run `hf auth login`",
+        hub.errors.RevisionNotFoundError: "there is no such revision (a commit, branch or tag)",
+        hub.errors.LocalEntryNotFoundError: "",  # no network either
+        hub.errors.EntryNotFoundError: "there is no such file in the repository",
+    }
+    reason = next((reason for kind, reason in known.items() if isinstance(error, kind)), "")
+    text = str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
+    offline = f"no connection, and it is not in the cache ({text}). Download it elsewhere, and give the file"
+    return f"{address} could not be loaded: {reason or offline}"

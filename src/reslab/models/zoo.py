@@ -14,11 +14,12 @@ import re
 import textwrap
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import yaml
 
 import reslab.models
+from reslab.files import sha256_file
 from reslab.models import ModelError
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 LIBRARIES = {"timm": "TimmNetwork", "torchvision": "TorchvisionNetwork"}  # in reslab.models
 WEIGHTS_FILE = "weights.safetensors"  # of a run directory
+HUB = "hf://"  # begins an address on the Hugging Face Hub
 
 
 def list_models(pattern: str | None = None) -> list[str]:
@@ -113,26 +115,55 @@ def load_weights(net: "nn.Module", weights: str | Path) -> list[str]:
     Args:
         net: The network; changed in place. A module that is not a `Network` must fit exactly.
         weights: A file (.safetensors, or any file of torch.save, from which only tensors are read and no code is run),
-            a run directory, or for ResNet and TorchvisionNetwork a name in torchvision: IMAGENET1K_V2 (of the same
-            network), ResNet50_Weights.IMAGENET1K_V2.
+            a run directory, hf://OWNER/NAME[@REVISION][/FILE] for a file of the Hugging Face Hub, or for ResNet and
+            TorchvisionNetwork a name in torchvision: IMAGENET1K_V2 (of the same network),
+            ResNet50_Weights.IMAGENET1K_V2.
 
     Raises:
         ModelError: No such weights, a file that cannot be read without running code, or names or shapes that do not
             fit.
     """
-    path = Path(os.path.expanduser(weights))  # noqa: PTH111 - Path raises for an unknown user, and for a long name below
+    source = find_weights(weights)
+    states = _read_states(source.file) if source.file else {"": _download(net, source.name)}
+    state, messages = _select(net, states, source.name)
+    if isinstance(net, reslab.models.Network):
+        messages += _keep_new_layers(net, state, source.name)
+    load_state(net, state, source.name)
+    return messages
+
+
+class WeightsSource(NamedTuple):
+    """Where pretrained weights are.
+
+    Attributes:
+        name: The file; hf://OWNER/NAME@COMMIT/FILE on the Hugging Face Hub; or a name in torchvision.
+        file: The file, in the cache if it is of the Hub; None for a name in torchvision.
+    """
+
+    name: str
+    file: Path | None
+
+    def record(self) -> dict[str, str]:
+        """Return what identifies the weights, for a manifest."""
+        record = {"source": self.name}
+        if self.name.startswith(HUB):
+            record["revision"] = self.name.partition("@")[2].partition("/")[0]
+        return {**record, "sha256": sha256_file(self.file)} if self.file else record
+
+
+def find_weights(weights: str | Path) -> WeightsSource:
+    """Return where the weights are that `load_weights` would load, downloaded if they are on the Hugging Face Hub."""
+    if str(weights).startswith(HUB):
+        from reslab.models.weights import hub_file
+
+        return WeightsSource(*hub_file(str(weights)))
     if "://" in str(weights):
         raise ModelError(f"weights must be a file: download {weights} yourself, and give the file")
+    path = Path(os.path.expanduser(weights))  # noqa: PTH111 - Path raises for an unknown user, and for a long name below
     if not os.path.exists(path) and not _is_path(str(weights)):  # noqa: PTH110
-        states, file = {"": _download(net, str(weights))}, path
-    else:
-        file = path / WEIGHTS_FILE if os.path.isdir(path) else path  # noqa: PTH112
-        states = _read_states(file)
-    state, messages = _select(net, states, str(file))
-    if isinstance(net, reslab.models.Network):
-        messages += _keep_new_layers(net, state, str(file))
-    load_state(net, state, str(path))
-    return messages
+        return WeightsSource(str(weights), None)
+    file = path / WEIGHTS_FILE if os.path.isdir(path) else path  # noqa: PTH112
+    return WeightsSource(str(file), file)
 
 
 def _is_path(weights: str) -> bool:

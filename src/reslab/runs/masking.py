@@ -41,6 +41,11 @@ def mask_command(words: Sequence[str]) -> str:
     return shlex.join(masked)
 
 
+def is_secret(name: str) -> bool:
+    """Whether an option with this name holds a key or password: api_key, token."""
+    return _FLAG.fullmatch(f"--{name}") is not None
+
+
 def keeps_secrets(name: str) -> bool:
     """Whether a file with this name usually holds keys or passwords: .env, .netrc, *.pem, api_key.txt."""
     return _FILE.search(name) is not None

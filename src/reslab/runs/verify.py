@@ -49,7 +49,7 @@ def verify(run: str, overrides: Sequence[str] = ()) -> int:
     `overrides` change the run's config: --data.root DIR, for example. Raises UserError if the directory `run` holds
     no finished run, or its manifest is damaged.
     """
-    folder, manifest = _finished(run)
+    folder, manifest = finished(run)
     items = []
     for check in checks(folder, manifest, overrides):
         print(f"{check.state:<8} {check.item}" + (f": {check.detail}" if check.detail else ""), flush=True)
@@ -74,7 +74,8 @@ def checks(folder: RunFolder, manifest: Mapping[str, Any], overrides: Sequence[s
         yield Check("data", "unknown", "config.yaml describes the data, and it is not the run's")
 
 
-def _finished(run: str) -> tuple[RunFolder, dict[str, Any]]:
+def finished(run: str) -> tuple[RunFolder, dict[str, Any]]:
+    """Return the directory and manifest of a run; raise UserError if it is not finished, or its manifest is damaged."""
     folder = RunFolder.existing(run)
     manifest = manifests.read(folder.manifest)
     if isinstance(manifest, dict) and (status := manifest.get("status", "complete")) != "complete":
@@ -83,6 +84,15 @@ def _finished(run: str) -> tuple[RunFolder, dict[str, Any]]:
     if missing := [name for name in RECORDED if name not in manifest]:
         raise UserError(f"{folder.manifest} is damaged: it is not the manifest of a run: it lacks {', '.join(missing)}")
     return folder, manifest
+
+
+def check_weights(folder: RunFolder, manifest: Mapping[str, Any]) -> None:
+    """Raise UserError if the weights of a run are not those that it tested."""
+    check = _file(folder.weights, manifest["weights_sha256"], _weights_digest)
+    if check.state != "ok":
+        raise UserError(
+            f"{folder.weights} does not hold the weights that the run tested: {check.detail or check.state}"
+        )
 
 
 def _compare(item: str, recorded: str, digest: str) -> Check:
@@ -158,10 +168,10 @@ def reproduce(run: str, out: str | None = None, compare: str | None = None, over
     Raises:
         UserError: As `verify` does, or if the metrics or the run's data are missing.
     """
-    folder, manifest = _finished(run)
+    folder, manifest = finished(run)
     logged = _logged(folder.metrics)
     if compare:
-        earlier, record = _finished(compare)
+        earlier, record = finished(compare)
         print(f"nothing is run: {compare} finished at {record['attempts'][-1]['ended']}")
         return _compare_runs(folder, earlier, divergences(logged, _logged(earlier.metrics)))
     copy = _reproduction(folder, out)
@@ -170,7 +180,7 @@ def reproduce(run: str, out: str | None = None, compare: str | None = None, over
     if changed := [check for check in _data(folder, manifest, overrides) if check.state != "ok"]:
         raise UserError(f"{run} cannot be reproduced: the data are not its data: {changed[0].detail}")
     _warn_if_code_differs(folder, manifest["git"])
-    status = _fit(folder.config, copy.path, overrides, manifest["environment"])
+    status = _fit(folder.config, copy.path, [*_same_revisions(manifest), *overrides], manifest["environment"])
     if status:
         print(f"the reproduction did not finish (exit status {status}): see above. {copy.path}")
         return Exit.PREEMPTED if status == Exit.PREEMPTED else Exit.FAILED
@@ -210,6 +220,15 @@ def _code(git: Mapping[str, Any] | None) -> dict[str, Any]:
     return {name: (git or {}).get(name) for name in CODE}
 
 
+def _same_revisions(manifest: Mapping[str, Any]) -> list[str]:
+    """Return the overrides that load weights of the Hugging Face Hub from the commits that the run used."""
+    sources = {
+        "model.weights": manifest.get("pretrained", {}).get("source"),
+        "model.objective.init_args.weights": manifest.get("objective", {}).get("teacher_weights"),
+    }
+    return [f"--{key}={source}" for key, source in sources.items() if source and source.startswith("hf://")]
+
+
 def _fit(config: Path, out: Path, overrides: Sequence[str], environment: Mapping[str, Any]) -> int:
     """Run `reslab fit` in a new process, with the threads and cuBLAS workspace recorded; return its exit status."""
     command = [sys.executable, "-m", "reslab", "fit", "--config", str(config), "--run.dir", str(out)]
@@ -247,7 +266,7 @@ def _circumstances(folder: RunFolder) -> dict[str, Any]:
     manifest = manifests.read(folder.manifest)
     config = yaml.safe_load(folder.config.read_text(encoding="utf-8"))
     del config["trainer"]["logger"]  # `_fit` has turned it off
-    recorded = {"environment": manifest["environment"], "data": manifest["data"]}
+    recorded = {name: manifest.get(name) for name in ("environment", "data", "pretrained")}
     return {"git": _code(manifest["git"]), **recorded, "config": config}
 
 

@@ -14,7 +14,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from reslab.data.augment import swap_pairs
 from reslab.errors import UserError
 from reslab.models.network import Network
-from reslab.models.zoo import create_model, network_of_run
+from reslab.models.zoo import create_model, find_weights, network_of_run
 from reslab.training.checkpoint import weights_sha256
 
 PADDING = -1  # label of an image that only fills up a batch; no metric counts it
@@ -189,7 +189,7 @@ class Distillation(CrossEntropy):
         teacher: A run directory, the name of a model (`reslab list models`) with `weights`, or a network.
         temperature: T, above 0.
         alpha: Weight of the teacher's part, from 0 (labels only) to 1 (teacher only).
-        weights: The teacher's weights, where `teacher` is not a run: a file or a name, as for `model.weights`.
+        weights: The teacher's weights, where `teacher` is not a run: as for `model.weights`.
         label_smoothing: Of the labels' part.
     """
 
@@ -219,7 +219,7 @@ class Distillation(CrossEntropy):
                 raise UserError(f"model.objective: the teacher has {theirs} classes, the network has {ours}")
             self._teacher = (teacher.requires_grad_(False).eval(),)
             source = self._source[0] if isinstance(self._source[0], str) else type(teacher).__name__
-            self._record = {"teacher": source, "teacher_sha256": weights_sha256(teacher.state_dict())}
+            self._record |= {"teacher": source, "teacher_sha256": weights_sha256(teacher.state_dict())}
         return self._record
 
     def _load(self, net: nn.Module) -> nn.Module:
@@ -232,6 +232,8 @@ class Distillation(CrossEntropy):
             wrong = f"{source} is not a run directory (it has no manifest.json)"
             raise UserError(f"model.objective.teacher: {wrong}; a model's name requires model.objective.weights")
         shape = {name: getattr(net, name) for name in ("num_classes", "in_channels") if hasattr(net, name)}
+        self.weights = find_weights(self.weights).name  # of the Hub: with the commit
+        self._record = {"teacher_weights": self.weights}
         return create_model(source, weights=self.weights, **shape)
 
     def loss(self, net: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
