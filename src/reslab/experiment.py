@@ -179,7 +179,7 @@ class Run:
                 logger.finish(self.record.manifest["results"], pictures)
 
     def _test(self, trainer: Trainer) -> None:
-        """Test once, with the weights chosen by run.test_weights, and save weights, predictions and results."""
+        """Test the weights chosen by run.test_weights once, unless run.skip_test; save weights, predictions and results."""
         model, best = self.model, self.options.test_weights == "best"
         results = dict(model.latest)
         if best:
@@ -189,7 +189,8 @@ class Run:
                 )
             processes.load_whole_state(model, read_checkpoint(self.folder.checkpoints / "best.ckpt")["state_dict"])
             results.update(self.saver.best_metrics)
-        trainer.test(model, datamodule=self.data, verbose=False, weights_only=True)
+        if not self.options.skip_test:
+            trainer.test(model, datamodule=self.data, verbose=False, weights_only=True)
         results.update({name: value for name, value in model.latest.items() if name.startswith("test/")})
         state = processes.whole_state(model.evaluated_net())  # a collective: every rank takes part
         if not self.record.writes:
@@ -219,7 +220,8 @@ class Run:
             print(f"the run in {self.folder.path} is complete, but its figures or report could not be drawn: see above")
             return []
         results = self.record.manifest["results"].items()
-        tested = [f"{name} {value:.4f}" for name, value in results if name.startswith("test/")]
+        split = "val/" if self.options.skip_test else "test/"
+        tested = [f"{name} {value:.4f}" for name, value in results if name.startswith(split)]
         print(*tested, f"({self.options.test_weights} weights)", sep="  ")
         print(f"run     {self.folder.path}\nreport  {report}")
         if reason := self.record.manifest.get("ended_early"):
