@@ -204,7 +204,8 @@ class Run:
                 np.savez_compressed(file, **columns)
         kind = "trained weights" if model.ema is None else "EMA"
         epoch = f"the epoch with the best {self.options.monitor}" if best else "the last epoch"
-        self.record.write(results=results, weights_sha256=weights_sha256(weights), tested_weights=f"{kind}, {epoch}")
+        tested = None if self.options.skip_test else f"{kind}, {epoch}"
+        self.record.write(results=results, weights_sha256=weights_sha256(weights), tested_weights=tested)
 
     def _draw(self) -> list[Path]:
         """Draw figures and report and print the test results; a failure here leaves the run complete."""

@@ -119,6 +119,8 @@ def typed_configs(study: Study, identities: "dict[str, DataIdentity] | None" = N
                 if study.metric not in model.metric_names:
                     near = difflib.get_close_matches(study.metric, model.metric_names, 3, 0.4) or model.metric_names
                     raise UserError(f"metric {study.metric!r} is not logged; nearest: {', '.join(near)}")
+                if study.metric.startswith("val/") and (obstacle := experiment.no_validation(data)):
+                    raise UserError(f"metric {study.metric} requires validation: {obstacle}")
                 if identities is not None:
                     model.objective.prepare(model.net)
                     check_model(model, data)
@@ -145,6 +147,7 @@ def _identity(data: "ImageData") -> "DataIdentity | None":
 def command(cell: Cell) -> list[str]:
     """Return the command line that runs or resumes a cell."""
     options = ["--config", str(cell.config), "--seed_everything", str(cell.seed), "--run.dir", str(cell.folder)]
+    options += [] if cell.fold is None else ["--data.fold", str(cell.fold)]
     return [sys.executable, "-m", "reslab", "fit", *options, "--run.tags", f"[seed {cell.seed}]"]
 
 

@@ -137,6 +137,11 @@ KEYS = {
         f"a list of increasing integers of at least {MIN_LOOK}", "looks: [3, 5, 8]",
         "instead of seeds: judge after 3, 5 and 8 seeds, and stop as soon as all arms are decided", _are_looks,
     ),
+    "folds": Key(
+        f"an integer of at least {MIN_LOOK}", "folds: 5",
+        "instead of seeds: cross-validation, where seed k validates on fold k of the training images; metric is val/...",
+        lambda value: _is_integer(value, MIN_LOOK),
+    ),
     "test": Key(
         "paired or pooled", "test: paired",
         "paired: t tests by seed (default); pooled: one variance for all arms, stronger with few seeds",
@@ -194,19 +199,26 @@ def check_keys(text: Config, mistakes: Mistakes) -> Config:
             mistakes.add(f"{key} must be {KEYS[key].requires}{_example(key)} (got {value!r})")
             valid |= {key: [value]} if key == "base" and _is_text(value) else {}  # the arms can still be checked
     lacking = [key for key in ("base", "baseline") if text.get(key) is None]
-    lacking += ["seeds"] if text.get("seeds") is None and text.get("looks") is None else []
+    lacking += ["seeds"] if all(text.get(key) is None for key in ("seeds", "looks", "folds")) else []
     for key in lacking:
         mistakes.add(f"{key} is missing{_example(key)}")
     if valid.get("looks") and valid.get("test") == "pooled":  # its error over looks is not kept: docs/statistics.md
         mistakes.add("test: pooled allows no planned looks: use test: paired, or seeds instead of looks")
+    if text.get("folds") is not None:
+        for key in ("seeds", "looks", "test"):
+            if key in valid:
+                mistakes.add(f"folds excludes {key}: leave {key} out")
+        if not valid.get("metric", "val/").startswith("val/"):
+            mistakes.add(f"metric must be val/NAME with folds, which are held out for validation: metric: val/acc "
+                         f"(got {valid['metric']!r})")
     if bool(text.get("arms")) == bool(text.get("factors")):
         mistakes.add(f"give either arms or factors{_example('arms')}")
     return {key: value for key, value in valid.items() if key not in ("arms", "factors", "exclude") or value}
 
 
 def seeds_of(text: Config, mistakes: Mistakes) -> list[int]:
-    """Return the seeds that `seeds` and `looks` state; `looks` must end at their number."""
-    looks, stated = text.get("looks"), text.get("seeds", text.get("looks", [0])[-1])
+    """Return the seeds that `seeds`, `looks` or `folds` state; `looks` must end at the number of `seeds`."""
+    looks, stated = text.get("looks"), text.get("seeds", text.get("folds", text.get("looks", [0])[-1]))
     seeds = list(range(stated)) if isinstance(stated, int) else stated
     if looks and "seeds" in text and len(seeds) != looks[-1]:
         message = f"looks ends at {looks[-1]} seeds, but seeds has {len(seeds)}: leave seeds out"
