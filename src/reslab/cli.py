@@ -122,9 +122,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--input", default="3,224,224", type=shape, metavar="C,H,W", help="default 3,224,224")
     command.add_argument("--classes", default=1000, type=int, metavar="N", help="default 1000")
     add("doctor", "check the machine and data: [--config FILE ...]", target="doctor:examine")
-    command = add("preview", "plot an experiment's learning rate or augmented images", target="preview:preview")
-    command.add_argument("what", choices=["lr", "augment"])
-    command.add_argument("--out", type=Path, metavar="FILE.png", help="output (default: preview-WHAT.png)")
+    help = "plot an experiment's learning rate, augmented images, or a learning-rate range test"
+    _add_preview(add("preview", help, target="preview:preview"))
     return parser
 
 
@@ -133,6 +132,15 @@ def _add_export(command: argparse.ArgumentParser) -> None:
     help = "output; FILE.json describes its use (default: RUN/export/<name of the run>.<format>)"
     command.add_argument("--out", type=Path, metavar="FILE", help=help)
     command.add_argument("--with-normalization", action="store_true", help="accept uint8 images and normalize them")
+
+
+def _add_preview(command: argparse.ArgumentParser) -> None:
+    command.add_argument("what", choices=["lr", "augment", "lr-range"])
+    command.add_argument("--out", type=Path, metavar="FILE.png", help="output (default: preview-WHAT.png)")
+    test = command.add_argument_group("lr-range: train with a growing learning rate, and suggest one")
+    test.add_argument("--steps", type=int, default=100, metavar="N", help="optimizer steps (default: 100)")
+    test.add_argument("--min", dest="low", type=float, default=1e-5, metavar="LR", help="first rate (default: 1e-5)")
+    test.add_argument("--max", dest="high", type=float, default=10.0, metavar="LR", help="last rate (default: 10)")
 
 
 def _add_compare(command: argparse.ArgumentParser) -> None:

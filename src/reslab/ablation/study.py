@@ -170,12 +170,17 @@ def _arms(
     for name, (levels, changes) in variants.items():
         run = {"name": f"{text['name']}.{name}", "group": text["name"], "job_type": name}
         start = merge(base, {"run": {**run, "test_weights": text["test_weights"]}})
-        if "folds" in text:  # `launch.command` sets the fold; verdicts come from validation, so the test set is not used
+        if (
+            "folds" in text
+        ):  # `launch.command` sets the fold; verdicts come from validation, so the test set is not used
             start = merge(start, {"run": {"skip_test": True}, "data": {"folds": text["folds"], "fold": 0}})
         before = len(mistakes.texts)
         with mistakes.collect(f"arm {name}: "):
             arm = Arm(name, levels, resolve.change(start, changes, folder))
-            for message in [*_forbidden(changes, "folds" in text), *(m for m in _wrong_keys(arm.config) if m not in of_base)]:
+            for message in [
+                *_forbidden(changes, "folds" in text),
+                *(m for m in _wrong_keys(arm.config) if m not in of_base),
+            ]:
                 mistakes.add(f"arm {name}: {message}")
             if len(mistakes.texts) == before:
                 arms[name] = arm

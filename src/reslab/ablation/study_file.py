@@ -209,8 +209,10 @@ def check_keys(text: Config, mistakes: Mistakes) -> Config:
             if key in valid:
                 mistakes.add(f"folds excludes {key}: leave {key} out")
         if not valid.get("metric", "val/").startswith("val/"):
-            mistakes.add(f"metric must be val/NAME with folds, which are held out for validation: metric: val/acc "
-                         f"(got {valid['metric']!r})")
+            mistakes.add(
+                f"metric must be val/NAME with folds, which are held out for validation: metric: val/acc "
+                f"(got {valid['metric']!r})"
+            )
     if bool(text.get("arms")) == bool(text.get("factors")):
         mistakes.add(f"give either arms or factors{_example('arms')}")
     return {key: value for key, value in valid.items() if key not in ("arms", "factors", "exclude") or value}

@@ -184,7 +184,7 @@ def fold_out(keys: npt.ArrayLike, labels: npt.ArrayLike, folds: int, fold: int, 
     check_folds(folds, fold)
     key, labels = np.asarray(keys).astype(np.uint64), np.asarray(labels)
     numbers = _random_bits((key & _MASK, key >> 32, 0, SPLIT), seed)
-    n = np.uint64(folds)  # the high word of the 128-bit product numbers * n
+    n = min(folds, _MASK)  # more would be empty: below, the high word of the 128-bit product numbers * n
     in_fold = ((numbers >> 32) * n + ((numbers & _MASK) * n >> 32)) >> 32 == fold
     name = f"fold {fold} of {folds} (data.fold, data.folds)"
     if folds > len(labels) or not in_fold.any():
