@@ -21,7 +21,7 @@ from reslab.training.launchers import started_processes
 if TYPE_CHECKING:
     from reslab.ablation.study import Study
 
-ONE_PROCESS = ("predict", "export", "preview", "ablate")  # commands whose copies would write the same files
+ONE_PROCESS = ("predict", "export", "preview", "ablate", "search")  # commands whose copies would write the same files
 LISTS = {"data": "data", "experiments": "experiment", "recipes": "recipe", "ablations": "ablation"}  # in configs/
 
 
@@ -37,7 +37,7 @@ def _main(argv: list[str]) -> int:
         args, overrides = _parser().parse_known_args(argv)
         _refuse_copies(argv[0])
         options = vars(args)
-        if argv[:2] == ["ablate", "run"]:
+        if argv[:2] == ["ablate", "run"] or argv[:1] == ["search"]:
             options["command"] = mask_command(["reslab", *argv])
         if options.pop("takes_config"):
             options["overrides"] = overrides
@@ -112,6 +112,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--out", metavar="DIR", help="directory of the new run (default: RUN-reproduced, -2, ...)")
     command.add_argument("--compare", metavar="DIR", help="run nothing: compare with the finished run in DIR")
     _add_ablate(add("ablate", "plan, run and report an ablation study: arms × seeds in, a verdict out"))
+    _add_search(
+        add("search", "search hyperparameters on validation data: FILE [--KEY VALUE ...]", target="search.run:search")
+    )
     help = "compare finished runs with others, or with a published number: a test, a verdict, one page"
     _add_compare(add("compare", help, False, target="ablation.compare:compare_runs"))
     command = add("list", "list models, data sets, experiments or ablation studies", False, target="cli:_list")
@@ -155,6 +158,19 @@ def _add_compare(command: argparse.ArgumentParser) -> None:
     command.add_argument("--margin", type=float, metavar="M", help="differences below it do not matter, such as 0.002")
     command.add_argument("--json", dest="as_json", action="store_true", help="print one JSON object")
     command.add_argument("--out", type=Path, metavar="FILE.html", help="also write one page with the curves")
+
+
+def _add_search(command: argparse.ArgumentParser) -> None:
+    command.add_argument("name", metavar="FILE", help="search file, or its name in configs/sweep")
+    command.add_argument("--out", metavar="DIR", help="search directory (default: runs/searches/<name>)")
+    command.add_argument("--check", action="store_true", help="check the file, print the plan, and run nothing")
+    command.add_argument(
+        "--jobs", type=int, metavar="N", help="concurrent runs (default: one per visible GPU; 1 on CPU)"
+    )
+    command.add_argument(
+        "--jobs-per-gpu", type=int, default=1, metavar="K", help="runs that share one GPU (default: 1)"
+    )
+    command.add_argument("--retries", type=int, default=1, metavar="N", help="retries per failed run (default: 1)")
 
 
 def _add_ablate(parser: argparse.ArgumentParser) -> None:

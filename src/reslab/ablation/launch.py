@@ -21,7 +21,7 @@ import yaml
 from reslab.ablation.cells import ARM, Cell, State, states
 from reslab.ablation.plan_log import append_plan
 from reslab.ablation.progress import StudyProgress
-from reslab.ablation.resolve import Loader
+from reslab.ablation.resolve import Config, Loader
 from reslab.ablation.study import Study
 from reslab.errors import Exit, UserError
 from reslab.files import write_text
@@ -45,9 +45,9 @@ class LocalResources:
     jobs: int | None = None  # concurrent runs; default: as many as the GPUs hold, 1 on CPU
     jobs_per_gpu: int = 1  # runs that share a GPU
 
-    def slots(self, study: Study) -> list[dict[str, str]]:
-        """Return the environment variables of each concurrent run: its share of the GPUs and CPU threads."""
-        trainer = study.arms[study.baseline].config.get("trainer", {})
+    def slots(self, config: Config) -> list[dict[str, str]]:
+        """Return the environment variables of each concurrent run of a config: its share of GPUs and CPU threads."""
+        trainer = config.get("trainer", {})
         devices = trainer.get("devices")
         each = devices if isinstance(devices, int) and devices > 0 else 1
         gpus = [] if trainer.get("accelerator") == "cpu" else visible_gpus()
@@ -163,7 +163,7 @@ def run_local(study: Study, out: Path, resources: LocalResources, retries: int =
         Exit status: 0 if every cell is complete, 1 if not, 75 if it was interrupted and can be resumed.
     """
     folder = RunFolder(out)
-    slots = resources.slots(study)
+    slots = resources.slots(study.arms[study.baseline].config)
     folder.probe()
     with folder.lock(), StudyProgress(study, prepare(study, out), retries, len(slots)) as progress:
         pool = Pool(progress, slots)
@@ -177,7 +177,7 @@ class Pool:
 
     def __init__(self, progress: StudyProgress, slots: list[dict[str, str]]) -> None:
         self.progress, self.free = progress, list(slots)
-        self.waiting = progress.to_run() or progress.next_look()
+        self.waiting = progress.to_run() or progress.next_cells()
         self.running: dict[Cell, tuple[subprocess.Popen[bytes], dict[str, str]]] = {}
         self.stopped = False
 
@@ -188,8 +188,8 @@ class Pool:
             while self.running or (self.waiting and not self.stopped):
                 self._start()
                 self._reap()
-                if not (self.running or self.waiting or self.stopped):
-                    self.waiting = self.progress.next_look()
+                if self.free and not (self.waiting or self.stopped):
+                    self.waiting = self.progress.next_cells()
                 self.progress.refresh()
                 time.sleep(POLL)
         finally:  # leave no processes behind if this one fails

@@ -163,8 +163,8 @@ def _arms(
     """Return the valid arms, each with its resolved config."""
     arms: dict[str, Arm] = {}
     varied = {key for _, changes in variants.values() for key in changes}
-    base = _base(folder, text.get("base", []), overrides, varied, mistakes)
-    of_base = set(_wrong_keys(base))
+    base = base_config(folder, text.get("base", []), overrides, varied, mistakes)
+    of_base = set(wrong_keys(base))
     for message in sorted(of_base):
         mistakes.add(f"base: {message}")
     for name, (levels, changes) in variants.items():
@@ -179,7 +179,7 @@ def _arms(
             arm = Arm(name, levels, resolve.change(start, changes, folder))
             for message in [
                 *_forbidden(changes, "folds" in text),
-                *(m for m in _wrong_keys(arm.config) if m not in of_base),
+                *(m for m in wrong_keys(arm.config) if m not in of_base),
             ]:
                 mistakes.add(f"arm {name}: {message}")
             if len(mistakes.texts) == before:
@@ -187,7 +187,9 @@ def _arms(
     return arms
 
 
-def _base(folder: Path, parts: Sequence[Any], overrides: Sequence[str], varied: set[str], mistakes: Mistakes) -> Config:
+def base_config(
+    folder: Path, parts: Sequence[Any], overrides: Sequence[str], varied: set[str], mistakes: Mistakes
+) -> Config:
     """Return the config that all arms start from: base.yaml, the study's base files, then the command line."""
     config = resolve.read_config(CONFIGS / "base.yaml")
     for part in parts:  # a config file, or dotted keys and values
@@ -302,7 +304,7 @@ def _forbidden(changes: Config, folds: bool) -> Iterator[str]:
             yield f"an arm cannot change {key}"
 
 
-def _wrong_keys(config: Config) -> Iterator[str]:
+def wrong_keys(config: Config) -> Iterator[str]:
     """Yield a message for every key that the classes of a config do not accept."""
     for key in dict(resolve.flat(config, classes=True)):
         try:
