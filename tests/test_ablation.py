@@ -717,9 +717,9 @@ def test_gpus_are_divided(
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
     study = read_study(write(tmp_path), [f"--trainer.devices={devices}"])
-    assert [slot["CUDA_VISIBLE_DEVICES"] for slot in resources.slots(study)] == expected
+    assert [slot["CUDA_VISIBLE_DEVICES"] for slot in resources.slots(study.arms[study.baseline].config)] == expected
     with pytest.raises(UserError, match="--jobs-per-gpu"):
-        launch.LocalResources(jobs=9).slots(study)
+        launch.LocalResources(jobs=9).slots(study.arms[study.baseline].config)
 
 
 def test_second_run_in_the_same_directory_is_refused(tmp_path: Path, fake) -> None:  # type: ignore[no-untyped-def]

@@ -23,7 +23,14 @@ from reslab.training.launchers import started_processes
 if TYPE_CHECKING:
     from reslab.ablation.study import Study
 
-ONE_PROCESS = ("predict", "export", "preview", "ablate", "push")  # commands whose copies would write the same files
+ONE_PROCESS = (
+    "predict",
+    "export",
+    "preview",
+    "ablate",
+    "search",
+    "push",
+)  # commands whose copies would write the same files
 LISTS = {"data": "data", "experiments": "experiment", "recipes": "recipe", "ablations": "ablation"}  # in configs/
 
 
@@ -41,7 +48,7 @@ def _main(argv: list[str]) -> int:
         args, overrides = _parser().parse_known_args(argv)
         _refuse_copies(argv[0])
         options = vars(args)
-        if argv[:2] == ["ablate", "run"]:
+        if argv[:2] == ["ablate", "run"] or argv[:1] == ["search"]:
             options["command"] = mask_command(["reslab", *argv])
         if options.pop("takes_config"):
             _check(options, overrides)
@@ -142,6 +149,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--out", metavar="DIR", help="directory of the new run (default: RUN-reproduced, -2, ...)")
     command.add_argument("--compare", metavar="DIR", help="run nothing: compare with the finished run in DIR")
     _add_ablate(add("ablate", "plan, run and report an ablation study: arms × seeds in, a verdict out"))
+    _add_search(
+        add("search", "search hyperparameters on validation data: FILE [--KEY VALUE ...]", target="search.run:search")
+    )
     help = "compare finished runs with others, or with a published number: a test, a verdict, one page"
     _add_compare(add("compare", help, False, target="ablation.compare:compare_runs"))
     _add_runs(add("runs", "list all runs: [DIR ...] [--where KEY=VALUE] [--sort KEY]", False))
@@ -155,11 +165,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--classes", default=1000, type=int, metavar="N", help="default 1000")
     _add_push(add("push", "publish a finished run on the Hugging Face Hub: RUN OWNER/NAME", False, target="hub:push"))
     add("doctor", "check the machine, and an experiment's data: [EXPERIMENT]", target="doctor:examine")
-    command = add(
-        "preview", "plot an experiment's learning rate or augmented images: WHAT EXPERIMENT", target="preview:preview"
-    )
-    command.add_argument("what", choices=["lr", "augment"])
-    command.add_argument("--out", type=Path, metavar="FILE.png", help="output (default: preview-WHAT.png)")
+    help = "plot an experiment's learning rate, augmented images, or a learning-rate range test: WHAT EXPERIMENT"
+    _add_preview(add("preview", help, target="preview:preview"))
     return parser
 
 
@@ -183,6 +190,15 @@ def _add_export(command: argparse.ArgumentParser) -> None:
     help = "output; FILE.json describes its use (default: RUN/export/<name of the run>.<format>)"
     command.add_argument("--out", type=Path, metavar="FILE", help=help)
     command.add_argument("--with-normalization", action="store_true", help="accept uint8 images and normalize them")
+
+
+def _add_preview(command: argparse.ArgumentParser) -> None:
+    command.add_argument("what", choices=["lr", "augment", "lr-range"])
+    command.add_argument("--out", type=Path, metavar="FILE.png", help="output (default: preview-WHAT.png)")
+    test = command.add_argument_group("lr-range: train with a growing learning rate, and suggest one")
+    test.add_argument("--steps", type=int, default=100, metavar="N", help="optimizer steps (default: 100)")
+    test.add_argument("--min", dest="low", type=float, default=1e-5, metavar="LR", help="first rate (default: 1e-5)")
+    test.add_argument("--max", dest="high", type=float, default=10.0, metavar="LR", help="last rate (default: 10)")
 
 
 def _add_compare(command: argparse.ArgumentParser) -> None:
@@ -225,6 +241,19 @@ def _add_runs_clean(command: argparse.ArgumentParser) -> None:
     answer = command.add_mutually_exclusive_group()
     answer.add_argument("--yes", action="store_true", help="do not ask")
     answer.add_argument("--dry-run", action="store_true", help="only print what would be removed")
+
+
+def _add_search(command: argparse.ArgumentParser) -> None:
+    command.add_argument("name", metavar="FILE", help="search file, or its name in configs/sweep")
+    command.add_argument("--out", metavar="DIR", help="search directory (default: runs/searches/<name>)")
+    command.add_argument("--check", action="store_true", help="check the file, print the plan, and run nothing")
+    command.add_argument(
+        "--jobs", type=int, metavar="N", help="concurrent runs (default: one per visible GPU; 1 on CPU)"
+    )
+    command.add_argument(
+        "--jobs-per-gpu", type=int, default=1, metavar="K", help="runs that share one GPU (default: 1)"
+    )
+    command.add_argument("--retries", type=int, default=1, metavar="N", help="retries per failed run (default: 1)")
 
 
 def _add_ablate(parser: argparse.ArgumentParser) -> None:

@@ -61,6 +61,7 @@ class RunOptions:
         name: Name of the experiment; runs go to runs/<name>/<id>.
         dir: The run directory. An unfinished run in it is resumed.
         test_weights: Weights to test: those at the end of training (last), or those with the best `monitor` (best).
+        skip_test: Do not evaluate the test set: for searches, and other runs that are chosen by validation.
         monitor: Validation metric that decides about best.ckpt.
         mode: Whether a higher (max) or a lower (min) `monitor` is better.
         checkpoint_every_steps: Write last.ckpt every this many optimizer steps.
@@ -76,6 +77,7 @@ class RunOptions:
     name: str = "unnamed"
     dir: str | None = None
     test_weights: Literal["last", "best"] = "last"
+    skip_test: bool = False
     monitor: str = "val/acc"
     mode: Literal["max", "min"] = "max"
     checkpoint_every_steps: int | None = None
@@ -233,10 +235,10 @@ class Experiment(LightningCLI):
                 wrong = f"{name} is {init_args[name]} here, {value} in the data: leave it out, it follows the data"
                 raise UserError(located(wrong, [key], self._args, BASE))
 
-    def _no_validation(self, data: ImageData) -> str | None:
+    def no_validation(self, data: ImageData) -> str | None:
         """Return the option that keeps the run from validating, with the remedy; None if it validates."""
         trainer = self.config.trainer
-        if not data.val_split:
+        if not (data.val_split or data.folds):
             return "set data.val_split above 0"
         if trainer.limit_val_batches == 0:
             return "set trainer.limit_val_batches above 0"
@@ -261,7 +263,7 @@ class Experiment(LightningCLI):
     def _check_metrics(self, data: ImageData, model: Classifier, callbacks: list[Any]) -> None:
         """Refuse a monitor that names a metric which neither the objective nor a callback logs."""
         own = [name for callback in callbacks for name in getattr(callback, "metric_names", [])]
-        obstacle = self._no_validation(data)
+        obstacle = self.no_validation(data)
         names = [name for name in (*model.metric_names, *own) if not (obstacle and name.startswith("val/"))]
         monitors = [(f"trainer.callbacks.{type(c).__name__}.monitor", getattr(c, "monitor", None)) for c in callbacks]
         if not obstacle:

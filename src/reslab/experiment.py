@@ -196,7 +196,7 @@ class Run:
                 logger.finish(self.record.manifest["results"], pictures)
 
     def _test(self, trainer: Trainer) -> None:
-        """Test once, with the weights chosen by run.test_weights, and save weights, predictions and results."""
+        """Test the weights chosen by run.test_weights once, unless run.skip_test; save weights, predictions and results."""
         model, best = self.model, self.options.test_weights == "best"
         results = dict(model.latest)
         if best:
@@ -206,7 +206,8 @@ class Run:
                 )
             processes.load_whole_state(model, read_checkpoint(self.folder.checkpoints / "best.ckpt")["state_dict"])
             results.update(self.saver.best_metrics)
-        trainer.test(model, datamodule=self.data, verbose=False, weights_only=True)
+        if not self.options.skip_test:
+            trainer.test(model, datamodule=self.data, verbose=False, weights_only=True)
         results.update({name: value for name, value in model.latest.items() if name.startswith("test/")})
         state = processes.whole_state(model.evaluated_net())  # a collective: every rank takes part
         if not self.record.writes:
@@ -220,7 +221,8 @@ class Run:
                 np.savez_compressed(file, **columns)
         kind = "trained weights" if model.ema is None else "EMA"
         epoch = f"the epoch with the best {self.options.monitor}" if best else "the last epoch"
-        self.record.write(results=results, weights_sha256=weights_sha256(weights), tested_weights=f"{kind}, {epoch}")
+        tested = None if self.options.skip_test else f"{kind}, {epoch}"
+        self.record.write(results=results, weights_sha256=weights_sha256(weights), tested_weights=tested)
 
     def _draw(self) -> list[Path]:
         """Draw figures and report and print the test results; a failure here leaves the run complete."""

@@ -1,4 +1,4 @@
-"""Pictures of an experiment before it runs: its learning rate, its augmented images."""
+"""Pictures of an experiment before it runs: its learning rate, its augmented images, a learning-rate range test."""
 
 from pathlib import Path
 from typing import Any
@@ -17,16 +17,25 @@ IMAGES, EPOCHS = 6, 8
 FORMATS = (".png", ".pdf", ".svg")
 
 
-def preview(what: str, out: Path | None, overrides: list[str]) -> None:
-    """Draw an experiment's learning rate (`lr`) or augmented training images (`augment`: images by epochs) into a PNG.
+def preview(
+    what: str, out: Path | None, overrides: list[str], steps: int = 100, low: float = 1e-5, high: float = 10.0
+) -> None:
+    """Draw an experiment's learning rate (`lr`), augmented training images (`augment`: images by epochs), or the loss
+    in a learning-rate range test (`lr-range`) into a PNG.
 
-    The default of `out` is preview-WHAT.png; `overrides` include --config FILE.
+    The default of `out` is preview-WHAT.png; `overrides` include --config FILE. `steps`, `low` and `high` are those of
+    the range test.
     """
     out = out or Path(f"preview-{what}.png")
     check_output(out)
     if out.suffix.lower() not in FORMATS:
         raise UserError(f"--out must end in {', '.join(FORMATS)}, got {out}")
-    data, model, settings = Experiment(overrides).build()
+    experiment = Experiment(overrides)
+    if what == "lr-range":
+        from reslab.lr_range import preview_lr_range
+
+        return preview_lr_range(experiment, out, steps, low, high)
+    data, model, settings = experiment.build()
     data.prepare_data()
     if what == "lr":
         rates = learning_rates(data, model, settings)

@@ -28,7 +28,7 @@ from reslab.ablation.statistics import (
     summarise,
 )
 from reslab.ablation.study import Study
-from reslab.ablation.wording import Unit, count, explain, exploratory, named
+from reslab.ablation.wording import FOLDS, Unit, count, explain, exploratory, named
 from reslab.diff import differences
 from reslab.errors import UserError
 from reslab.runs.figures import read_predictions
@@ -148,7 +148,9 @@ def _planned(study: Study, out: Path, states: Sequence[State], arms: Mapping[str
 
 
 def _exploratory(study: Study, looks: Sequence[int], planned: bool) -> Report:
-    """Return whether, and why, verdicts are exploratory: seeds were added after results, without planned looks."""
+    """Return whether, and why, verdicts are exploratory: folds, or seeds added after results without planned looks."""
+    if study.folds:
+        return {"false_verdict_chance": None, "exploratory": FOLDS}
     if planned or len(looks) < 2:
         return {"false_verdict_chance": None, "exploratory": None}
     chance = false_verdict_chance(looks, len(study.arms) - 1)
@@ -170,7 +172,7 @@ def _arms(
             "levels": arm.levels,
             "changes": [list(change) for change in arm.changes],
             "cells": dict(Counter(state.status for state in own)),
-            **asdict(summarise(values.loc[name].dropna().to_numpy())),
+            **asdict(summarise(values.loc[name].dropna().to_numpy(), study.test)),
             "data_differ": name in faults,
             "wall_seconds": _mean(own, "wall_seconds"),
             "samples_per_second": _mean(own, "samples_per_second"),
@@ -212,7 +214,7 @@ def _effects(study: Study, by_seed: BySeed, faults: Mapping[str, str], unit: Uni
     if faults:
         return {"effects": [], "interactions": [], "effects_reason": "the arms were not trained on the same data"}
     by_labels = {tuple(arm.levels.values()): by_seed[name] for name, arm in study.arms.items()}
-    effects = factor_effects(study.factors, by_labels, study.seeds)
+    effects = factor_effects(study.factors, by_labels, study.seeds, study.test)
     main, pairs = ([asdict(effect) for effect in group] for group in (effects.main, effects.interactions))
     why = "effects are averages over the full grid: " if effects.reasons else ""
     return {"effects": main, "interactions": pairs, "effects_reason": why + explain(effects.reasons, unit)}
@@ -225,10 +227,17 @@ def _mean(states: Sequence[State], key: str) -> float | None:
 
 
 def _data_faults(study: Study, done: Sequence[State]) -> Iterator[tuple[str, str]]:
-    """Yield each arm whose data differ from the baseline's, with the reason: such arms are not compared."""
+    """Yield each arm whose data differ from the baseline's, with the reason: such arms are not compared.
+
+    The splits of folds differ, so those of one fold are compared.
+    """
     for name in study.arms:
-        both = [_subset(s.manifest.get("data"), FINGERPRINT) for s in done if s.cell.arm in (study.baseline, name)]
-        keys = {key for one in both for key, _, _ in differences(both[0], one)}
+        groups: dict[int, list[Report]] = {}
+        for s in done:
+            if s.cell.arm in (study.baseline, name):
+                of_fold = groups.setdefault(s.cell.seed if study.folds else 0, [])
+                of_fold.append(_subset(s.manifest.get("data"), FINGERPRINT))
+        keys = {key for both in groups.values() for one in both for key, _, _ in differences(both[0], one)}
         if keys and name != study.baseline:
             yield name, f"its cells and the baseline's used different data: {', '.join(sorted(keys))} in manifest.json"
 

@@ -13,7 +13,7 @@ from reslab.ablation.plan_log import read_plan
 from reslab.ablation.study import Study
 from reslab.diff import differences
 from reslab.errors import UserError
-from reslab.resolve import Config, Loader
+from reslab.resolve import Config, Loader, merge
 from reslab.runs import manifest as manifests
 from reslab.runs.folder import RunFolder
 
@@ -27,6 +27,7 @@ class Cell:
     arm: str
     seed: int
     folder: Path  # run directory, <out>/<arm>/seed-<seed>
+    fold: int | None = None  # that it validates on, in a study over folds
 
     @property
     def name(self) -> str:
@@ -64,7 +65,11 @@ class State:
 
 def cells(study: Study, out: Path) -> list[Cell]:
     """Return all cells, ordered by seed first: if the study stops early, all arms have about the same seeds."""
-    return [Cell(arm, seed, out / arm / f"seed-{seed}") for seed in study.seeds for arm in study.arms]
+    return [
+        Cell(arm, seed, out / arm / f"seed-{seed}", seed if study.folds else None)
+        for seed in study.seeds
+        for arm in study.arms
+    ]
 
 
 def states(
@@ -99,11 +104,16 @@ def state(study: Study, cell: Cell, config: Config, data: Config | None = None) 
         return State(cell, "unreadable", f"{detail} ({type(error).__name__})", {})
     if seed != cell.seed:
         return State(cell, "mismatched", f"the run has seed {seed}", manifest)
+    if config and cell.fold is not None:
+        config = merge(config, {"data": {"fold": cell.fold}})
     if other := _other_config(study, folder, config):
         return State(cell, "mismatched", f"the run has another config: {other}", manifest)
     if data and (status == "complete" or folder.holds_checkpoint()):
         recorded = manifest.get("data", {})
-        if names := [name for name in data if name in recorded and recorded[name] != data[name]]:
+        names = [name for name in data if name in recorded and recorded[name] != data[name]]
+        if cell.fold is not None:  # `data` are those of fold 0
+            names = [name for name in names if name != "split"]
+        if names:
             return State(cell, "mismatched", f"the run has other data ({', '.join(names)})", manifest)
     if status == "running" and not folder.busy():
         return State(cell, "preempted", "its process was killed; `ablate run` resumes it", manifest)

@@ -25,7 +25,7 @@ from reslab.ablation.study import Study
 from reslab.errors import Exit, UserError
 from reslab.files import write_text
 from reslab.host import STOP_SIGNALS, available_cores
-from reslab.resolve import Loader
+from reslab.resolve import Config, Loader
 from reslab.runs import manifest as manifests
 from reslab.runs.folder import RunFolder
 
@@ -45,9 +45,9 @@ class LocalResources:
     jobs: int | None = None  # concurrent runs; default: as many as the GPUs hold, 1 on CPU
     jobs_per_gpu: int = 1  # runs that share a GPU
 
-    def slots(self, study: Study) -> list[dict[str, str]]:
-        """Return the environment variables of each concurrent run: its share of the GPUs and CPU threads."""
-        trainer = study.arms[study.baseline].config.get("trainer", {})
+    def slots(self, config: Config) -> list[dict[str, str]]:
+        """Return the environment variables of each concurrent run of a config: its share of GPUs and CPU threads."""
+        trainer = config.get("trainer", {})
         devices = trainer.get("devices")
         each = devices if isinstance(devices, int) and devices > 0 else 1
         gpus = [] if trainer.get("accelerator") == "cpu" else visible_gpus()
@@ -119,6 +119,8 @@ def typed_configs(study: Study, identities: "dict[str, DataIdentity] | None" = N
                 if study.metric not in model.metric_names:
                     near = difflib.get_close_matches(study.metric, model.metric_names, 3, 0.4) or model.metric_names
                     raise UserError(f"metric {study.metric!r} is not logged; nearest: {', '.join(near)}")
+                if study.metric.startswith("val/") and (obstacle := experiment.no_validation(data)):
+                    raise UserError(f"metric {study.metric} requires validation: {obstacle}")
                 if identities is not None:
                     model.objective.prepare(model.net)
                     check_model(model, data)
@@ -145,6 +147,7 @@ def _identity(data: "ImageData") -> "DataIdentity | None":
 def command(cell: Cell) -> list[str]:
     """Return the command line that runs or resumes a cell."""
     options = ["--config", str(cell.config), "--seed_everything", str(cell.seed), "--run.dir", str(cell.folder)]
+    options += [] if cell.fold is None else ["--data.fold", str(cell.fold)]
     return [sys.executable, "-m", "reslab", "fit", *options, "--run.tags", f"[seed {cell.seed}]"]
 
 
@@ -160,7 +163,7 @@ def run_local(study: Study, out: Path, resources: LocalResources, retries: int =
         Exit status: 0 if every cell is complete, 1 if not, 75 if it was interrupted and can be resumed.
     """
     folder = RunFolder(out)
-    slots = resources.slots(study)
+    slots = resources.slots(study.arms[study.baseline].config)
     folder.probe()
     with folder.lock(), StudyProgress(study, prepare(study, out), retries, len(slots)) as progress:
         pool = Pool(progress, slots)
@@ -174,7 +177,7 @@ class Pool:
 
     def __init__(self, progress: StudyProgress, slots: list[dict[str, str]]) -> None:
         self.progress, self.free = progress, list(slots)
-        self.waiting = progress.to_run() or progress.next_look()
+        self.waiting = progress.to_run() or progress.next_cells()
         self.running: dict[Cell, tuple[subprocess.Popen[bytes], dict[str, str]]] = {}
         self.stopped = False
 
@@ -185,8 +188,8 @@ class Pool:
             while self.running or (self.waiting and not self.stopped):
                 self._start()
                 self._reap()
-                if not (self.running or self.waiting or self.stopped):
-                    self.waiting = self.progress.next_look()
+                if self.free and not (self.waiting or self.stopped):
+                    self.waiting = self.progress.next_cells()
                 self.progress.refresh()
                 time.sleep(POLL)
         finally:  # leave no processes behind if this one fails

@@ -9,7 +9,7 @@ from reslab.ablation.looks import cells_due, decided_at
 from reslab.ablation.plan_log import PlanHistory, next_plan, read_plan, read_plans
 from reslab.ablation.power import power
 from reslab.ablation.study import Arm, Study, change_text
-from reslab.ablation.wording import Unit, count, is_share
+from reslab.ablation.wording import FOLDS, Unit, count, is_share
 from reslab.runs.manifest import duration
 
 
@@ -17,7 +17,7 @@ def describe(study: Study, out: Path, find: float | None = None) -> str:
     """Return the plan as plain text: what is done in `out`, what it can find, what finding `find` would cost."""
     current = states(study, out)
     done = sum(s.status == "complete" for s in current)
-    seeds = ", ".join(map(str, study.seeds))
+    seeds = f"{'folds' if study.folds else 'seeds'} ({', '.join(map(str, study.seeds))})"
     number = f"{'at most ' if study.looks else ''}{len(study.seeds)}"
     better = "higher" if study.mode == "max" else "lower"
     weights = "last" if study.test_weights == "last" else "best validated"
@@ -30,7 +30,7 @@ def describe(study: Study, out: Path, find: float | None = None) -> str:
     lines = [
         f"study      {study.name}: {study.question}",
         f"file       {os.path.relpath(study.path)}",
-        f"cells      {len(study.arms)} arms × {number} seeds ({seeds}) = {len(current)}; {done} done",
+        f"cells      {len(study.arms)} arms × {number} {seeds} = {len(current)}; {done} done",
         f"metric     {study.metric} ({better} is better) of the {weights} weights; {margin}",
         f"test       {study.test}, {_looks(study)}",
         *(f"factor     {key}: {', '.join(labels)}" for key, labels in study.factors.items()),
@@ -41,6 +41,7 @@ def describe(study: Study, out: Path, find: float | None = None) -> str:
         f"directory  {out}" + (f" ({earlier})" if recorded != study.hash else ""),
         f"plan       {study.hash}",
         *(f"note       {note}" for note in notes(study, out)),
+        *([f"note       {FOLDS}"] if study.folds else []),
     ]
     return "\n".join(lines)
 
@@ -61,6 +62,8 @@ def notes(study: Study, out: Path) -> Iterator[str]:
 
 
 def _looks(study: Study) -> str:
+    if study.folds:
+        return "corrected t test (Nadeau & Bengio 2003), judged once, after all folds"
     return f"judged after {', '.join(map(str, study.looks))} seeds" if study.looks else "judged once, after all seeds"
 
 

@@ -16,6 +16,7 @@ from reslab.ablation.statistics import (
     POWER,
     Design,
     design,
+    fold_factor,
     min_detectable_delta,
     seeds_needed,
     seeds_needed_for_equivalence,
@@ -48,7 +49,10 @@ def power(study: Study, out: Path, current: Sequence[State], find: float | None 
             _source(spread, unit),
             *_to_find(study, plan, current, unit, find),
         ]
-    tests = f"{count(n, 'seed')}, {count(comparisons, 'comparison')} (Holm)"
+    tests = f"{count(n, 'fold' if study.folds else 'seed')}, {count(comparisons, 'comparison')} (Holm)"
+    if study.folds:
+        size = unit.exact(fold_factor(n) * min_detectable_delta(sd, n, alpha))
+        return [f"differences of {size} at 80 % power: {tests}, corrected test", _source(spread, unit)]
     lines = [f"nothing: a verdict requires at least {MIN_SEEDS} seeds"]
     if n >= MIN_SEEDS:
         lines = [f"differences of {unit.exact(min_detectable_delta(sd, n, alpha))} at 80 % power: {tests}, paired test"]

@@ -55,6 +55,10 @@ class StudyProgress:
         """Return the cells that still have to run."""
         return cells_due(self.study, [*self.states.values()], self._decided())
 
+    def next_cells(self) -> list[Cell]:
+        """Return the cells to run when none is waiting: those of the next look, once all of this one have ended."""
+        return [] if self.running else self.next_look()
+
     def next_look(self) -> list[Cell]:
         """Log and report what the look that has ended decided; return the cells of the next one."""
         if not self.study.looks:
@@ -75,6 +79,10 @@ class StudyProgress:
 
     def _decided(self) -> dict[str, int]:
         return decided_at(self.study, self._out)
+
+    def _planned(self) -> int:
+        """Return how many cells there will be."""
+        return len(self._needed())
 
     def _needed(self) -> list[State]:
         current = without_unneeded(self.study, [*self.states.values()], self._decided())
@@ -111,8 +119,8 @@ class StudyProgress:
         if self._live:
             self.refresh(now=True)
         else:
-            done, needed = sum(s.status == "complete" for s in self.states.values()), len(self._needed())
-            print(f"[{done}/{needed}] {event}{self._time_left()}", flush=True)
+            done = sum(s.status == "complete" for s in self.states.values())
+            print(f"[{done}/{self._planned()}] {event}{self._time_left()}", flush=True)
 
     def _outcome(self, state: State) -> str:
         if state.status != "complete":
@@ -133,7 +141,7 @@ class StudyProgress:
 
     def _table(self) -> Table:
         count = Counter(s.status for s in self.states.values())
-        needed = len(self._needed())
+        needed = self._planned()
         waiting = needed - count["complete"] - count["failed"] - len(self.running)
         title = f"{self.study.name}: {count['complete']} of {needed} complete, {len(self.running)} running, "
         title += f"{waiting} waiting, {count['failed']} failed{self._time_left()}"

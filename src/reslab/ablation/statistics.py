@@ -23,7 +23,7 @@ from reslab.ablation import dunnett, sequential
 from reslab.ablation.sequential import ALPHA, MIN_SEEDS, ROUNDING, Floats, Looks, holm
 
 Mode = Literal["max", "min"]
-Test = Literal["paired", "pooled"]
+Test = Literal["paired", "pooled", "folds"]
 Stopped = Literal["decided", "hopeless", "last look"]
 Verdict = Literal["better", "worse", "equivalent", "inconclusive"]
 Levels = tuple[tuple[str, str, str], ...]
@@ -53,6 +53,7 @@ class Why(StrEnum):
     HOPELESS = "hopeless"  # the chance of a verdict by the last look was `number` percent
     UNEQUAL_SPREADS = "unequal spreads"  # `cells` (arms) spread differently from the others: no pooled variance
     POOLED_LOOKS = "pooled looks"  # the pooled test has no planned looks
+    FOLDS = "folds"  # folds share training images: only a study of independent seeds could tell
 
 
 class Reason(NamedTuple):
@@ -121,8 +122,18 @@ class Effects:
     reasons: tuple[Reason, ...] = ()
 
 
-def summarise(values: npt.ArrayLike) -> Summary:
-    """Return mean, sd and t interval of finite values (n,); sd and interval require n >= 2."""
+def fold_factor(n: int) -> float:
+    """Return how much larger the standard error of a mean over n folds is than that over n independent runs.
+
+    Folds share training images, so sd / sqrt(n) is too small. Nadeau & Bengio (2003, "Inference for the generalization
+    error", section 3) replace 1/n in the variance of the mean by 1/n + n_test / n_train, here 1/n + 1/(n - 1). This is
+    an approximation: no unbiased estimator of that variance exists (Bengio & Grandvalet 2004).
+    """
+    return math.sqrt(1 + n / (n - 1))
+
+
+def summarise(values: npt.ArrayLike, test: Test = "paired") -> Summary:
+    """Return mean, sd and t interval of finite values (n,); sd and interval require n >= 2. For `test`, see `compare`."""
     x = np.asarray(values, float)
     if x.ndim != 1 or not np.isfinite(x).all():
         raise ValueError("values must be finite, one per seed: leave diverged runs out, and report them")
@@ -130,6 +141,7 @@ def summarise(values: npt.ArrayLike) -> Summary:
         return Summary(len(x), *x.tolist())
     mean, sd = x.mean(), x.std(ddof=1)
     half = special.stdtrit(len(x) - 1, 1 - ALPHA / 2) * sd / math.sqrt(len(x))
+    half *= fold_factor(len(x)) if test == "folds" else 1
     return Summary(len(x), *map(float, (mean, sd, mean - half, mean + half)))
 
 
@@ -157,6 +169,9 @@ def compare(
     With `test="pooled"`, all arms share one variance, and Dunnett & Tamhane's (1991) step-down procedure adjusts p. If
     spreads differ (`dunnett.unequal`), or with planned looks, no arm gets a verdict.
 
+    With `test="folds"`, position k holds the results of fold k of a cross-validation: standard errors are larger by
+    `fold_factor`, and the verdicts are approximate.
+
     Args:
         baseline, arms: Metric (n,), finite, with the seeds in the same order. With `looks`, an arm requires no seeds
             after its stop; a look takes place once all arms that still run have its seeds.
@@ -164,12 +179,13 @@ def compare(
         mode: Whether a large ("max") or a small ("min") metric is good.
         family: Number of arms of the study, if more than are passed here; the others count as p = 1.
         looks: Numbers of seeds at which the study is judged, at least 3; the last is the most that will run.
-        test: Whether each arm has a variance for itself ("paired") or all share one ("pooled").
+        test: Whether each arm has a variance for itself ("paired") or all share one ("pooled"), or the values are
+            those of folds ("folds").
 
     Raises:
         ValueError: shapes differ, values are not finite, or margin, mode, looks or test is invalid.
     """
-    _check(margin, mode, test)
+    _check(margin, mode, test, looks)
     base, values = _arrays(baseline, arms)
     family = family or len(arms)
     if looks is not None:
@@ -177,12 +193,14 @@ def compare(
     if any(x.shape != base.shape for x in values.values()):
         raise ValueError("baseline and arms must have the same seeds in the same order, unless looks are planned")
     if len(base) < MIN_SEEDS or not values:
-        return {arm: _refused(x - base, (Reason(Why.FEW_SEEDS, len(base)),)) for arm, x in values.items()}
+        few = (Reason(Why.FEW_SEEDS, len(base)),)
+        return {arm: _refused(x - base, few, test) for arm, x in values.items()}
     if test == "pooled":
         return _compare_pooled(base, values, margin, mode, family)
     x = np.array(list(values.values()))
-    tests = _t_tests(x - base, np.maximum(abs(x).max(axis=1), abs(base).max()), margin)
-    return dict(zip(arms, _judged(tests, margin, mode, family), strict=True))
+    scale = np.maximum(abs(x).max(axis=1), abs(base).max())
+    judged = _judged(_t_tests(x - base, scale, margin, folds=test == "folds"), margin, mode, family)
+    return dict(zip(arms, map(_over_folds, judged) if test == "folds" else judged, strict=True))
 
 
 def _arrays(baseline: npt.ArrayLike, arms: Mapping[str, npt.ArrayLike]) -> tuple[Floats, dict[str, Floats]]:
@@ -218,7 +236,7 @@ def compare_by_seed(
         seeds: All seeds of the study; results of other seeds are ignored.
         margin, mode, looks, test: See `compare`.
     """
-    _check(margin, mode, test)
+    _check(margin, mode, test, looks)
     family = [arm for arm in results if arm != baseline]
     if looks is not None:
         rules = _Rules(margin, mode, len(family), sequential.check_looks(looks), test)
@@ -234,7 +252,7 @@ def compare_by_seed(
     for arm in family:
         if arm not in judged:
             differences = values[arm] - values[baseline]
-            judged[arm] = _refused(differences[np.isfinite(differences)], refusals[arm])
+            judged[arm] = _refused(differences[np.isfinite(differences)], refusals[arm], test)
     return {arm: judged[arm] for arm in family}
 
 
@@ -380,32 +398,35 @@ def _fewest_seeds(enough: Callable[[int], bool]) -> int | None:
 
 
 def factor_effects(
-    factors: Mapping[str, Sequence[str]], results: Mapping[tuple[str, ...], Mapping[int, float]], seeds: Sequence[int]
+    factors: Mapping[str, Sequence[str]],
+    results: Mapping[tuple[str, ...], Mapping[int, float]],
+    seeds: Sequence[int],
+    test: Test = "paired",
 ) -> Effects:
     """Return main effects and pairwise interactions of a factor study; refused unless the full grid has results.
 
     `factors` holds the labels of each factor, first the reference; `results` the metric by labels (one of each factor,
-    in their order) and seed, as for `compare_by_seed`.
+    in their order) and seed, as for `compare_by_seed`. The test by fold is as in `compare`, any other is paired.
     """
     grid = {labels: results.get(labels, {}) for labels in product(*factors.values())}
     if reasons := _refusal({" × ".join(labels): of for labels, of in grid.items()}, seeds):
         return Effects([], [], reasons)
     values = np.array([[of[seed] for seed in seeds] for of in grid.values()])
     values = values.reshape(*(len(labels) for labels in factors.values()), len(seeds))
-    return Effects(main_effects(factors, values), interactions(factors, values))
+    return Effects(main_effects(factors, values, test), interactions(factors, values, test))
 
 
-def main_effects(factors: Mapping[str, Sequence[str]], values: Floats) -> list[Effect]:
+def main_effects(factors: Mapping[str, Sequence[str]], values: Floats, test: Test = "paired") -> list[Effect]:
     """Compare each level of each factor with its first; `values` has one axis per factor, then one of seeds."""
     steps: dict[Levels, Floats] = {}
     for axis, (name, labels) in enumerate(factors.items()):
         means = values.mean(axis=tuple(other for other in range(len(factors)) if other != axis))  # (labels, seeds)
         for label, mean in zip(labels[1:], means[1:], strict=True):
             steps[((name, labels[0], label),)] = mean - means[0]
-    return _effects(steps, abs(values).max())
+    return _effects(steps, abs(values).max(), test)
 
 
-def interactions(factors: Mapping[str, Sequence[str]], values: Floats) -> list[Effect]:
+def interactions(factors: Mapping[str, Sequence[str]], values: Floats, test: Test = "paired") -> list[Effect]:
     """For every two factors and their levels, test how much one's effect depends on the other; `values` as above."""
     steps: dict[Levels, Floats] = {}
     for (i, (first, a)), (j, (second, b)) in combinations(enumerate(factors.items()), 2):
@@ -414,7 +435,7 @@ def interactions(factors: Mapping[str, Sequence[str]], values: Floats) -> list[E
         for k, m in product(range(1, len(a)), range(1, len(b))):
             difference = (means[k, m] - means[0, m]) - (means[k, 0] - means[0, 0])
             steps[(first, a[0], a[k]), (second, b[0], b[m])] = difference
-    return _effects(steps, abs(values).max())
+    return _effects(steps, abs(values).max(), test)
 
 
 def paired_bootstrap(
@@ -465,13 +486,17 @@ class _Tests(NamedTuple):
 
 
 def _t_tests(
-    d: Floats, scale: npt.ArrayLike, margin: float | None = None, pooled: dunnett.Spreads | None = None
+    d: Floats,
+    scale: npt.ArrayLike,
+    margin: float | None = None,
+    pooled: dunnett.Spreads | None = None,
+    folds: bool = False,
 ) -> _Tests:
     """Test the rows of differences `d` (A, n) between values of magnitude `scale` (A,).
 
     With se = sd / sqrt(n), a t test compares |mean| / se with Student's t of n - 1 degrees of freedom. The larger p of
     two one-sided tests against ±margin (Schuirmann 1987) is the upper tail of (margin - |mean|) / se. With `pooled`, sd
-    and the degrees of freedom are those of all arms.
+    and the degrees of freedom are those of all arms; with `folds`, se is larger by `fold_factor`.
     """
     df, rounding = d.shape[1] - 1, ROUNDING * np.asarray(scale)
     identical = abs(d).max(axis=1) <= np.minimum(rounding, np.inf if margin is None else margin)
@@ -479,7 +504,7 @@ def _t_tests(
     mean, sd = d.mean(axis=1), d.std(axis=1, ddof=1)
     if pooled:
         df, sd = pooled.df, np.full(len(d), math.sqrt(2) * float(pooled.sd))
-    se = sd / math.sqrt(d.shape[1])
+    se = sd / math.sqrt(d.shape[1]) * (fold_factor(d.shape[1]) if folds else 1)
     half = special.stdtrit(df, 1 - ALPHA / 2) * se
     with np.errstate(divide="ignore", invalid="ignore"):  # se is 0 in rows without spread
         p = np.where(identical, 1.0, 2 * special.stdtr(df, -abs(mean) / se))
@@ -487,6 +512,13 @@ def _t_tests(
     p_equivalence = np.where(identical, np.nan, special.stdtr(df, shifted))
     tested = (np.where(constant, np.nan, column) for column in (mean - half, mean + half, p, p_equivalence))
     return _Tests(d.shape[1], df, identical, mean, sd, *tested)
+
+
+def _over_folds(c: Comparison) -> Comparison:
+    """Return a comparison of folds with the difference that they detect, and without advice to add seeds."""
+    size = c.min_detectable_delta and c.min_detectable_delta * fold_factor(c.n)
+    reasons = tuple(Reason(Why.FOLDS) if r.why in (Why.SEPARATE, Why.EQUIVALENCE) else r for r in c.reasons)
+    return replace(c, min_detectable_delta=size, reasons=reasons)
 
 
 def _compare_pooled(
@@ -559,13 +591,15 @@ def _remedy(c: Any, margin: float | None, family: int) -> Reason:
     return Reason(why, n and n - c.n)
 
 
-def _check(margin: float | None, mode: str, test: str) -> None:
+def _check(margin: float | None, mode: str, test: str, looks: Sequence[int] | None) -> None:
     if margin is not None and not margin > 0:
         raise ValueError(f"margin must be positive, or None for no test of equivalence; got {margin}")
     if mode not in ("max", "min"):
         raise ValueError(f'mode must be "max" or "min", got {mode!r}')
-    if test not in ("paired", "pooled"):
-        raise ValueError(f'test must be "paired" or "pooled", got {test!r}')
+    if test not in ("paired", "pooled", "folds"):
+        raise ValueError(f'test must be "paired", "pooled" or "folds", got {test!r}')
+    if test == "folds" and looks is not None:
+        raise ValueError("folds allow no planned looks: they are judged once, when all are complete")
 
 
 def _by_seed_at_looks(
@@ -660,8 +694,8 @@ def _verdict_at_look(c: Any, at: Any, rules: _Rules) -> tuple[Verdict, tuple[Rea
     return "inconclusive", (*adjusted, Reason(Why.LAST_LOOK, c.n) if c.stopped == "last look" else hopeless)
 
 
-def _refused(differences: Floats, reasons: tuple[Reason, ...]) -> Comparison:
-    s = summarise(differences)
+def _refused(differences: Floats, reasons: tuple[Reason, ...], test: Test = "paired") -> Comparison:
+    s = summarise(differences, test)
     return Comparison(s.n, s.mean, s.sd, s.ci_low, s.ci_high, reasons=reasons)
 
 
@@ -676,10 +710,10 @@ def _refusal(results: Mapping[str, Mapping[int, float]], seeds: Sequence[int]) -
     return tuple(reasons)
 
 
-def _effects(steps: Mapping[Levels, Floats], scale: float) -> list[Effect]:
+def _effects(steps: Mapping[Levels, Floats], scale: float, test: Test) -> list[Effect]:
     """Test each step, one value per seed (S,)."""
     if not steps:
         return []
-    tests = _t_tests(np.array(list(steps.values())), scale)
+    tests = _t_tests(np.array(list(steps.values())), scale, folds=test == "folds")
     columns = zip(*tests[3:8], holm(tests.p, len(steps)), strict=True)
     return [Effect(levels, tests.n, *map(_number, row)) for levels, row in zip(steps, columns, strict=True)]

@@ -50,12 +50,17 @@ class Study:
     test_weights: str
     seeds: list[int]
     looks: list[int] | None  # numbers of seeds after which the study is judged; None: once, at the end
-    test: Literal["paired", "pooled"]
+    test: Literal["paired", "pooled", "folds"]
     sd: float | None  # of the metric over seeds, if the file states it
     arms: dict[str, Arm]  # by name, in the file's order, including the baseline
     factors: dict[str, list[str]]  # level labels by factor key; empty if the file lists arms
     minutes: float | None  # expected wall time per cell, if the file states it
     overrides: tuple[str, ...]  # command-line options that apply to all arms
+
+    @property
+    def folds(self) -> int | None:
+        """The number of folds, if the runs of an arm are folds of a cross-validation: seed k validates on fold k."""
+        return len(self.seeds) if self.test == "folds" else None
 
     @property
     def out(self) -> Path:
@@ -110,7 +115,9 @@ def parse_study(
 ) -> Study | None:
     """Check the content of a study file and return the study; None if there are mistakes, which are added."""
     mistakes = Mistakes() if mistakes is None else mistakes
-    text = {**DEFAULTS, "name": path.stem, **check_keys(text, mistakes)}
+    text = check_keys(text, mistakes)
+    of_folds = {"metric": "val/acc", "test": "folds"} if "folds" in text else {}
+    text = {**DEFAULTS, **of_folds, "name": path.stem, **text}
     factors = _factors(text.get("factors") or {}, mistakes)
     variants = _variants(text, factors, mistakes)
     seeds = seeds_of(text, mistakes)
@@ -158,24 +165,33 @@ def _arms(
     """Return the valid arms, each with its resolved config."""
     arms: dict[str, Arm] = {}
     varied = {key for _, changes in variants.values() for key in changes}
-    base = _base(folder, text.get("base", []), overrides, varied, mistakes)
-    of_base = set(_wrong_keys(base))
+    base = base_config(folder, text.get("base", []), overrides, varied, mistakes)
+    of_base = set(wrong_keys(base))
     for message in sorted(of_base):
         mistakes.add(f"base: {message}")
     for name, (levels, changes) in variants.items():
         run = {"name": f"{text['name']}.{name}", "group": text["name"], "job_type": name}
         start = merge(base, {"run": {**run, "test_weights": text["test_weights"]}})
+        if (
+            "folds" in text
+        ):  # `launch.command` sets the fold; verdicts come from validation, so the test set is not used
+            start = merge(start, {"run": {"skip_test": True}, "data": {"folds": text["folds"], "fold": 0}})
         before = len(mistakes.texts)
         with mistakes.collect(f"arm {name}: "):
             arm = Arm(name, levels, resolve.change(start, changes, folder))
-            for message in [*_forbidden(changes), *(m for m in _wrong_keys(arm.config) if m not in of_base)]:
+            for message in [
+                *_forbidden(changes, "folds" in text),
+                *(m for m in wrong_keys(arm.config) if m not in of_base),
+            ]:
                 mistakes.add(f"arm {name}: {message}")
             if len(mistakes.texts) == before:
                 arms[name] = arm
     return arms
 
 
-def _base(folder: Path, parts: Sequence[Any], overrides: Sequence[str], varied: set[str], mistakes: Mistakes) -> Config:
+def base_config(
+    folder: Path, parts: Sequence[Any], overrides: Sequence[str], varied: set[str], mistakes: Mistakes
+) -> Config:
     """Return the config that all arms start from: base.yaml, the study's base files, then the command line."""
     config = resolve.read_config(CONFIGS / "base.yaml")
     for part in parts:  # a config file, or dotted keys and values
@@ -285,14 +301,15 @@ def _baseline(baseline: Any, factors: Factors, variants: Variants) -> str:
     return str(baseline)
 
 
-def _forbidden(changes: Config) -> Iterator[str]:
-    """Yield a message for every key that an arm cannot change."""
+def _forbidden(changes: Config, folds: bool) -> Iterator[str]:
+    """Yield a message for every key that an arm cannot change; in a study over folds, also those of the split."""
+    of_folds = ("data.fold", "data.folds", "data.split_seed", "run.skip_test") if folds else ()
     for key in changes:
-        if key.startswith(RUN_ONLY) or key in ("seed_everything", "run.test_weights"):
+        if key.startswith(RUN_ONLY) or key in ("seed_everything", "run.test_weights", *of_folds):
             yield f"an arm cannot change {key}"
 
 
-def _wrong_keys(config: Config) -> Iterator[str]:
+def wrong_keys(config: Config) -> Iterator[str]:
     """Yield a message for every key that the classes of a config do not accept."""
     for key in dict(resolve.flat(config, classes=True)):
         try:

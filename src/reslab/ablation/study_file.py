@@ -4,7 +4,7 @@ import contextlib
 import difflib
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,11 +58,11 @@ def folder_name(name: str) -> str:
     return name
 
 
-def _is_text(value: Any) -> bool:
+def is_text(value: Any) -> bool:
     return isinstance(value, str) and bool(value.strip())
 
 
-def _is_integer(value: Any, least: int = 0) -> bool:
+def is_integer(value: Any, least: int = 0) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
@@ -71,30 +71,30 @@ def is_positive(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0
 
 
-def _are_seeds(value: Any) -> bool:
+def are_seeds(value: Any) -> bool:
     if not isinstance(value, list):
-        return _is_integer(value, 1)
-    return bool(value) and all(map(_is_integer, value)) and len({*value}) == len(value)
+        return is_integer(value, 1)
+    return bool(value) and all(map(is_integer, value)) and len({*value}) == len(value)
 
 
 def _are_looks(value: Any) -> bool:
-    if not isinstance(value, list) or not value or not all(_is_integer(look, MIN_LOOK) for look in value):
+    if not isinstance(value, list) or not value or not all(is_integer(look, MIN_LOOK) for look in value):
         return False
     return value == sorted({*value})
 
 
-def _one_of(*choices: str) -> Callable[[Any], bool]:
+def one_of(*choices: str) -> Callable[[Any], bool]:
     return lambda value: value in choices
 
 
 KEYS = {
     "name": Key(
         "a directory name (letters, digits and _ . = + -)", "name: shortcuts", "default: the name of this file",
-        lambda value: _is_text(value) and bool(re.fullmatch(r"\w[\w.=+-]*", value)),
+        lambda value: is_text(value) and bool(re.fullmatch(r"\w[\w.=+-]*", value)),
     ),
     "question": Key(
         "text", "question: Which kind of shortcut is best?", "what the report answers; default: made from the arms",
-        _is_text,
+        is_text,
     ),
     "base": Key(
         "a list", "base: [configs/experiment/digits.yaml]",
@@ -111,7 +111,7 @@ KEYS = {
     ),
     "mode": Key(
         "max or min", "mode: max", "whether high or low values are good; default: min for losses, else max",
-        _one_of("max", "min"),
+        one_of("max", "min"),
     ),
     "margin": Key(
         "a number above 0", "margin: 0.002",
@@ -131,16 +131,21 @@ KEYS = {
     ),
     "seeds": Key(
         "a number of seeds, or a list of different integers of at least 0", "seeds: 5",
-        "seeds 0 to 4 in every arm; or a list of seeds", _are_seeds,
+        "seeds 0 to 4 in every arm; or a list of seeds", are_seeds,
     ),
     "looks": Key(
         f"a list of increasing integers of at least {MIN_LOOK}", "looks: [3, 5, 8]",
         "instead of seeds: judge after 3, 5 and 8 seeds, and stop as soon as all arms are decided", _are_looks,
     ),
+    "folds": Key(
+        f"an integer of at least {MIN_LOOK}", "folds: 5",
+        "instead of seeds: cross-validation, where seed k validates on fold k of the training images; metric is val/...",
+        lambda value: is_integer(value, MIN_LOOK),
+    ),
     "test": Key(
         "paired or pooled", "test: paired",
         "paired: t tests by seed (default); pooled: one variance for all arms, stronger with few seeds",
-        _one_of("paired", "pooled"),
+        one_of("paired", "pooled"),
     ),
     "sd": Key(
         "a number above 0", "sd: 0.002", "sd of the metric over seeds, if you know it: `ablate plan` counts with it",
@@ -148,7 +153,7 @@ KEYS = {
     ),
     "test_weights": Key(
         "last or best", "test_weights: last", "weights that are tested: the last, or the best by validation",
-        _one_of("last", "best"),
+        one_of("last", "best"),
     ),
     "minutes": Key(
         "a number above 0", "minutes: 12", "expected time of one run, until some have been measured", is_positive,
@@ -180,33 +185,48 @@ def _ambiguous_names(node: yaml.Node | None) -> Iterator[str]:
         yield from _ambiguous_names(value)
 
 
-def check_keys(text: Config, mistakes: Mistakes) -> Config:
-    """Add every unknown key, wrong value and missing key of a study file; return its valid keys."""
+def valid_values(text: Config, keys: Mapping[str, Key], mistakes: Mistakes) -> Config:
+    """Add every key that is not in `keys` and every value that its key does not accept; return the others."""
     valid = {}
     for key, value in text.items():
-        if key not in KEYS:
-            near = difflib.get_close_matches(str(key), KEYS, 3, 0.5)
-            example = f" ({KEYS[near[0]].example})" if near else ""
-            mistakes.add(f"no such key {key!r}; nearest: {', '.join(near or KEYS)}{example}")
-        elif value is not None and KEYS[key].accepts(value):
+        if key not in keys:
+            near = difflib.get_close_matches(str(key), keys, 3, 0.5)
+            example = f" ({keys[near[0]].example})" if near else ""
+            mistakes.add(f"no such key {key!r}; nearest: {', '.join(near or keys)}{example}")
+        elif value is not None and keys[key].accepts(value):
             valid[key] = value
         elif value is not None:
-            mistakes.add(f"{key} must be {KEYS[key].requires}{_example(key)} (got {value!r})")
-            valid |= {key: [value]} if key == "base" and _is_text(value) else {}  # the arms can still be checked
+            mistakes.add(f"{key} must be {keys[key].requires}: {keys[key].example} (got {value!r})")
+            valid |= {key: [value]} if key == "base" and is_text(value) else {}  # the rest can still be checked
+    return valid
+
+
+def check_keys(text: Config, mistakes: Mistakes) -> Config:
+    """Add every unknown key, wrong value and missing key of a study file; return its valid keys."""
+    valid = valid_values(text, KEYS, mistakes)
     lacking = [key for key in ("base", "baseline") if text.get(key) is None]
-    lacking += ["seeds"] if text.get("seeds") is None and text.get("looks") is None else []
+    lacking += ["seeds"] if all(text.get(key) is None for key in ("seeds", "looks", "folds")) else []
     for key in lacking:
         mistakes.add(f"{key} is missing{_example(key)}")
     if valid.get("looks") and valid.get("test") == "pooled":  # its error over looks is not kept: docs/statistics.md
         mistakes.add("test: pooled allows no planned looks: use test: paired, or seeds instead of looks")
+    if text.get("folds") is not None:
+        for key in ("seeds", "looks", "test"):
+            if key in valid:
+                mistakes.add(f"folds excludes {key}: leave {key} out")
+        if not valid.get("metric", "val/").startswith("val/"):
+            mistakes.add(
+                f"metric must be val/NAME with folds, which are held out for validation: metric: val/acc "
+                f"(got {valid['metric']!r})"
+            )
     if bool(text.get("arms")) == bool(text.get("factors")):
         mistakes.add(f"give either arms or factors{_example('arms')}")
     return {key: value for key, value in valid.items() if key not in ("arms", "factors", "exclude") or value}
 
 
 def seeds_of(text: Config, mistakes: Mistakes) -> list[int]:
-    """Return the seeds that `seeds` and `looks` state; `looks` must end at their number."""
-    looks, stated = text.get("looks"), text.get("seeds", text.get("looks", [0])[-1])
+    """Return the seeds that `seeds`, `looks` or `folds` state; `looks` must end at the number of `seeds`."""
+    looks, stated = text.get("looks"), text.get("seeds", text.get("folds", text.get("looks", [0])[-1]))
     seeds = list(range(stated)) if isinstance(stated, int) else stated
     if looks and "seeds" in text and len(seeds) != looks[-1]:
         message = f"looks ends at {looks[-1]} seeds, but seeds has {len(seeds)}: leave seeds out"

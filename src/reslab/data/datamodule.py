@@ -19,7 +19,7 @@ from reslab.data.decode import simplejpeg
 from reslab.data.files import DataError, Files, printable
 from reslab.data.identity import DataIdentity, identify
 from reslab.data.loader import LazyLoader, ignore_job_signals
-from reslab.data.order import Ints, hold_out
+from reslab.data.order import Ints, check_folds, fold_out, hold_out
 from reslab.data.resize import ResizeConfig
 from reslab.data.samplers import BatchKey, EvalOrder, FolderOrder, TrainOrder
 from reslab.errors import UserError
@@ -40,13 +40,16 @@ class ImageData(LightningDataModule):
         eval_batch_size: Samples per evaluation batch on one device (default: as in a training batch).
         val_split: Fraction (below 1) or number of training images held out for validation; 0 for none. Which ones
             depends on their identity (the path of a file, the content of an array), see `order.hold_out`.
-        split_seed: Seed of the validation split, independent of the run's seed.
+        split_seed: Seed of the validation split or of the folds, independent of the run's seed.
         seed: Seed of the order and the augmentation.
         num_workers: Loader processes per device (default: 0 for data in memory, CPU cores / devices for image files).
         augment: Augmentation of training images.
         resize: How image files are cropped and resized; not for data in memory.
         download: Download the data set if it is missing and can be downloaded.
         classes: Names of the classes in the order of their labels, instead of the data set's.
+        folds: Divide the training images into this many folds by their identity, for cross-validation; `fold` is held
+            out for validation, and `val_split` is not used. The test set stays the same.
+        fold: The fold that is held out, from 0 to folds - 1.
 
     Attributes:
         augment_seed: Seed of the augmentation, where it differs from `seed`.
@@ -66,15 +69,19 @@ class ImageData(LightningDataModule):
         resize: ResizeConfig = ResizeConfig(),  # noqa: B008 - frozen
         download: bool = True,
         classes: list[str] | None = None,
+        folds: int | None = None,
+        fold: int | None = None,
     ) -> None:
         super().__init__()
         for name, size in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
             if size is not None and size < 1:
                 raise UserError(f"data.{name} must be at least 1, got {size}")
+        check_folds(folds, fold)
         self.dataset, self.augment, self.resize, self.classes = dataset, augment, resize, classes
         self.root = Path(root or os.environ.get("RESLAB_DATA") or "data").expanduser()
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.val_split, self.split_seed, self.seed = val_split, split_seed, seed
+        self.folds, self.fold = folds, fold
         self.augment_seed: int | None = None
         self.num_workers, self.download = num_workers, download
 
@@ -180,9 +187,12 @@ class ImageData(LightningDataModule):
     @cached_property
     def split(self) -> tuple[Ints, Ints]:
         """Indices of `train_data` for training and for validation."""
+        images = self.train_data
+        if self.folds is not None and self.fold is not None:
+            return fold_out(images.keys, images.labels, self.folds, self.fold, self.split_seed)
         if not self.val_split:
-            return np.arange(len(self.train_data)), np.arange(0)
-        return hold_out(self.train_data.keys, self.train_data.labels, self.val_split, self.split_seed)
+            return np.arange(len(images)), np.arange(0)
+        return hold_out(images.keys, images.labels, self.val_split, self.split_seed)
 
     def _check_batch_size(self) -> None:
         accumulate, world, _ = self._parts
@@ -319,6 +329,9 @@ class ImageData(LightningDataModule):
         """Describe what may be wrong with the data, one line each: skipped files, images in two classes or splits."""
         train, test = self.train_data, self.test_data
         lines = [*_notes_on(train, "training"), *_notes_on(test, "test"), *_overlap(train, test)]
+        if self.folds and self.val_split:
+            fold = f"fold {self.fold} of {self.folds} (from 0), {len(self.split[1]):,} of {len(train):,} images"
+            lines.append(f"validation is {fold}; data.val_split {self.val_split} is not used")
         return [printable(line) for line in lines]
 
     def preview(self, n_images: int = 8, n_epochs: int = 8) -> tuple[np.ndarray, list[str]]:

@@ -156,6 +156,44 @@ def hold_out(keys: npt.ArrayLike, labels: npt.ArrayLike, amount: int | float, se
     return np.flatnonzero(~held_out), np.flatnonzero(held_out)
 
 
+def check_folds(folds: int | None, fold: int | None) -> None:
+    """Raise a UserError unless `data.folds` and `data.fold` state one fold, or neither is given."""
+    example = "data.folds 5 and data.fold 0 validate on the first of five folds"
+    if folds is not None and folds < 2:
+        raise UserError(f"data.folds must be at least 2, got {folds}: {example}")
+    if (folds is None) != (fold is None):
+        given, missing = ("fold", "folds") if folds is None else ("folds", "fold")
+        raise UserError(f"data.{given} requires data.{missing}: {example}")
+    if folds is not None and fold is not None and not 0 <= fold < folds:
+        raise UserError(f"data.fold must be from 0 to {folds - 1} (data.folds is {folds}), got {fold}")
+
+
+def fold_out(keys: npt.ArrayLike, labels: npt.ArrayLike, folds: int, fold: int, seed: int) -> tuple[Ints, Ints]:
+    """Split off one of `folds` folds for validation, by the random number per sample that `hold_out` uses.
+
+    A sample belongs to fold floor(number * folds), with its number in [0, 1): every sample is in exactly one fold,
+    samples with equal keys are in the same one, and adding or removing a sample moves no other one. So folds have equal
+    sizes, in total and per class, only in expectation. Fold 0 of 10 is what a fraction of 0.1 holds out.
+
+    Returns:
+        Sorted indices of the remaining samples, and of the samples of the fold.
+
+    Raises:
+        UserError: The fold is out of range or empty, or a class would have no remaining sample.
+    """
+    check_folds(folds, fold)
+    key, labels = np.asarray(keys).astype(np.uint64), np.asarray(labels)
+    numbers = _random_bits((key & _MASK, key >> 32, 0, SPLIT), seed)
+    n = min(folds, _MASK)  # more would be empty: below, the high word of the 128-bit product numbers * n
+    in_fold = ((numbers >> 32) * n + ((numbers & _MASK) * n >> 32)) >> 32 == fold
+    name = f"fold {fold} of {folds} (data.fold, data.folds)"
+    if folds > len(labels) or not in_fold.any():
+        raise UserError(f"{name} has none of the {len(labels)} images: use fewer folds")
+    if len(lost := np.setdiff1d(labels, labels[~in_fold])):
+        raise UserError(f"{name} has all images of class {lost[0]}: use more folds, or another data.split_seed")
+    return np.flatnonzero(~in_fold), np.flatnonzero(in_fold)
+
+
 def _quotas(classes: Ints, sizes: Ints, count: int, seed: int) -> Ints:
     """Divide `count` among the classes in proportion to their sizes, by largest remainders; the seed breaks ties."""
     quotas, remainders = np.divmod(sizes * count, sizes.sum())

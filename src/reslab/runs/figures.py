@@ -129,6 +129,28 @@ def draw_lr(steps: Sequence[float], lrs: Sequence[float], path: Path) -> None:
         _save(learning_rate(np.asarray(steps, float), np.asarray(lrs, float)), path)
 
 
+def draw_lr_range(
+    rates: Sequence[float], losses: Sequence[float], smooth: np.ndarray, suggested: float | None, path: Path
+) -> None:
+    """Draw the losses (n,) of a range test, n ≥ 1, over the learning rates (n,), and the suggested rate, as a PNG."""
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, 2.8), layout="constrained")
+        ax = figure.subplots()
+        ax.plot(rates, losses, color=TRAIN, lw=0.7, alpha=0.6)
+        ax.plot(rates, smooth, color=VAL, lw=1.8, marker="o" if len(rates) == 1 else "")
+        title = "Training loss in the range test"
+        if suggested is not None:
+            ax.axvline(suggested, color=TEST, lw=1.2, ls="--")
+            title += f": suggested rate {suggested:.2g}"
+        ax.set_title(title)
+        ax.set_xscale("log")
+        ax.set_xlabel("learning rate (log scale)")
+        ax.xaxis.set_major_formatter("{x:g}")
+        low, high = float(np.min(losses)), max(smooth[0], float(np.quantile(losses, 0.9)))
+        ax.set_ylim(low - 0.1 * (high - low), high + 0.1 * (high - low) or None)
+        figure.savefig(path)
+
+
 def draw_grid(images: np.ndarray, path: Path, titles: Sequence[str] = (), row_titles: Sequence[str] = ()) -> None:
     """Draw uint8 images (R, C, H, W, Ch), Ch 1 or 3, as a PNG with one title per column and row."""
     rows, columns, height, width, _ = images.shape
