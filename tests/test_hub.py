@@ -134,7 +134,7 @@ def test_nothing_private_is_published(
     run = shutil.copytree(undisturbed(), tmp_path / "run")
     record = manifest(run)
     record["command"] = (
-        "reslab fit --config /home/ann/my.yaml '--data.root=/home/ann/my data/sets' --trainer.logger.init_args.api_key x1y2"
+        "reslab fit --config /home/ann/my.yaml '--data.root=/home/ann/my data/sets' --logger.api_key x1y2"
     )
     record["attempts"][0]["host"] = record["environment"]["host"] = "annslaptop"
     record["git"] = {"sha": "a" * 40, "dirty": True, "untracked": ["ann_notes.txt"], "left_out": [], "binaries": []}
