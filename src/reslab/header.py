@@ -116,7 +116,7 @@ def print_run(model: "Classifier", data: "ImageData", trainer: "Trainer", steps:
             "images": f"{len(train):,} train, {len(val):,} validation, {len(data.test_data):,} test",
             "steps": f"{steps.total:,} in total, {steps.per_epoch:,} per epoch, {data.batch_size:,} images each",
             "device": f"{trainer.world_size} × {_device_name(trainer)}, precision {trainer.precision}",
-            "run": run and str(run),
+            "run": str(run) if run else None,
         }
     )
 
