@@ -15,8 +15,9 @@ from reslab.runs.listing import FACTS, STATUSES, Listed, find_runs, is_number
 from reslab.runs.manifest import duration
 from reslab.runs.query import config_keys, default_columns, local_time, metric_names, resolve, select, shown
 
-WIDEST_VALUE, NARROWEST_RUN, NARROWEST_REASON = 28, 24, 16
-DROPPED_FIRST = ("start", "time", "name", "seed")  # of the columns left without config keys, in a narrow terminal
+WIDEST_VALUE, NARROWEST_RUN, NARROWEST_REASON = 28, 24, 20
+KEPT_KEYS = 2  # of the columns of config keys, while there is another column to leave out
+CUT_RUN = "cut the directory"
 GAP = "  "
 
 
@@ -148,22 +149,27 @@ def cell(column: str, run: Listed) -> str:
 def fitting(columns: Sequence[str], widths: Mapping[str, int], width: int | None) -> dict[str, int]:
     """Return the columns to show, with their widths, so that a line is no longer than `width`.
 
-    A long directory and a long reason are cut first. Then config keys are left out from the last one, except for the
-    first two; then DROPPED_FIRST, and then the columns from the last one.
+    A long reason is cut first. Then columns are left out: config keys from the last one, except for KEPT_KEYS; `start`
+    and `name`. Then the directory is cut, and at last all other columns are left out.
     """
+    kept = dict(widths)
     if width is None:
-        return {c: widths[c] for c in columns}
-    kept = {c: widths[c] for c in columns}
+        return kept
     keys = [c for c in columns if "." in c]
-    order = [*reversed(keys[2:]), "start", *reversed(keys[:2]), *DROPPED_FIRST[1:], *reversed(columns)]
-    smallest = {"run": NARROWEST_RUN, "reason": NARROWEST_REASON}
-    for column in order:
-        excess = sum(kept.values()) + len(GAP) * (len(kept) - 1) - width
-        if excess <= sum(max(0, kept[c] - smallest[c]) for c in smallest if c in kept) or len(kept) == 1:
+    order = [*reversed(keys[KEPT_KEYS:]), "start", "name", CUT_RUN, "time", *reversed(keys[:KEPT_KEYS]), "seed"]
+    smallest = {"reason": NARROWEST_REASON}
+    for column in [*order, *reversed(columns)]:
+        if _excess(kept, width) <= sum(max(0, kept[c] - smallest[c]) for c in smallest if c in kept) or len(kept) == 1:
             break
-        kept.pop(column, None)
-    for column in ("reason", "run"):
-        excess = sum(kept.values()) + len(GAP) * (len(kept) - 1) - width
-        if column in kept and excess > 0:
+        if column == CUT_RUN:
+            smallest["run"] = NARROWEST_RUN
+        else:
+            kept.pop(column, None)
+    for column in smallest:
+        if column in kept and (excess := _excess(kept, width)) > 0:
             kept[column] = max(min(smallest[column], kept[column]), kept[column] - excess)
     return {c: min(size, width) for c, size in kept.items()}
+
+
+def _excess(widths: Mapping[str, int], width: int) -> int:
+    return sum(widths.values()) + len(GAP) * (len(widths) - 1) - width
