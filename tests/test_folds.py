@@ -24,7 +24,7 @@ from runner import DIGITS, REPO, fit, manifest
 from studies import DATA, make_study, run_cell
 
 sys.path.append(str(REPO / "benchmarks"))
-from fold_verdicts import false_verdicts  # noqa: E402
+from fold_verdicts import false_verdicts
 
 
 def images(n: int, classes: int = 3) -> tuple[np.ndarray, np.ndarray]:
