@@ -1,10 +1,11 @@
 """Replacement of `reslab fit` for tests of scheduling: writes a run directory in milliseconds, without torch.
 
-$FAKE is a JSON object with a list of outcomes per cell name, one per try; the last one is repeated. $FAKE_RESULTS holds
+With $FAKE_VAL, val/acc is best at a learning rate of 0.2, and a run above 0.8 diverges. $FAKE is a JSON object with a list of outcomes per cell name, one per try; the last one is repeated. $FAKE_RESULTS holds
 a list of test accuracies per arm, by seed.
 """
 
 import json
+import math
 import os
 import signal
 import sys
@@ -23,6 +24,9 @@ def main() -> int:
     outcome = outcomes[min(len(tries.read_text().split()), len(outcomes)) - 1]
     config = yaml.safe_load(Path(options["--config"]).read_text())
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    lr = config["model"]["optimizer"]["init_args"]["lr"]
+    if "FAKE_VAL" in os.environ and lr > 0.8:
+        outcome = "diverged"
     write(folder, "running", options)
     print(f"outcome of this cell: {outcome}", flush=True)
     if outcome == "wait":
@@ -43,6 +47,9 @@ def write(folder: Path, status: str, options: dict[str, str]) -> None:
     results = {"test/acc": 0.9 + seed / 100 + (len(folder.parent.name) % 7) / 50}
     if by_arm := json.loads(os.environ.get("FAKE_RESULTS", "{}")):
         results = {"test/acc": by_arm[folder.parent.name][seed]}
+    if "FAKE_VAL" in os.environ:
+        lr = yaml.safe_load((folder / "config.yaml").read_text())["model"]["optimizer"]["init_args"]["lr"]
+        results = {"val/acc": 1 - abs(math.log10(lr / 0.2)) / 4 + seed / 100}
     manifest = {
         "status": status,
         "seed": seed,

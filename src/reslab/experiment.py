@@ -196,7 +196,7 @@ class Run:
                 logger.finish(self.record.manifest["results"], pictures)
 
     def _test(self, trainer: Trainer) -> None:
-        """Test the weights chosen by run.test_weights once, unless run.skip_test; save weights, predictions and results."""
+        """Test the weights chosen by run.test_weights, unless run.skip_test; save weights, predictions and results."""
         model, best = self.model, self.options.test_weights == "best"
         results = dict(model.latest)
         if best:

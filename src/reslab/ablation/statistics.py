@@ -133,7 +133,7 @@ def fold_factor(n: int) -> float:
 
 
 def summarise(values: npt.ArrayLike, test: Test = "paired") -> Summary:
-    """Return mean, sd and t interval of finite values (n,); sd and interval require n >= 2. For `test`, see `compare`."""
+    """Return mean, sd and t interval of finite values (n,); sd and interval require n >= 2. `test`: see `compare`."""
     x = np.asarray(values, float)
     if x.ndim != 1 or not np.isfinite(x).all():
         raise ValueError("values must be finite, one per seed: leave diverged runs out, and report them")

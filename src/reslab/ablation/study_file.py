@@ -139,7 +139,7 @@ KEYS = {
     ),
     "folds": Key(
         f"an integer of at least {MIN_LOOK}", "folds: 5",
-        "instead of seeds: cross-validation, where seed k validates on fold k of the training images; metric is val/...",
+        "instead of seeds: cross-validation; seed k validates on fold k of the training images, metric is val/NAME",
         lambda value: is_integer(value, MIN_LOOK),
     ),
     "test": Key(

@@ -28,16 +28,16 @@ REASONS = {
     Why.UNEQUAL_SPREADS: "results of {cells} spread differently from those of the other arms, so the pooled test would "
     "give too many false verdicts; use `test: paired`",
     Why.POOLED_LOOKS: "the pooled test allows no planned looks; use `test: paired`, or `seeds` instead of `looks`",
-    Why.FOLDS: "folds share training images, so they cannot decide this; a study over independent seeds (`seeds`) would "
-    "show it",
+    Why.FOLDS: "folds share training images, so they cannot decide this; a study over independent seeds (`seeds`) "
+    "would show it",
     Why.SEPARATE: "{remedy} detect a difference of {size} at 80 % power",
     Why.EQUIVALENCE: "{remedy} show equivalence within ±{margin} at 80 % power",
 }
 FOLDS = (
-    "The runs are folds of a cross-validation (seed k is fold k). Folds share training images, so they are not independent "
-    "seeds: no unbiased estimate of their variance exists (Bengio & Grandvalet 2004). Intervals and p values use the "
-    "corrected t test of Nadeau & Bengio (2003), an approximation, and the verdicts are exploratory. To confirm one, run "
-    "a study over seeds."
+    "The runs are folds of a cross-validation (seed k is fold k). Folds share training images, so they are not "
+    "independent seeds: no unbiased estimate of their variance exists (Bengio & Grandvalet 2004). Intervals and p "
+    "values use the corrected t test of Nadeau & Bengio (2003), an approximation, and the verdicts are exploratory. "
+    "To confirm one, run a study over seeds."
 )
 TEX = {
     **{sign: f"\\{sign}" for sign in "&%$#_{}"},

@@ -71,7 +71,8 @@ def run_search(
     with folder.lock():
         log = TrialLog(search, out)
         data = check_values(search)
-        with SearchProgress(search, out, log, data, retries, len(slots)) as progress:
+        progress = SearchProgress(search, out, log, data, retries, len(slots))
+        with progress:
             pool = launch.Pool(progress, slots)
             pool.run()
     status = progress.exit_status()
@@ -100,6 +101,10 @@ class SearchProgress(StudyProgress):
     @property
     def _out(self) -> Path:
         return self.out
+
+    def to_run(self) -> list[Cell]:
+        """Return the cells that still have to run. A diverged cell has a result: these settings do not train."""
+        return [cell for cell in super().to_run() if self.states[cell].status != "diverged"]
 
     def next_cells(self) -> list[Cell]:
         """Propose trials until one has cells to run; return these."""
@@ -158,8 +163,13 @@ class SearchProgress(StudyProgress):
         numbers = [value for value in values if value is not None]
         if states and len(numbers) == len(states):
             return Result(trial, "complete", fmean(numbers))
-        ended = [s for s in states if s.status in ("failed", "unreadable") and s.cell not in self.running]
+        ended = [s for s in states if s.status != "complete" and self._has_failed(s)]
         return Result(trial, "failed", detail=_why(ended[0])) if ended else Result(trial, "running")
+
+    def _has_failed(self, state: State) -> bool:
+        """Return whether a cell without a result has ended; one that failed before it trained has no manifest."""
+        tried = self._tries[state.cell] > 0 or state.status in ("failed", "unreadable")
+        return tried and state.cell not in self.running
 
     def exit_status(self) -> int:
         results = self.results()

@@ -133,8 +133,10 @@ def optuna_study(search: Search, results: Sequence[Result]) -> "optuna.Study":
     of = {"complete": states.COMPLETE, "diverged": states.PRUNED, "failed": states.FAIL, "running": states.RUNNING}
     for result in results:
         params = {d.key: _encoded(d, result.trial.params[d.key]) for d in search.space}
-        stated = {"params": params, "distributions": _distributions(search), "state": of[result.status]}
-        study.add_trial(optuna.trial.create_trial(value=result.value, **stated))
+        trial = optuna.trial.create_trial(
+            state=of[result.status], value=result.value, params=params, distributions=_distributions(search)
+        )
+        study.add_trial(trial)
     return study
 
 
@@ -149,7 +151,7 @@ def _distribution(dimension: Dimension) -> Any:
         return CategoricalDistribution([_encoded(dimension, value) for value in dimension.values])
     low, high = dimension.values
     if dimension.kind == "int":
-        return IntDistribution(low, high, step=dimension.step or 1)
+        return IntDistribution(low, high, step=int(dimension.step or 1))
     return FloatDistribution(low, high, log=dimension.kind == "log", step=dimension.step)
 
 
