@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(abspath $(VENV))/bin
-UV := $(PYTHON) scripts/uv.py $(VENV)
+IN_VENV := $(PYTHON) scripts/venv.py $(VENV)
 WORKERS ?= 2
 # The build of PyTorch: `make demo TORCH=cpu`. The default is that of the package index.
 TORCH ?=
@@ -24,14 +24,16 @@ $(DEV): EXTRAS := [dev]
 $(NOTEBOOKS): EXTRAS := [dev,notebooks]
 $(BASE) $(DEV) $(NOTEBOOKS): pyproject.toml constraints.txt
 	@echo "Installing reslab$(EXTRAS) into $(VENV): at most 7 GB, of which 5 GB are PyTorch and its GPU libraries"
-	@$(UV) pip install -c constraints.txt -e '.$(EXTRAS)' $(if $(TORCH),--torch-backend $(TORCH))
+	@$(IN_VENV) uv pip install -c constraints.txt -e '.$(EXTRAS)' $(if $(TORCH),--torch-backend $(TORCH))
+	@echo "Compiling the modules that a run imports"
+	@env -u PYTHONDONTWRITEBYTECODE $(IN_VENV) python -c "import reslab.experiment, wandb, sklearn.datasets, matplotlib.pyplot"
 	@touch $(if $(EXTRAS),$(BASE)) $(if $(findstring notebooks,$@),$(DEV)) $@
 
 demo: $(BASE)  ## train and test a ResNet on handwritten digits (one minute on a laptop)
-	@$(BIN)/reslab fit --config configs/experiment/digits.yaml
+	@$(IN_VENV) reslab fit --config configs/experiment/digits.yaml
 
 ablation-demo: $(BASE)  ## run a study of three arms × five seeds on handwritten digits (two minutes on two cores)
-	@$(BIN)/reslab ablate run configs/ablation/digits_shortcuts.yaml --jobs 2
+	@$(IN_VENV) reslab ablate run configs/ablation/digits_shortcuts.yaml --jobs 2
 
 # One thread per test process: more threads than cores are much slower.
 test test-slow: export OMP_NUM_THREADS ?= 1
@@ -67,7 +69,7 @@ gpu-check: $(DEV)  ## measure on a GPU: speed, device syncs, time to 94 % on CIF
 lock: $(BASE)  ## update constraints.txt to the newest versions
 	@mkdir -p build
 	@head -n 2 constraints.txt > build/constraints.txt
-	@$(UV) pip compile --quiet --universal --fork-strategy fewest --python-version 3.11 --upgrade --no-header --no-annotate \
+	@$(IN_VENV) uv pip compile --quiet --universal --fork-strategy fewest --python-version 3.11 --upgrade --no-header --no-annotate \
 		--extra dev --extra notebooks pyproject.toml -o build/locked.txt
 	@cat build/locked.txt >> build/constraints.txt && mv build/constraints.txt constraints.txt
 

@@ -1,8 +1,8 @@
-"""Run uv in a virtual environment: python scripts/uv.py VENV pip install -e .
+"""Run a command in a virtual environment: python scripts/venv.py .venv uv pip install -e .
 
-Creates VENV if it is missing, and installs uv into it unless a suitable uv is on PATH. uv does not read pip's
-configuration, so pip's indexes, proxy and certificates are passed to it in environment variables. uv shows its progress
-only on a terminal: elsewhere, this script prints a line when a command has been silent for a few seconds.
+Creates the environment if it is missing. For the command uv, also installs uv into it unless a suitable uv is on PATH,
+and passes pip's indexes, proxy and certificates to uv in environment variables, because uv does not read pip's
+configuration. Prints a line whenever a command that shows no progress bar has been silent for a few seconds.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import os
 import re
 import selectors
 import shutil
+import signal
 import ssl
 import subprocess
 import sys
@@ -24,26 +25,32 @@ INDEX_VARIABLES = ("UV_INDEX", "UV_DEFAULT_INDEX", "UV_INDEX_URL", "UV_EXTRA_IND
 INDEX_KEYS = {"index", "index-url", "extra-index-url", "find-links", "no-index"}  # of uv.toml
 
 
-def main(venv: Path, arguments: list[str]) -> int:
+def main(venv: Path, command: list[str]) -> int:
     if sys.version_info < (3, 11):
-        print("reslab requires Python 3.11 or newer: select one with make PYTHON=python3.12 …", file=sys.stderr)
+        print("reslab requires Python 3.11 or newer: name one, as in make PYTHON=python3.12 demo", file=sys.stderr)
         return 2
-    python = venv / "bin" / "python"
-    if pip_settings(python) is None:
+    if pip_settings(venv / "bin" / "python") is None:
         print(f"Creating the virtual environment {venv}", flush=True)
         if status := run([sys.executable, "-m", "venv", str(venv)], dict(os.environ)):
             return status
+    if command[0] == "uv":
+        return run_uv(venv, command[1:])
+    return run([str(venv / "bin" / command[0]), *command[1:]], dict(os.environ), shows_progress=command[0] != "python")
+
+
+def run_uv(venv: Path, arguments: list[str]) -> int:
+    """Run uv with pip's settings in the virtual environment; install it there first if needed."""
+    python = venv / "bin" / "python"
     uv = find_uv(venv)
     if uv is None:
         print(f"Installing uv into {venv}", flush=True)
         requirement = f"uv>={'.'.join(map(str, OLDEST))},<{'.'.join(map(str, TOO_NEW))}"
-        command = [str(python), "-m", "pip", "install", "--disable-pip-version-check", requirement]
-        if status := run(command, dict(os.environ)):
+        install = [str(python), "-m", "pip", "install", "--disable-pip-version-check", requirement]
+        if status := run(install, dict(os.environ), shows_progress=True):
             return status
         uv = str(venv / "bin" / "uv")
     env, options = uv_settings(pip_settings(python) or {}, dict(os.environ))
-    env |= {"VIRTUAL_ENV": str(venv.absolute())}
-    return run([uv, *arguments, *options], env, shows_progress=True)
+    return run([uv, *arguments, *options], {**env, "VIRTUAL_ENV": str(venv.absolute())}, shows_progress=True)
 
 
 def find_uv(venv: Path) -> str | None:
@@ -127,24 +134,36 @@ def uv_has_indexes(env: dict[str, str]) -> bool:
 
 
 def run(command: list[str], env: dict[str, str], shows_progress: bool = False) -> int:
-    """Run a command and return its exit status; print a line when it has been silent for HEARTBEAT seconds."""
-    if shows_progress and sys.stderr.isatty():
-        return subprocess.run(command, env=env).returncode
-    begin = time.monotonic()
-    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
-        assert process.stdout
-        selector = selectors.DefaultSelector()
-        selector.register(process.stdout, selectors.EVENT_READ)
-        while True:
-            if not selector.select(HEARTBEAT):
-                elapsed = time.monotonic() - begin
-                print(f"… {Path(command[0]).name} is running, {elapsed:.0f} s{written(process.pid)}", flush=True)
-            elif chunk := os.read(process.stdout.fileno(), 65536):
-                sys.stdout.buffer.write(chunk)
-                sys.stdout.flush()
-            else:
-                break
-    return process.returncode
+    """Run a command and return its exit status.
+
+    The output is passed on, with a line whenever it pauses for HEARTBEAT seconds; on a terminal, a command that
+    `shows_progress` writes to it directly.
+    """
+    pipe = None if shows_progress and sys.stderr.isatty() else subprocess.PIPE
+    with subprocess.Popen(command, env=env, stdout=pipe, stderr=pipe and subprocess.STDOUT) as process:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the command too, which decides how to end
+        if pipe:
+            pass_on(process)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if process.returncode in (-signal.SIGINT, 130):
+        raise KeyboardInterrupt
+    return process.returncode if process.returncode >= 0 else 128 - process.returncode
+
+
+def pass_on(process: subprocess.Popen[bytes]) -> None:
+    """Copy the output of a process to stdout until it ends."""
+    assert process.stdout
+    name, begin = Path(process.args[0]).name, time.monotonic()  # type: ignore[index,arg-type]
+    selector = selectors.DefaultSelector()
+    selector.register(process.stdout, selectors.EVENT_READ)
+    while True:
+        if not selector.select(HEARTBEAT):
+            print(f"still running: {name}, {time.monotonic() - begin:.0f} s{written(process.pid)}", flush=True)
+        elif chunk := os.read(process.stdout.fileno(), 65536):
+            sys.stdout.buffer.write(chunk)
+            sys.stdout.flush()
+        else:
+            return
 
 
 def written(pid: int) -> str:
