@@ -8,6 +8,7 @@ about 20 GB of free space in --dir and prints one line per measurement.
 """
 
 import argparse
+import itertools
 import os
 import shutil
 import subprocess
@@ -70,7 +71,7 @@ def output_gaps(command: str, clone: Path, env: dict[str, str]) -> list[float]:
     if process.returncode:
         sys.exit(f"{command}: exit status {process.returncode}")
     times.append(time.monotonic())
-    return [late - early for early, late in zip(times, times[1:], strict=False)]
+    return [late - early for early, late in itertools.pairwise(times)]
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ INDEX_KEYS = {"index", "index-url", "extra-index-url", "find-links", "no-index"}
 
 
 def main(venv: Path, command: list[str]) -> int:
-    if sys.version_info < (3, 11):
+    if sys.version_info < (3, 11):  # noqa: UP036 (make runs this file with any python3)
         print("reslab requires Python 3.11 or newer: name one, as in make PYTHON=python3.12 demo", file=sys.stderr)
         return 2
     if pip_settings(venv / "bin" / "python") is None:
