@@ -334,7 +334,7 @@ def test_missing_wandb_is_found_before_the_run(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize("name", ["a/b", "a b", ""])
 def test_refused_artifact_name_is_found_before_the_run(name: str) -> None:
-    with pytest.raises(UserError, match="^trainer.logger: W&B refuses weights_artifact: "):
+    with pytest.raises(UserError, match=r"^trainer\.logger: W&B refuses weights_artifact: "):
         WandB(weights_artifact=name).check(**OPTIONS)
 
 

@@ -1,4 +1,4 @@
-"""Logs of a run beside metrics.csv: Weights & Biases, TensorBoard, MLflow. An error in them never stops the training."""
+"""Logs of a run beside metrics.csv: Weights & Biases, TensorBoard, MLflow. Their errors never stop the training."""
 
 import contextlib
 import functools
