@@ -2,60 +2,76 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(abspath $(VENV))/bin
-STAMP := $(VENV)/.installed
+IN_VENV := $(PYTHON) scripts/venv.py $(VENV)
 WORKERS ?= 2
+# The build of PyTorch: `make demo TORCH=cpu`. The default is that of the package index.
+TORCH ?=
+
+# What is installed in $(VENV), one file per set of extras. A new pyproject.toml or constraints.txt updates it.
+BASE := $(VENV)/.base$(TORCH)
+DEV := $(VENV)/.dev$(TORCH)
+NOTEBOOKS := $(VENV)/.notebooks$(TORCH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo ablation-demo test test-slow lint format notebooks gpu-check lock rename clean
+.PHONY: help setup demo ablation-demo test test-slow lint format docs docs-serve notebooks gpu-check lock rename clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
 
-setup: $(STAMP)  ## create the virtual environment with the versions of constraints.txt
+setup: $(DEV)  ## create the virtual environment with all development tools
 
-$(STAMP): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "reslab needs Python 3.11 or newer: make PYTHON=python3.12 setup")'
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[dev,notebooks]'
-	@touch $@
+$(DEV): EXTRAS := [dev]
+$(NOTEBOOKS): EXTRAS := [dev,notebooks]
+$(BASE) $(DEV) $(NOTEBOOKS): pyproject.toml constraints.txt
+	@echo "Installing reslab$(EXTRAS) into $(VENV): at most 7 GB, of which 5 GB are PyTorch and its GPU libraries"
+	@$(IN_VENV) uv pip install -c constraints.txt -e '.$(EXTRAS)' $(if $(TORCH),--torch-backend $(TORCH))
+	@echo "Compiling the modules that a run imports"
+	@env -u PYTHONDONTWRITEBYTECODE $(IN_VENV) python -c "import reslab.experiment, wandb, sklearn.datasets, matplotlib.pyplot"
+	@touch $(if $(EXTRAS),$(BASE)) $(if $(findstring notebooks,$@),$(DEV)) $@
 
-demo: $(STAMP)  ## train and test a ResNet on handwritten digits (one minute on a laptop)
-	@$(BIN)/reslab fit --config configs/experiment/digits.yaml
+demo: $(BASE)  ## train and test a ResNet on handwritten digits (one minute on a laptop)
+	@$(IN_VENV) reslab fit --config configs/experiment/digits.yaml
 
-ablation-demo: $(STAMP)  ## run a study of three arms × five seeds on handwritten digits (two minutes on two cores)
-	@$(BIN)/reslab ablate run configs/ablation/digits_shortcuts.yaml --jobs 2
+ablation-demo: $(BASE)  ## run a study of three arms × five seeds on handwritten digits (two minutes on two cores)
+	@$(IN_VENV) reslab ablate run configs/ablation/digits_shortcuts.yaml --jobs 2
 
 # One thread per test process: more threads than cores are much slower.
 test test-slow: export OMP_NUM_THREADS ?= 1
 
-test: $(STAMP)  ## run the tests
+test: $(DEV)  ## run the tests
 	@$(BIN)/python -m pytest -n $(WORKERS)
 
-test-slow: $(STAMP)  ## run the slow tests
+test-slow: $(DEV)  ## run the slow tests
 	@$(BIN)/python -m pytest -n $(WORKERS) -m slow
 
-lint: $(STAMP)  ## run ruff and mypy
+lint: $(DEV)  ## run ruff and mypy
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
-format: $(STAMP)  ## format the code and sort imports
+format: $(DEV)  ## format the code and sort imports
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-notebooks: $(STAMP)  ## run the notebooks from top to bottom
+docs: $(DEV)  ## build the documentation in build/site; a broken link is an error
+	@$(BIN)/mkdocs build --strict --site-dir build/site
+
+docs-serve: $(DEV)  ## show the documentation at http://127.0.0.1:8000
+	@$(BIN)/mkdocs serve
+
+notebooks: $(NOTEBOOKS)  ## run the notebooks from top to bottom
 	@$(BIN)/python -m pytest tests/test_notebooks.py -m slow
 
-gpu-check: $(STAMP)  ## measure on a GPU: speed, device syncs, time to 94 % on CIFAR-10 (about 20 minutes)
+gpu-check: $(DEV)  ## measure on a GPU: speed, device syncs, time to 94 % on CIFAR-10 (about 20 minutes)
 	@$(BIN)/python -m pytest -m gpu
 	@$(BIN)/python benchmarks/gpu_check.py
 
-lock:  ## update constraints.txt to the newest versions
-	$(PYTHON) -m venv build/lock
-	build/lock/bin/python -m pip install --quiet --upgrade -e '.[dev,notebooks]'
-	head -n 2 constraints.txt > build/constraints.txt
-	build/lock/bin/python -m pip freeze --all --exclude pip --exclude-editable >> build/constraints.txt
-	mv build/constraints.txt constraints.txt
+lock: $(BASE)  ## update constraints.txt to the newest versions
+	@mkdir -p build
+	@head -n 2 constraints.txt > build/constraints.txt
+	@$(IN_VENV) uv pip compile --quiet --universal --fork-strategy fewest --python-version 3.11 --upgrade --no-header --no-annotate \
+		--extra dev --extra notebooks pyproject.toml -o build/locked.txt
+	@cat build/locked.txt >> build/constraints.txt && mv build/constraints.txt constraints.txt
 
 rename:  ## rename the package: make rename NAME=mylab
 	@$(PYTHON) scripts/rename.py $(NAME)

@@ -329,7 +329,30 @@ def test_accepted_settings_start_a_run(tmp_path: Path, monkeypatch: pytest.Monke
 def test_missing_wandb_is_found_before_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match="pip install wandb"):
-        WandB().check(**OPTIONS)
+        WandB()
+
+
+@pytest.mark.parametrize("name", ["a/b", "a b", ""])
+def test_refused_artifact_name_is_found_before_the_run(name: str) -> None:
+    with pytest.raises(UserError, match=r"^trainer\.logger: W&B refuses weights_artifact: "):
+        WandB(weights_artifact=name).check(**OPTIONS)
+
+
+@pytest.mark.parametrize("name", [None, "digits-weights"])
+def test_weights_are_an_artifact_of_an_offline_run_if_it_has_a_name(tmp_path: Path, name: str | None) -> None:
+    weights = tmp_path / "weights.safetensors"
+    weights.write_bytes(b"weights")
+    logger = start_run(tmp_path, mode="offline", weights_artifact=name)
+    logger.log_weights(weights, {"seed": 3, "results": {"test/acc": 0.97}})
+    logger.finish({})
+    [run] = offline_runs(tmp_path)
+    artifacts = [record["logArtifact"] for record in records(run, "request") if "logArtifact" in record]
+    artifacts += records(run, "artifact")
+    assert [artifact["name"] for artifact in artifacts] == ([name] if name else [])
+    for artifact in artifacts:
+        assert json.loads(artifact["metadata"]) == {"seed": 3, "results": {"test/acc": 0.97}}
+        [entry] = artifact["manifest"]["contents"]
+        assert (entry["path"], entry["local_path"]) == (weights.name, str(weights))  # uploaded from here, no copy
 
 
 def test_logger_that_was_not_started_logs_nothing() -> None:

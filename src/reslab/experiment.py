@@ -30,7 +30,7 @@ from reslab.runs.csv_logger import MetricsCSV
 from reslab.runs.folder import RunFolder
 from reslab.runs.metrics import cut
 from reslab.runs.record import RunRecord
-from reslab.runs.tracking import WandB
+from reslab.runs.tracking import RunLogger
 from reslab.training import Classifier, processes
 from reslab.training.checkpoint import Checkpoints, VerifiedCheckpointIO, read_checkpoint, resume_point, weights_sha256
 from reslab.training.classifier import Diverged
@@ -123,8 +123,8 @@ class Run:
             if not self.folder.holds_checkpoint():  # else the checkpoint has the weights
                 self._load_pretrained()
             self.steps = rehearse(trainer, self.model, self.data, self._needed_metrics())
-            for logger in self._wandb():
-                logger.check(id="00000000", **self._wandb_options())
+            for logger in self._loggers():
+                logger.check(id="00000000", **self._logger_options())
             print(*(f"note: {note}\n" for note in self.data.notes()), sep="", end="", flush=True)
         return objective
 
@@ -154,14 +154,14 @@ class Run:
             self.record.write(objective=objective)
         if self.pretrained:
             self.record.write(pretrained=self.pretrained)
-        for logger in self._wandb():
+        for logger in self._loggers():
             config = yaml.safe_load(self.folder.config.read_text(encoding="utf-8"))
-            logger.start(self.folder.path, id=self.record.manifest["id"], config=config, **self._wandb_options())
+            logger.start(self.folder.path, id=self.record.manifest["id"], config=config, **self._logger_options())
 
-    def _wandb(self) -> list[WandB]:
-        return [logger for logger in self.settings["logger"] if isinstance(logger, WandB) and self.record.writes]
+    def _loggers(self) -> list[RunLogger]:
+        return [logger for logger in self.settings["logger"] if isinstance(logger, RunLogger) and self.record.writes]
 
-    def _wandb_options(self) -> dict[str, Any]:
+    def _logger_options(self) -> dict[str, Any]:
         options = self.options
         return {
             "name": f"{options.name} seed {self.record.values['seed_everything']}",
@@ -192,7 +192,8 @@ class Run:
     def _finish(self) -> None:
         if self.record.writes:
             pictures = self._draw()
-            for logger in self._wandb():
+            for logger in self._loggers():
+                logger.log_weights(self.folder.weights, self.record.manifest)
                 logger.finish(self.record.manifest["results"], pictures)
 
     def _test(self, trainer: Trainer) -> None:
