@@ -10,12 +10,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from reslab.ablation import resolve
-from reslab.ablation.resolve import Config, merge, short_key
+from reslab import resolve
 from reslab.ablation.study_file import Mistakes, check_keys, folder_name, read_text, seeds_of
 from reslab.diff import differences
 from reslab.errors import UserError
 from reslab.host import CONFIGS
+from reslab.resolve import Config, merge, short_key
 
 Factors = dict[str, dict[str, Any]]  # values by label, by factor key
 Variants = dict[str, tuple[dict[str, str], Config]]  # levels and changes (by dotted key) by arm

@@ -9,8 +9,8 @@ from typing import Any
 
 import yaml
 
-from reslab.ablation.signatures import CONFIG, Parameter, parameters
 from reslab.errors import UserError
+from reslab.signatures import CONFIG, Parameter, parameters
 
 Config = dict[str, Any]
 CLASS_KEYS = ["class_path", "init_args", "dict_kwargs"]  # of an object built from the config
