@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable, Iterator
+from html import escape
 from itertools import groupby
 from pathlib import Path
 
@@ -80,4 +81,5 @@ def table(keys: Iterable[Key]) -> Iterator[str]:
 def as_cell(doc: str) -> str:
     """Return text of a docstring as Markdown in one line; torch and Lightning write reStructuredText."""
     text = re.sub(r":\w+:`~?\.?([^`]+)`", r"`\1`", doc.replace("``", "`"))
-    return re.sub(r"(`[^`]*`)|([<|*\[])", lambda match: match[1] or f"\\{match[2]}", " ".join(text.split()))
+    codes = re.split(r"(`[^`]*`)", " ".join(text.split()))  # every second part is code
+    return "".join(part if i % 2 else re.sub(r"([|*_\[])", r"\\\1", escape(part)) for i, part in enumerate(codes))

@@ -65,7 +65,7 @@ def list_models(pattern: str | None = None) -> list[str]:
 
     Args:
         pattern: None for reslab's own names (`create_model` also accepts resnet<6n+2> for any n); timm or torchvision
-            for those of a library; or a shell pattern: resnet5*, timm/convnext*.
+            for those of a library; or a shell pattern: `resnet5*`, `timm/convnext*`.
     """
     pattern = f"{pattern}/*" if pattern in LIBRARIES else pattern or "*"
     library, slash, _ = pattern.partition("/")
