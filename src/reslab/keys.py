@@ -61,6 +61,15 @@ def _shown(value: Any) -> str:
     return str(value["class_path"]).rpartition(".")[2] if is_class else in_yaml(value)
 
 
+def default_of(key: str, config: resolve.Config) -> str:
+    """Return the value of a key in a config, or its default; "" if the class that decides is not known."""
+    full = resolve.full_key(key, config)
+    value, parameter = config, resolve.parameter(full, config)
+    for part in full.split("."):
+        value = value.get(part, {}) if isinstance(value, dict) else {}
+    return _shown(value if value != {} else parameter.default if parameter.default != {} else None)
+
+
 def matching(word: str) -> list[Key]:
     """Return the keys that contain a word, or belong to a class of that name; if there are none, whose doc does."""
     rows, word = all_keys(), word.lower().removeprefix("--")

@@ -64,6 +64,12 @@ def find_class(class_path: str) -> tuple[str, ast.ClassDef] | None:
     return next(filter(None, (_find(*path.rpartition(".")[::2]) for path in paths)), None)
 
 
+def lists_its_names(module: str) -> bool:
+    """Return whether the source of a module shows all of its names."""
+    file = _file(module)
+    return file is not None and "*" not in _definitions(file)
+
+
 @functools.cache
 def subclasses(base: str) -> list[str]:
     """Return the dotted paths of the concrete public classes in the namespaces of configs that inherit from `base`."""
@@ -180,6 +186,35 @@ _REQUIRED = ast.Constant(...)  # stands for the default of a parameter that has 
 
 def _is_dataclass(node: ast.ClassDef) -> bool:
     return any("dataclass" in ast.unparse(decorator) for decorator in node.decorator_list)
+
+
+@functools.cache
+def constructor_checks(class_path: str) -> list[ast.stmt]:
+    """Return the statements of a constructor that only check its arguments: `if ...: raise`, also in a `for`.
+
+    Those that read a variable which the constructor assigns are left out.
+    """
+    source = find_class(class_path)
+    for _, node in [source, *_bases(*source)] if source else ():
+        for method in node.body:
+            if isinstance(method, ast.FunctionDef) and method.name in ("__init__", "__post_init__"):
+                return list(_checks(method))
+    return []
+
+
+def _checks(method: ast.FunctionDef) -> Iterator[ast.stmt]:
+    changed = {ast.unparse(n) for n in ast.walk(method) if isinstance(getattr(n, "ctx", None), ast.Store)}
+    if "__setattr__" in ast.unparse(method):
+        return
+    for statement in method.body:
+        if isinstance(statement, ast.Return):
+            return
+        body = statement.body if isinstance(statement, ast.For) else [statement]
+        assigned = {ast.unparse(n) for n in ast.walk(statement) if isinstance(getattr(n, "ctx", None), ast.Store)}
+        reads = {ast.unparse(n) for n in ast.walk(statement) if isinstance(n, ast.Name | ast.Attribute)}
+        is_check = all(isinstance(s, ast.If) and not s.orelse and isinstance(s.body[-1], ast.Raise) for s in body)
+        if is_check and not reads & (changed - assigned) and (method.name == "__post_init__" or "self" not in reads):
+            yield statement
 
 
 def _docs(module: str, node: ast.ClassDef) -> dict[str, str]:
