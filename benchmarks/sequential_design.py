@@ -269,8 +269,8 @@ def pooled_power(n: int) -> None:
             t = d.mean(axis=2) / d.std(axis=2, ddof=1) * math.sqrt(seeds)
             paired = sequential.holm(2 * special.stdtr(seeds - 1, -abs(t)), 5)[:, 0] < ALPHA
             t, allowed = pooled_studies(x)
-            found = t[:, 0] > critical_dunnett(5, 5 * (seeds - 1))
-            powers = (paired.mean(), found.mean(), (found & allowed).mean())
+            significant = t[:, 0] > critical_dunnett(5, 5 * (seeds - 1))
+            powers = (paired.mean(), significant.mean(), (significant & allowed).mean())
             rows.append([str(seeds), f"{effect} sd", *map(percent, powers)])
     table(["seeds", "effect", "paired, Holm", "pooled, Dunnett", "pooled, with the check of spreads"], rows)
 

@@ -1,4 +1,4 @@
-"""Checkpoint files: a kill before any rename leaves an intact checkpoint that can be told from a damaged one."""
+"""Checkpoint files: a kill before any rename leaves an intact checkpoint that differs detectably from a damaged one."""
 
 from pathlib import Path
 
@@ -38,8 +38,8 @@ def test_kill_before_any_rename_leaves_a_checkpoint_to_resume_from(
             assert moment == 5
     for step in (4, 5):  # later saves lose nothing either
         assert all(checksum_matches(path) for path in tmp_path.glob("*.ckpt"))
-        found, messages = resume_point(tmp_path)
-        assert found and not messages and read_checkpoint(found)["global_step"] in (2, 3, 4)
+        path, messages = resume_point(tmp_path)
+        assert path and not messages and read_checkpoint(path)["global_step"] in (2, 3, 4)
         writer.save_checkpoint({"global_step": step}, last)
     assert [read_checkpoint(tmp_path / f"{name}.ckpt")["global_step"] for name in ("last", "previous")] == [5, 4]
 

@@ -60,7 +60,7 @@ def test_study_stops_by_itself_and_drops_decided_arms(study: Study, tmp_path: Pa
     assert report["cells"]["not needed"] == 5 * 8 - sum(counts.values()) and not report["missing"]
     assert report["arms"]["far"]["look"] == 3 and report["arms"]["far"]["stopped"] == "decided"
     assert report["exploratory"] is None and not report["warnings"]
-    assert "did not have to run" in (out / "report.html").read_text()
+    assert "were not needed" in (out / "report.html").read_text()
     assert "worse" in sentences(report)["far"]
 
 
@@ -95,7 +95,7 @@ def test_failed_cell_holds_up_its_look_only_once(study: Study, tmp_path: Path, m
     monkeypatch.setenv("FAKE", json.dumps({"late/seed-1": ["failed", "complete"]}))
     assert run(study, out) == 1
     assert max(seeds_run(out).values()) == 3 and not read_decisions(study, out)
-    assert run(study, out) == 0, "the next command retries it, and the study goes on"
+    assert run(study, out) == 0, "the next command retries it, and the study continues"
     assert set(read_decisions(study, out)) == set(ARMS) - {"base"}
 
 

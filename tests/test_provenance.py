@@ -122,8 +122,8 @@ def outputs() -> list[str]:
     commands = "\n".join(file.read_text(encoding="utf-8") for file in files)
     named = re.findall(r"(?:--out|--output|--run\.dir|tee)[ =]+([\w./-]*[a-z][\w./-]*)", commands)
     exports = [f"mine.{suffix}" for suffix in ("onnx", "pt2", "safetensors")]
-    own = ["preview-lr.png", "preview-augment.png", "slurm-1234.txt", "wandb/run-1/x", "lightning_logs/x", "data/x"]
-    return sorted({*named, *exports, *own, *(f"{name}.json" for name in exports), "mine.onnx.data"})
+    names = ["preview-lr.png", "preview-augment.png", "slurm-1234.txt", "wandb/run-1/x", "lightning_logs/x", "data/x"]
+    return sorted({*named, *exports, *names, *(f"{name}.json" for name in exports), "mine.onnx.data"})
 
 
 @pytest.mark.parametrize("path", outputs())

@@ -62,7 +62,7 @@ def test_metrics_have_one_row_per_logged_step(run: Path) -> None:
     with (run / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     steps = [int(row["step"]) for row in rows]
-    assert steps == [5, 10, 15, 20, 25, 30, 35, 40]  # 1,294 // 64 = 20 steps an epoch, two epochs
+    assert steps == [5, 10, 15, 20, 25, 30, 35, 40]  # 1,294 // 64 = 20 steps per epoch, two epochs
     assert all(row["train/loss"] and row["lr"] for row in rows)
     assert [row["step"] for row in rows if row["val/acc"]] == ["20", "40"]
     assert [row["step"] for row in rows if row["test/acc"]] == ["40"]  # the only test

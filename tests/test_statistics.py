@@ -500,12 +500,12 @@ def test_pooled_test_of_one_arm_is_the_paired_test():
 
 
 def test_pooled_test_finds_more_with_three_seeds():
-    found = {"paired": 0, "pooled": 0}
+    hits = {"paired": 0, "pooled": 0}
     for key in range(100):
         base, arms = noisy_arms(key, seeds=3)
-        for test in found:
-            found[test] += compare(base, arms, test=test)["a"].verdict == "better"
-    assert found["pooled"] > 1.5 * found["paired"] > 0
+        for test in hits:
+            hits[test] += compare(base, arms, test=test)["a"].verdict == "better"
+    assert hits["pooled"] > 1.5 * hits["paired"] > 0
 
 
 @pytest.mark.parametrize("noisy", [0, 2])

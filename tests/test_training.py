@@ -239,20 +239,20 @@ def test_training_step_reads_nothing_from_the_device(monkeypatch: pytest.MonkeyP
             return original(self, *args)
 
         monkeypatch.setattr(torch.Tensor, name, counted)
-    seen = []
+    reads = []
 
     class Reads(Callback):
         def on_train_batch_start(self, *args: Any) -> None:
             self.before = counts["reads"]
 
         def on_train_batch_end(self, *args: Any) -> None:
-            seen.append(counts["reads"] - self.before)
+            reads.append(counts["reads"] - self.before)
 
     trainer = quiet_trainer(max_epochs=1, log_every_n_steps=8, limit_val_batches=0, callbacks=[Reads()])
     trainer.fit(model, datamodule=data)
-    quiet = [reads for step, reads in enumerate(seen, 1) if step % 8]
-    assert quiet and set(quiet) == {0}, f"tensors read in steps between the logged ones: {seen}"
-    assert max(seen) > 0  # the probe works: logged steps do read
+    quiet = [count for step, count in enumerate(reads, 1) if step % 8]
+    assert quiet and set(quiet) == {0}, f"tensors read in steps between the logged ones: {reads}"
+    assert max(reads) > 0  # the probe works: logged steps do read
 
 
 def test_predict_step_returns_probabilities() -> None:

@@ -262,9 +262,9 @@ class Experiment(LightningCLI):
 
     def _check_metrics(self, data: ImageData, model: Classifier, callbacks: list[Any]) -> None:
         """Refuse a monitor that names a metric which neither the objective nor a callback logs."""
-        own = [name for callback in callbacks for name in getattr(callback, "metric_names", [])]
+        added = [name for callback in callbacks for name in getattr(callback, "metric_names", [])]
         obstacle = self.no_validation(data)
-        names = [name for name in (*model.metric_names, *own) if not (obstacle and name.startswith("val/"))]
+        names = [name for name in (*model.metric_names, *added) if not (obstacle and name.startswith("val/"))]
         monitors = [(f"trainer.callbacks.{type(c).__name__}.monitor", getattr(c, "monitor", None)) for c in callbacks]
         if not obstacle:
             monitors.append(("run.monitor", self.config.run.monitor))

@@ -84,7 +84,7 @@ def _import_failure(message: str) -> Exception | None:
         try:
             importlib.import_module(module)
         except ModuleNotFoundError:
-            continue  # the message says so itself
+            continue  # the message already names the place
         except Exception as error:
             return error
     return None
@@ -168,8 +168,8 @@ def one_line(key: str, problem: str, args: Sequence[str], base: Path) -> str:
 
 def _at(key: str | None, reason: str, args: Sequence[str], base: Path, colon: str = ": ") -> str:
     """Return `key: reason`, and the last place that sets the key."""
-    found = [*places(key, args, base)][-1:] if key else []
-    return "\n".join([f"{key}{colon}{reason}" if key else reason, *(f"  set in: {place}" for place in found)])
+    last = [*places(key, args, base)][-1:] if key else []
+    return "\n".join([f"{key}{colon}{reason}" if key else reason, *(f"  set in: {place}" for place in last)])
 
 
 def _first(pattern: str, text: str) -> str | None:
@@ -247,29 +247,29 @@ def _files(args: Sequence[str], base: Path) -> list[Path]:
 
 def places(key: str, args: Sequence[str], base: Path) -> Iterator[str]:
     """Yield the places that set a key, in reading order: files with their lines, then the command line."""
-    wanted = [part for part in key.split(".") if part != "init_args"]
+    parts = [part for part in key.split(".") if part != "init_args"]
     for path in _files(args, base):
-        yield from _lines(path, wanted)
+        yield from _lines(path, parts)
     options = [arg.partition("=")[0].lstrip("-").removesuffix("+").removesuffix(".class_path") for arg in args]
-    if any(option.replace("init_args.", "") == ".".join(wanted) for option in options):
+    if any(option.replace("init_args.", "") == ".".join(parts) for option in options):
         yield "the command line"
 
 
-def _lines(path: Path, wanted: list[str]) -> Iterator[str]:
+def _lines(path: Path, parts: list[str]) -> Iterator[str]:
     with contextlib.suppress(OSError, yaml.YAMLError):
-        yield from _walk(yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader), wanted, path)
+        yield from _walk(yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader), parts, path)
 
 
-def _walk(node: Any, wanted: list[str], path: Path) -> Iterator[str]:
+def _walk(node: Any, parts: list[str], path: Path) -> Iterator[str]:
     """Follow a key through one file, and into the files that it references by path."""
     if isinstance(node, yaml.ScalarNode) and str(node.value).endswith((".yaml", ".yml")):
-        yield from _lines(path.parent / node.value, wanted)
+        yield from _lines(path.parent / node.value, parts)
     if not isinstance(node, yaml.MappingNode):
         return
     for name, value in node.value:
         if name.value == "init_args":
-            yield from _walk(value, wanted, path)
-        elif name.value == wanted[0] and len(wanted) == 1:
+            yield from _walk(value, parts, path)
+        elif name.value == parts[0] and len(parts) == 1:
             yield f"{path}, line {name.start_mark.line + 1}"
-        elif name.value == wanted[0]:
-            yield from _walk(value, wanted[1:], path)
+        elif name.value == parts[0]:
+            yield from _walk(value, parts[1:], path)

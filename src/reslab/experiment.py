@@ -110,8 +110,8 @@ class Run:
         # The order of callbacks matters: a checkpoint holds what was logged at the same step.
         callbacks = [LogRows(test_follows=True), SkipRedundantSync(), self.progress, self.saver, self.preemption]
         metrics = MetricsCSV(self.folder.metrics, columns)
-        own: dict[str, Any] = {"callbacks": callbacks, "logger": [metrics], "plugins": [VerifiedCheckpointIO()]}
-        lists = {name: [*self.settings[name], *added] for name, added in own.items()}
+        required: dict[str, Any] = {"callbacks": callbacks, "logger": [metrics], "plugins": [VerifiedCheckpointIO()]}
+        lists = {name: [*self.settings[name], *added] for name, added in required.items()}
         trainer = self.experiment.build_trainer({**self.settings, **lists, "default_root_dir": str(self.folder.path)})
         check_trainer(trainer)
         return trainer

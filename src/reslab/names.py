@@ -15,16 +15,16 @@ NOT_STACKED = (*LEAVES.values(), "ablation", "sweep")  # folders whose files are
 
 def roots() -> list[Path]:
     """Return the folders with config files: the user's own first, which takes precedence."""
-    own = Path("configs")
-    return [own, CONFIGS] if own.is_dir() and own.resolve() != CONFIGS else [CONFIGS]
+    local = Path("configs")
+    return [local, CONFIGS] if local.is_dir() and local.resolve() != CONFIGS else [CONFIGS]
 
 
 def files(kind: str) -> dict[str, Path]:
     """Return the config files of a folder by name: the path below the folder, without .yaml."""
-    found: dict[str, Path] = {}
+    paths: dict[str, Path] = {}
     for root in reversed(roots()):
-        found |= {str(p.relative_to(root / kind).with_suffix("")): p for p in sorted((root / kind).rglob("*.yaml"))}
-    return found
+        paths |= {str(p.relative_to(root / kind).with_suffix("")): p for p in sorted((root / kind).rglob("*.yaml"))}
+    return paths
 
 
 def is_name(text: str) -> bool:

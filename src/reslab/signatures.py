@@ -79,14 +79,14 @@ def lists_its_names(module: str) -> bool:
 def subclasses(base: str) -> list[str]:
     """Return the dotted paths of the concrete public classes in the namespaces of configs that inherit from `base`."""
     home = find_class(base)
-    found: dict[str, None] = {}
+    paths: dict[str, None] = {}
     for space in (*NAMESPACES, "reslab.runs.tracking"):
         file = _file(space)
         names = [name for name in _definitions(file) if name[:1].isupper()] if file else []
         for source in filter(None, (_find(space, name) for name in names)):
             if home in [*_bases(*source)] and not _is_abstract(source[1]):
-                found[f"{space}.{source[1].name}"] = None
-    return list(found)
+                paths[f"{space}.{source[1].name}"] = None
+    return list(paths)
 
 
 def _bases(module: str, node: ast.ClassDef) -> Iterator[tuple[str, ast.ClassDef]]:
@@ -164,7 +164,7 @@ def _look_up(module: str, name: str, depth: int = 8) -> tuple[str, ast.ClassDef 
 
 
 def _accepted(module: str, node: ast.ClassDef) -> Parameters:
-    own: Parameters = {}
+    arguments: Parameters = {}
     inherits = True
     docs = _docs(module, node)
     init = next((n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"), None)
@@ -174,16 +174,16 @@ def _accepted(module: str, node: ast.ClassDef) -> Parameters:
         defaults = required + init.args.defaults + [default or _REQUIRED for default in init.args.kw_defaults]
         fields = [(a.arg, a.annotation) for a in (*positional, *init.args.kwonlyargs)]
         values = zip(fields, defaults, strict=True)
-        own = {name: _parameter(module, type_, value, docs.get(name, "")) for (name, type_), value in values}
+        arguments = {name: _parameter(module, type_, value, docs.get(name, "")) for (name, type_), value in values}
         inherits = init.args.kwarg is not None
     elif _is_dataclass(node):
         for n in node.body:
             if isinstance(n, ast.AnnAssign):
                 name = ast.unparse(n.target)
-                own[name] = _parameter(module, n.annotation, n.value or _REQUIRED, docs.get(name, ""))
+                arguments[name] = _parameter(module, n.annotation, n.value or _REQUIRED, docs.get(name, ""))
     bases = (_find(module, base.id) for base in node.bases if isinstance(base, ast.Name)) if inherits else ()
     base = next((source for source in bases if source is not None), None)
-    return {**(_accepted(*base) if base else {}), **own}
+    return {**(_accepted(*base) if base else {}), **arguments}
 
 
 _REQUIRED = ast.Constant(...)  # stands for the default of a parameter that has none

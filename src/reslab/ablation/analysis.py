@@ -167,15 +167,15 @@ def _arms(
 ) -> tuple[dict[str, Report], Unit]:
     arms: dict[str, Report] = {}
     for name, arm in study.arms.items():
-        own = [state for state in states if state.cell.arm == name]
+        cells = [state for state in states if state.cell.arm == name]
         arms[name] = {
             "levels": arm.levels,
             "changes": [list(change) for change in arm.changes],
-            "cells": dict(Counter(state.status for state in own)),
+            "cells": dict(Counter(state.status for state in cells)),
             **asdict(summarise(values.loc[name].dropna().to_numpy(), study.test)),
             "data_differ": name in faults,
-            "wall_seconds": _mean(own, "wall_seconds"),
-            "samples_per_second": _mean(own, "samples_per_second"),
+            "wall_seconds": _mean(cells, "wall_seconds"),
+            "samples_per_second": _mean(cells, "samples_per_second"),
         }
     unit = Unit.of({"metric": study.metric, "arms": arms})
     rules = (study.margin, study.mode, study.looks, study.test)
@@ -279,7 +279,7 @@ def _warnings(report: Report, study: Study, out: Path, values: pd.DataFrame, ski
         now = report["arms"][arm]
         if (now["look"], now["verdict"]) != (decision["look"], decision["verdict"]):
             was = f"{decision['verdict']} after {decision['look']} seeds"
-            yield f"{arm} was decided as {was}; its results have changed since and no longer say so."
+            yield f"{arm} was decided as {was}; its results have changed since and give another verdict."
     if report["plan_log_fault"]:
         yield f"The plan log cannot be trusted: {report['plan_log_fault']}."
     elif not plan["recorded"]:

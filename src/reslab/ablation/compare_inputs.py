@@ -74,9 +74,9 @@ def read_group(option: str, patterns: Sequence[str], metric: str) -> Group:
     """Read the finished runs in directories or globs; raise UserError if there are none."""
     group, paths = Group(option), dict[Path, Path]()
     for path in (path for pattern in patterns for path in _expand(option, pattern)):
-        found = _runs_in(path)
-        paths |= {run.resolve(): run for run in found} if isinstance(found, list) else {}
-        group.omitted += [] if isinstance(found, list) else [Omitted(path, found)]
+        runs = _runs_in(path)
+        paths |= {run.resolve(): run for run in runs} if isinstance(runs, list) else {}
+        group.omitted += [] if isinstance(runs, list) else [Omitted(path, runs)]
     for path in paths.values():
         read = read_run(path, metric)
         if isinstance(read, Run):
@@ -93,8 +93,8 @@ def read_group(option: str, patterns: Sequence[str], metric: str) -> Group:
 def _expand(option: str, pattern: str) -> list[Path]:
     path = Path(pattern).expanduser()
     matches = glob.glob(f"{path}/", recursive=True)  # noqa: PTH207 (an absolute pattern, or one with ..)
-    if found := [path] if path.exists() else sorted(map(Path, matches)):
-        return found
+    if paths := [path] if path.exists() else sorted(map(Path, matches)):
+        return paths
     parent = next(folder for folder in path.parents if folder.is_dir())
     missing, *rest = path.relative_to(parent).parts
     there = sorted(folder.name for folder in parent.iterdir() if folder.is_dir())
@@ -174,7 +174,7 @@ def read_published(
 ) -> tuple[Sample, str]:
     """Return a published result in the unit of the runs' `values`, and a sentence that says how it was read.
 
-    Where the values are shares in [0, 1] of which more is better, or accuracies in percent, the number is a percentage
+    Where the values are shares in [0, 1] where higher is better, or accuracies in percent, the number is a percentage
     or a share; it is refused if it could be either. Other numbers are taken as they are.
     """
     number, percent = _number(option, text)
@@ -200,7 +200,7 @@ def read_published(
 
 
 def are_shares(values: Sequence[float], mode: Mode) -> bool:
-    """Return whether a metric is logged as a share in [0, 1] of which more is better."""
+    """Return whether a metric is logged as a share in [0, 1] where higher is better."""
     return mode == "max" and all(0 <= value <= 1 for value in values)
 
 

@@ -293,8 +293,8 @@ def _level_labels(factors: Factors, part: Any) -> dict[str, str]:
 
 def _baseline(baseline: Any, factors: Factors, variants: Variants) -> str:
     if isinstance(baseline, dict) and factors:
-        wanted = _level_labels(factors, baseline)
-        baseline = next((name for name, (levels, _) in variants.items() if levels == wanted), baseline)
+        levels_of_baseline = _level_labels(factors, baseline)
+        baseline = next((name for name, (levels, _) in variants.items() if levels == levels_of_baseline), baseline)
     if str(baseline) not in variants:
         near = difflib.get_close_matches(str(baseline), variants, 3, 0.5) or list(variants)[:8]
         raise UserError(f"the baseline {baseline!r} is not an arm; arms: {', '.join(near)}")

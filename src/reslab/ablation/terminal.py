@@ -30,7 +30,7 @@ def _table(report: Mapping[str, Any], unit: Unit) -> list[str]:
     rows = {name: _cells(row(name, arm, report, unit)) for name, arm in report["arms"].items()}
     widths = {key: max(map(len, [title, *(r[key] for r in rows.values())])) for key, title in HEADER.items()}
     longest = max(map(len, rows))
-    # Names that leave no room for the numbers get a line of their own.
+    # Names that leave no room for the numbers get a separate line.
     fits = longest + 2 * len(widths) + sum(widths.values()) <= WIDTH
     lines = [_line("arm".ljust(longest) if fits else "arm\n", HEADER, widths)]
     return lines + [_line(name.ljust(longest) if fits else f"{name}\n", r, widths) for name, r in rows.items()]

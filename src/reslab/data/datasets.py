@@ -107,7 +107,7 @@ def _how_to_convert(images: npt.NDArray[Any]) -> str:
 class ImageSource(ABC):
     """A data set: the classes and statistics of its images, and how to load them.
 
-    Subclass it to train on your own data. Split, order, augmentation and loaders come with `ImageData`::
+    Subclass it to train on your own data. Split, order, augmentation and loaders come with `ImageData`:
 
         class Sketches(ImageSource):
             mean, std = (0.9,), (0.2,)  # one channel

@@ -16,7 +16,7 @@ from reslab.errors import UserError
 Ints = npt.NDArray[np.int64]
 
 _MASK = 0xFFFFFFFF
-# The last word of the counter identifies the purpose, so that no two purposes share random numbers.
+# The fourth word of the counter identifies the purpose, so that no two purposes share random numbers.
 ORDER, AUGMENT, RESIZED_CROP, SPLIT, STEP, MIX, ERASE, TRANSFORM = range(8)
 
 

@@ -16,7 +16,7 @@ CONTAINERS = {"model", "backbone", "trunk", "trunk_output", "encoder", "features
 class Network(nn.Module, ABC):
     """An image classifier: (N, in_channels, H, W) -> (N, num_classes).
 
-    A network of your own is one class and one config file that names it::
+    A network of your own is one class and one config file that names it:
 
         class TinyNet(Network):
             def __init__(self, width: int = 16, in_channels: int = 3, num_classes: int = 10) -> None:

@@ -133,31 +133,33 @@ class Branch(NamedTuple):
         return f"{self.name} (EMA)" if self.is_average else self.name or "keys without a prefix"
 
 
-def find_branch(own: Mapping[str, torch.Size], states: Mapping[str, dict[str, Tensor]]) -> tuple[Branch, list[Branch]]:
+def find_branch(
+    expected: Mapping[str, torch.Size], states: Mapping[str, dict[str, Tensor]]
+) -> tuple[Branch, list[Branch]]:
     """Return the branch that fits a network best, and all others of which most of the network fits.
 
     Of branches that fit equally well, an EMA comes first, since evaluation uses it; then the first in the file, and
     names that fit as they are before names with a prefix.
     """
-    branches = [branch for place, state in states.items() for branch in _branches(own, place, state)]
+    branches = [branch for place, state in states.items() for branch in _branches(expected, place, state)]
     some_fit = any(branch.fit[1] for branch in branches)  # if none does, the largest may be converted by its library
     chosen = max(branches, key=lambda b: (*b.fit, b.is_average, 0 if some_fit else len(b.state)))
-    return chosen, [b for b in branches if b is not chosen and b.fit[1] >= len(own) / 2]
+    return chosen, [b for b in branches if b is not chosen and b.fit[1] >= len(expected) / 2]
 
 
-def _branches(own: Mapping[str, torch.Size], place: str, state: dict[str, Tensor]) -> Iterator[Branch]:
+def _branches(expected: Mapping[str, torch.Size], place: str, state: dict[str, Tensor]) -> Iterator[Branch]:
     """Yield the branches of a state dict: without a prefix, and with each below which most of a network is found."""
-    if not any(map(WRAPPERS.search, own)):
+    if not any(map(WRAPPERS.search, expected)):
         state = {WRAPPERS.sub("", key): value for key, value in state.items()}
-    names = Counter(key[:i] for key in state for i in _starts(key) if key[i:] in own)
-    least = min(len(own), len(state)) / 2
+    names = Counter(key[:i] for key in state for i in _starts(key) if key[i:] in expected)
+    least = min(len(expected), len(state)) / 2
     common = _common_prefix([*state]) if not names else ""  # other names throughout: the library may convert them
     prefixes = [*dict.fromkeys(["", common, *(prefix for prefix, count in names.items() if count >= least)])]
     for prefix in prefixes:
         nested = tuple(other for other in prefixes if other.startswith(prefix) and other != prefix)
         inside = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)
-                  and (key.removeprefix(prefix) in own or not key.startswith(nested))}  # fmt: skip
-        same = sum(own.get(key) == value.shape for key, value in inside.items())
+                  and (key.removeprefix(prefix) in expected or not key.startswith(nested))}  # fmt: skip
+        same = sum(expected.get(key) == value.shape for key, value in inside.items())
         outside = {key: value for key, value in state.items() if key.removeprefix(prefix) not in inside}
         name = f"{place}.{prefix}".strip(".")
         yield Branch(name, inside, *_relative(outside, place, prefix), (same, names[prefix]))
@@ -194,7 +196,7 @@ def left_out(branch: Branch, rivals: Sequence[Branch], used: Collection[str]) ->
     return [*(rival.label for rival in rivals), *rest]
 
 
-def take_head(branch: Branch, own: Collection[str], head: Mapping[str, torch.Size]) -> dict[str, Tensor]:
+def take_head(branch: Branch, expected: Collection[str], head: Mapping[str, torch.Size]) -> dict[str, Tensor]:
     """Take the tensors of the network's head from where they are outside of the branch, or have another name.
 
     Another name (linear, classifier, head.fc) is accepted if it is the only one whose shapes are those of the head,
@@ -202,7 +204,7 @@ def take_head(branch: Branch, own: Collection[str], head: Mapping[str, torch.Siz
 
     Args:
         branch: The branch that was found; the head is removed from it.
-        own: The network's keys.
+        expected: The network's keys.
         head: Shapes of the network's head by its keys; with any number of classes.
     """
     if not head or any(key in branch.state for key in head):
@@ -212,7 +214,7 @@ def take_head(branch: Branch, own: Collection[str], head: Mapping[str, torch.Siz
         return elsewhere if _same_but_classes(elsewhere, head) else {}
     groups: dict[str, dict[str, Tensor]] = {}  # by first component: a head is all of its group
     for key, value in [*branch.state.items(), *branch.others.items()]:
-        if key not in own and value.ndim:
+        if key not in expected and value.ndim:
             groups.setdefault(key.partition(".")[0], {})[key] = value
     ends = {key.rpartition(".")[2]: key for key in head}  # weight, bias
     renamed = {name: {ends.get(key.rpartition(".")[2], key): value for key, value in group.items()}

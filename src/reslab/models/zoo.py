@@ -67,7 +67,7 @@ def list_models(pattern: str | None = None) -> list[str]:
 
     Args:
         pattern: None for reslab's own names (`create_model` also accepts resnet<6n+2> for any n); timm or torchvision
-            for those of a library; or a shell pattern: resnet5*, timm/convnext*.
+            for those of a library; or a shell pattern: `resnet5*`, `timm/convnext*`.
     """
     pattern = f"{pattern}/*" if pattern in LIBRARIES else pattern or "*"
     library, slash, _ = pattern.partition("/")
@@ -243,14 +243,14 @@ def _select(
     from reslab.models.weights import find_branch, left_out, take_head
 
     inner = "model." if isinstance(net, LibraryNetwork) else ""
-    own = {key.removeprefix(inner): value.shape for key, value in net.state_dict().items()}
-    branch, rivals = find_branch(own, states)
+    expected = {key.removeprefix(inner): value.shape for key, value in net.state_dict().items()}
+    branch, rivals = find_branch(expected, states)
     shapes = {key: value.shape for key, value in branch.state.items()}
-    if isinstance(net, LibraryNetwork) and shapes != own:
+    if isinstance(net, LibraryNetwork) and shapes != expected:
         branch = branch._replace(state=net.convert_state(branch.state))
     head = {key.removeprefix(inner): shape for key, shape in _head_shapes(net).items()}
-    found = take_head(branch, own, head)
-    state = {**branch.state, **found}
+    head_state = take_head(branch, expected, head)
+    state = {**branch.state, **head_state}
     rest = left_out(branch, rivals, state)
     is_choice = branch.name and (branch.is_average or rest)
     messages = [f"weights: {branch.label} of {source}" if is_choice else f"weights: {source}"]
@@ -273,8 +273,8 @@ def _head_shapes(net: "nn.Module") -> "dict[str, torch.Size]":
     """Return the shapes of a network's head by key; of a network without a head, those that it would have."""
     import torch
 
-    own = net.state_dict()
-    shapes = {key: own[key].shape for key in _head_keys(net, own)}
+    tensors = net.state_dict()
+    shapes = {key: tensors[key].shape for key in _head_keys(net, tensors)}
     if not shapes and isinstance(net, reslab.models.Network):
         names = [name for name, module in net.named_modules() if module is net.head]
         ends = {"weight": (0, net.num_features), "bias": (0,)}
@@ -286,8 +286,8 @@ def _keep_new_layers(net: "Network", state: "dict[str, Tensor]", source: str) ->
     """Put the network's own head or first convolution into the state where the class or channel count differs."""
     from reslab.models.network import params
 
-    own, messages = net.state_dict(), []
-    ours, theirs = _head_keys(net, own), _head_keys(net, state)
+    current, messages = net.state_dict(), []
+    ours, theirs = _head_keys(net, current), _head_keys(net, state)
     classes = len(state[theirs[-1]]) if theirs else 0
     same_layers = not (ours and theirs) or {*ours} == {*theirs}
     if classes != net.num_classes or not same_layers:
@@ -296,13 +296,13 @@ def _keep_new_layers(net: "Network", state: "dict[str, Tensor]", source: str) ->
         messages.append(f"the head is {fate}: {sides[0]} in {source}, {sides[1]} in this network")
         for key in theirs:
             del state[key]
-        state |= {key: own[key] for key in ours}
+        state |= {key: current[key] for key in ours}
     stem = params(next(iter(net.layer_groups().values())))
     for key, p in net.named_parameters():  # one first convolution, or several side by side
         loaded = state.get(key, p).shape
         is_first = p in stem and p.ndim == 4 and p.shape[1] == net.in_channels
         if is_first and loaded != p.shape and (loaded[:1], loaded[2:]) == (p.shape[:1], p.shape[2:]):
-            state[key] = own[key]
+            state[key] = current[key]
             messages.append(f"the stem is new: {loaded[1]} channels in {source}, {net.in_channels} in this network")
     return messages
 
@@ -315,14 +315,14 @@ def load_state(net: "nn.Module", state: "Mapping[str, Tensor]", source: str) -> 
 
 def check_state(net: "nn.Module", state: "Mapping[str, Tensor]", source: str) -> None:
     """Raise a short ModelError if the names or shapes of a state dict are not those of the network."""
-    own = net.state_dict()
+    current = net.state_dict()
     differences = {
         # Files of before 2018 have no num_batches_tracked; torch fills it in.
-        "missing in the file": [k for k in own if k not in state and not k.endswith("num_batches_tracked")],
-        "only in the file": [k for k in state if k not in own],
+        "missing in the file": [k for k in current if k not in state and not k.endswith("num_batches_tracked")],
+        "only in the file": [k for k in state if k not in current],
         "other shape": [
             f"{k} {list(state[k].shape)} in the file, {list(v.shape)} in the network"
-            for k, v in own.items()
+            for k, v in current.items()
             if k in state and state[k].shape != v.shape
         ],
     }

@@ -46,7 +46,7 @@ class Execution:
 def reseed(seed: int, device: torch.device) -> None:
     """Seed torch's generators. Done in every step, so that no random state has to be saved to resume.
 
-    torch.manual_seed is avoided: where CUDA is not in use, it stores a stack trace per call (3 ms a step).
+    torch.manual_seed is avoided: where CUDA is not in use, it stores a stack trace per call (3 ms per step).
     """
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":

@@ -245,7 +245,9 @@ FLAGS = {
     "check_val_every_n_epoch": _at_least(1, "null counts val_check_interval over epochs", None),
     "default_root_dir": _only(None, "set run.dir"),
     "detect_anomaly": _any("true or false", "slow: for debugging"),
-    "deterministic": _any("null, true, false or warn", "bits are promised with true; see docs/exactness.md"),
+    "deterministic": _any(
+        "null, true, false or warn", "bit-identical runs on GPUs require true; see docs/exactness.md"
+    ),
     "devices": Flag(_are_devices, "auto, -1, at least 1, or a list of different GPU indices"),
     "enable_autolog_hparams": _any("true or false", "no effect: config.yaml holds the whole config"),
     "enable_checkpointing": _only(False, "reslab writes its own checkpoints, see run.checkpoint_every_steps"),
@@ -364,10 +366,15 @@ INTRODUCTION = """# Lightning's options and classes
 
 <!-- Generated: python -m reslab.training.compatibility > docs/lightning_options.md -->
 
-What a config may set under `trainer`, and what comes of it. An option that would break one of reslab's promises (exact
-resume, one global batch size, one verified checkpoint, one row per step in every log, no waiting for the device, a test
-with weights named beforehand) is refused in one message, before anything is trained, with exit status 2. A subclass
-shares the outcome of the class it extends. `tests/test_lightning_options.py` tries every row.
+```bash
+reslab fit digits --trainer.gradient_clip_val 1.0    # works
+reslab fit digits --trainer.overfit_batches 10       # refused, with the option to use instead
+```
+
+This page lists every option under `trainer`, and whether it works. reslab refuses options that would break one of its
+promises: exact resume, one global batch size, one verified checkpoint, one row per step in every log, no waiting for
+the device, and a test with weights named beforehand. The message comes before training starts, with exit status 2. A
+subclass is treated like the class it extends. `tests/test_lightning_options.py` tries every row.
 """
 TITLES = {
     "Callbacks": CALLBACKS,

@@ -1,7 +1,7 @@
 """Refuse a launcher (torchrun, srun, mpirun) that started another number of processes than the config runs.
 
 A run has `trainer.devices` × `trainer.num_nodes` processes. If a launcher started more, each of them would train a copy
-of the run; if it started fewer, they would wait for the others without end. This module does not import torch.
+of the run; if it started fewer, they would wait for the others forever. This module does not import torch.
 """
 
 import os

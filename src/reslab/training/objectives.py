@@ -182,7 +182,7 @@ class Distillation(CrossEntropy):
     """Learn from the labels and from a teacher's softened predictions (Hinton et al. 2015, arXiv:1503.02531).
 
     loss = alpha · T² · KL(teacher ‖ student), both at temperature T, + (1 - alpha) · cross-entropy with the labels.
-    The teacher sees the same augmented (and mixed) images in eval mode, is never trained, and is no part of
+    The teacher sees the same augmented (and mixed) images in eval mode, is never trained, and is not part of
     checkpoints, EMA, weights.safetensors or weights_sha256; manifest.json records its own hash.
 
     Args:

@@ -47,7 +47,7 @@ class ParamGroups:
             raise ValueError(f"freeze: no layer group is called {', '.join(unknown)}; there are: {', '.join(groups)}")
 
     def frozen(self, net: nn.Module) -> list[nn.Module | nn.Parameter]:
-        """Return the frozen parts of a network; looked up anew, as converting to SyncBatchNorm replaces modules."""
+        """Return the frozen parts of a network: looked up on each call, as SyncBatchNorm replaces modules."""
         groups = net.layer_groups() if self.freeze else {}  # type: ignore[operator]
         return [part for group in self.freeze for part in groups[group]]
 
