@@ -35,7 +35,7 @@ BLOCK = re.compile(
     re.MULTILINE | re.DOTALL,
 )
 SHORT = {
-    "trainer": {"max_epochs": 6, "max_steps": -1, "limit_train_batches": 2, "limit_val_batches": 1,
+    "trainer": {"max_epochs": 2, "max_steps": -1, "limit_train_batches": 2, "limit_val_batches": 1,
                 "limit_test_batches": 1, "check_val_every_n_epoch": 1, "log_every_n_steps": 1},
     "data": {"batch_size": 16, "num_workers": 0},
 }  # fmt: skip
@@ -74,18 +74,18 @@ class Block:
     def commands(self) -> list[list[str]]:
         """The commands of a bash block, without comments and redirections."""
         lines = re.sub(r"\\\n\s*", "", self.text).splitlines()
-        found: list[list[str]] = []
+        commands: list[list[str]] = []
         for line in lines:
             command: list[str] = []
             lexer = shlex.shlex(line, posix=True, punctuation_chars="|&;<>")
             lexer.whitespace_split = True
             for word in [*lexer, ";"]:
                 if set(word) <= set("|&;"):
-                    found += [command] if command else []
+                    commands += [command] if command else []
                     command = []
                 else:
                     command.append(word)
-        return found
+        return commands
 
 
 def blocks(page: str) -> list[Block]:
