@@ -20,8 +20,6 @@ from hypothesis import strategies as st
 
 from reslab.ablation import launch
 from reslab.ablation.cells import cells, states
-from reslab.ablation.resolve import Loader, check_key, full_key, merge, with_defaults
-from reslab.ablation.signatures import ROOTS, parameters
 from reslab.ablation.statistics import min_detectable_delta, seeds_needed
 from reslab.ablation.study import read_study
 from reslab.ablation.study_file import KEYS
@@ -29,6 +27,8 @@ from reslab.cli import main
 from reslab.config import Experiment
 from reslab.errors import UserError
 from reslab.host import CONFIGS
+from reslab.resolve import Loader, check_key, full_key, merge, with_defaults
+from reslab.signatures import ROOTS, parameters
 from reslab.training import Classifier
 from runner import manifest
 from studies import make_study, run_study

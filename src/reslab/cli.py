@@ -7,11 +7,12 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from reslab import __version__
 from reslab.errors import Exit, UserError
 from reslab.host import CONFIGS
 from reslab.interrupt import close, guarded, resume_hint
@@ -33,13 +34,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(argv: list[str]) -> int:
     try:
         if argv[:1] == ["fit"]:  # LightningCLI parses its options
-            return _call("experiment:fit", argv=argv[1:])
+            return _fit(argv[1:])
         args, overrides = _parser().parse_known_args(argv)
         _refuse_copies(argv[0])
         options = vars(args)
         if argv[:2] == ["ablate", "run"]:
             options["command"] = mask_command(["reslab", *argv])
         if options.pop("takes_config"):
+            _check(options, overrides)
             options["overrides"] = overrides
         elif overrides:
             raise UserError(f"unrecognized arguments: {' '.join(overrides)} (see `reslab {argv[0]} --help`)")
@@ -50,6 +52,35 @@ def _main(argv: list[str]) -> int:
     except BrokenPipeError:  # `reslab list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+def _fit(argv: list[str]) -> int:
+    from reslab.check import check
+    from reslab.help import fit_help, key_help
+
+    if not argv:
+        raise UserError("name an experiment: `reslab fit digits`; `reslab list experiments` shows all")
+    for i, word in enumerate(argv):
+        if word.partition("=")[0] in ("--help", "-h"):
+            key = word.partition("=")[2] or next((w for w in argv[i + 1 : i + 2]), "")
+            print(key_help(key) if key else fit_help())
+            return Exit.OK
+    check(argv)
+    return _call("experiment:fit", argv=argv)
+
+
+def _check(options: Mapping[str, Any], overrides: Sequence[str]) -> None:
+    """Report what is wrong with a run directory or a config in about a second, before torch is imported."""
+    from reslab.check import check
+
+    if "run" in options:
+        from reslab.runs.folder import RunFolder
+
+        folder = RunFolder.existing(options["run"])
+        if overrides:
+            check(["--config", str(folder.config), *overrides], experiment=False)
+    elif overrides and "name" not in options:  # a study checks its own
+        check(overrides)
 
 
 def _refuse_copies(command: str) -> None:
@@ -81,9 +112,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="reslab",
         description="Reproducible image-classification experiments with PyTorch Lightning.",
-        epilog="Start with: reslab fit --config configs/experiment/digits.yaml",
+        epilog="Start with: reslab fit digits",
         allow_abbrev=False,
     )
+    parser.add_argument("--version", action="version", version=f"reslab {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def add(name: str, help: str, takes_config: bool = True, **defaults: Any) -> argparse.ArgumentParser:
@@ -96,7 +128,9 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("run", metavar="RUN", help="run directory")
         return command
 
-    add("fit", "train and test: --config FILE [--run.dir DIR] [--KEY VALUE ...]; all keys: fit --help")
+    add("fit", "train and test: EXPERIMENT [--config NAME ...] [--KEY VALUE ...]; see fit --help")
+    command = add("keys", "list the config keys that contain a word, with defaults", False, target="cli:_list_keys")
+    command.add_argument("word", nargs="?", metavar="WORD", help="part of a key, or a class; default: all keys")
     for name, split in (("validate", "validation"), ("test", "test")):
         help = f"evaluate a finished run on its {split} set: RUN [--data.root DIR]"
         add_for_run(name, help, target="inference:evaluate", split=split)
@@ -118,11 +152,13 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("what", nargs="?", choices=[*LISTS, "models"], help="default: all of them")
     command.add_argument("pattern", nargs="?", help="with models: timm, torchvision, or 'timm/convnext*'")
     command = add("summary", "print a model's layers: shapes, parameters, FLOPs", False, target="cli:_summary")
-    command.add_argument("model", help="a name from `reslab list models`, timm/NAME or torchvision/NAME")
-    command.add_argument("--input", default="3,224,224", type=shape, metavar="C,H,W", help="default 3,224,224")
+    command.add_argument("model", help="a name from `reslab list models`, timm/NAME, torchvision/NAME, or a config")
+    command.add_argument("--input", default="224", type=shape, metavar="SIZE", help="224, or C,H,W; default 3,224,224")
     command.add_argument("--classes", default=1000, type=int, metavar="N", help="default 1000")
-    add("doctor", "check the machine and data: [--config FILE ...]", target="doctor:examine")
-    command = add("preview", "plot an experiment's learning rate or augmented images", target="preview:preview")
+    add("doctor", "check the machine, and an experiment's data: [EXPERIMENT]", target="doctor:examine")
+    command = add(
+        "preview", "plot an experiment's learning rate or augmented images: WHAT EXPERIMENT", target="preview:preview"
+    )
     command.add_argument("what", choices=["lr", "augment"])
     command.add_argument("--out", type=Path, metavar="FILE.png", help="output (default: preview-WHAT.png)")
     return parser
@@ -207,7 +243,10 @@ def positive(text: str) -> float:  # argparse shows this name: "invalid positive
 
 
 def shape(text: str) -> tuple[int, ...]:  # argparse shows this name: "invalid shape value"
-    return tuple(int(part) for part in text.split(","))
+    sizes = tuple(int(part) for part in text.split(","))
+    if len(sizes) not in (1, 3) or min(sizes) < 1:
+        raise ValueError(text)
+    return (3, *sizes, *sizes) if len(sizes) == 1 else sizes
 
 
 def _list(what: str | None, pattern: str | None) -> None:
@@ -228,6 +267,12 @@ def _list(what: str | None, pattern: str | None) -> None:
             print(f"{kind}:", *lines, sep="\n  ")
 
 
+def _list_keys(word: str | None) -> None:
+    from reslab.help import key_help
+
+    print(key_help(word))
+
+
 def _title(config: Path) -> str:
     """Return a config file's name and the first line of its header."""
     header = config.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")
@@ -235,10 +280,20 @@ def _title(config: Path) -> str:
 
 
 def _summary(model: str, input: tuple[int, ...], classes: int) -> None:
-    from reslab.models import create_model, summarize
+    from reslab import names
+    from reslab.models.zoo import VARIANTS, create_model
 
-    size: dict[str, Any] = {"image_size": input[1:]} if "/" in model and len(input) == 3 else {}
-    print(summarize(create_model(model, num_classes=classes, in_channels=input[0], **size), input))
+    path = None if model in VARIANTS else names.leaf("net", model)  # the user's own
+    if path is not None:
+        from reslab.models.zoo import create_from_config
+
+        net = create_from_config(path, num_classes=classes, in_channels=input[0])
+    else:
+        size: dict[str, Any] = {"image_size": input[1:]} if "/" in model else {}
+        net = create_model(model, num_classes=classes, in_channels=input[0], **size)
+    from reslab.models import summarize
+
+    print(summarize(net, input))
 
 
 def _new_study(name: str, base: list[str], arm: list[str], out: Path | None) -> None:

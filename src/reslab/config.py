@@ -13,24 +13,27 @@ from typing import Any, Literal
 
 import torch
 import yaml
-from jsonargparse import Namespace, set_parsing_settings
+from jsonargparse import Namespace, get_loader, set_loader, set_parsing_settings
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.accelerators import CUDAAccelerator
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
+from reslab.arguments import expand
+from reslab.check import BASE, wrong_seed
 from reslab.config_errors import ALLOWED, explain, explain_failure, located, one_line, places
 from reslab.data import ImageData
 from reslab.errors import UserError, last_line
-from reslab.host import CONFIGS
 from reslab.models import ResNet, TimmNetwork, TorchvisionNetwork  # noqa: F401 - short names: of imported classes only
+from reslab.resolve import with_paths
 from reslab.training import Classifier, compatibility
 from reslab.training.lightning_internals import rank
 
-BASE = CONFIGS / "base.yaml"
 FROM_DATA = {"num_classes": "num_classes", "in_channels": "channels", "image_size": "image_size"}  # of networks
 # A class may have an enum as the default of an argument that is a string.
 yaml.SafeDumper.add_multi_representer(enum.Enum, lambda dumper, member: dumper.represent_data(member.value))
 set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=ALLOWED)
+_load_yaml = get_loader("yaml")
+set_loader("yaml", lambda text: with_paths(_load_yaml(text)), (yaml.YAMLError,))  # net: resnet18, also in files
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,7 @@ class Experiment(LightningCLI):
     """Parse the configuration of a run; `build` creates data, model and trainer settings."""
 
     def __init__(self, args: list[str]) -> None:
-        self._args = args
+        self._args = args = expand(args)
         super().__init__(
             Classifier,
             ImageData,
@@ -213,8 +216,7 @@ class Experiment(LightningCLI):
         seeds = {key: self.config[key] for key in ("seed_everything", "data.split_seed")}
         seeds |= {f"run.seeds.{name}": seed for name, seed in self._seeds().items() if seed is not None}
         for key, seed in seeds.items():
-            if isinstance(seed, bool) or not 0 <= seed < 2**32:
-                wrong = f" must be a whole number from 0 to {2**32 - 1}, got {compatibility.in_yaml(seed)}"
+            if wrong := wrong_seed(seed):
                 raise UserError(one_line(key, wrong, self._args, BASE))
 
     def _check_trainer_options(self) -> None:

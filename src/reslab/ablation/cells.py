@@ -10,10 +10,10 @@ from typing import Literal
 import yaml
 
 from reslab.ablation.plan_log import read_plan
-from reslab.ablation.resolve import Config, Loader
 from reslab.ablation.study import Study
 from reslab.diff import differences
 from reslab.errors import UserError
+from reslab.resolve import Config, Loader
 from reslab.runs import manifest as manifests
 from reslab.runs.folder import RunFolder
 

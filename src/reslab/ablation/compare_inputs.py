@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from reslab.ablation.resolve import read_mapping
 from reslab.ablation.statistics import Mode
 from reslab.ablation.wording import named
 from reslab.diff import differences
 from reslab.errors import UserError
+from reslab.resolve import read_mapping
 from reslab.runs import manifest as manifests
 from reslab.runs.folder import RunFolder
 

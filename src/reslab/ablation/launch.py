@@ -21,11 +21,11 @@ import yaml
 from reslab.ablation.cells import ARM, Cell, State, states
 from reslab.ablation.plan_log import append_plan
 from reslab.ablation.progress import StudyProgress
-from reslab.ablation.resolve import Loader
 from reslab.ablation.study import Study
 from reslab.errors import Exit, UserError
 from reslab.files import write_text
 from reslab.host import STOP_SIGNALS, available_cores
+from reslab.resolve import Loader
 from reslab.runs import manifest as manifests
 from reslab.runs.folder import RunFolder
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import yaml
 
-from reslab.ablation import resolve
-from reslab.ablation.resolve import Config
+from reslab import resolve
 from reslab.ablation.study import base_file, parse_study
 from reslab.ablation.study_file import KEYS, Mistakes, folder_name
 from reslab.errors import UserError
 from reslab.host import CONFIGS
+from reslab.resolve import Config
 
 BASELINE = "baseline"  # the arm that changes nothing
 STATED = ("base", "baseline", "arms", "seeds")  # the keys that are not comments

@@ -15,12 +15,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from reslab.ablation import resolve
-from reslab.ablation.resolve import Config
+from reslab import resolve
 from reslab.ablation.study import RUN_ONLY, Arm, Study
 from reslab.ablation.study_file import MIN_LOOK
 from reslab.errors import UserError
 from reslab.files import sync_directory
+from reslab.resolve import Config
 from reslab.runs import manifest as manifests
 
 PLANS, OLD_PLAN = "plan.jsonl", "plan.json"  # the second of earlier versions: overwritten by every plan

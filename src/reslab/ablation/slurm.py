@@ -18,11 +18,11 @@ from typing import Any, NamedTuple
 from reslab.ablation import launch
 from reslab.ablation.cells import Cell
 from reslab.ablation.progress import StudyProgress
-from reslab.ablation.resolve import read_mapping
 from reslab.ablation.study import Study
 from reslab.ablation.wording import count
 from reslab.errors import Exit, UserError
 from reslab.files import write_text
+from reslab.resolve import read_mapping
 from reslab.runs.folder import RunFolder
 
 POLL = 5.0  # seconds between calls of squeue, which loads the controller of the whole cluster

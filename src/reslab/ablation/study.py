@@ -1,5 +1,6 @@
 """Study files: arms, seeds and one question. Read, resolved and checked without importing torch."""
 
+import contextlib
 import difflib
 import hashlib
 import itertools
@@ -10,12 +11,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from reslab.ablation import resolve
-from reslab.ablation.resolve import Config, merge, short_key
+from reslab import names, resolve
 from reslab.ablation.study_file import Mistakes, check_keys, folder_name, read_text, seeds_of
+from reslab.arguments import expand
 from reslab.diff import differences
 from reslab.errors import UserError
 from reslab.host import CONFIGS
+from reslab.resolve import Config, merge, short_key
 
 Factors = dict[str, dict[str, Any]]  # values by label, by factor key
 Variants = dict[str, tuple[dict[str, str], Config]]  # levels and changes (by dotted key) by arm
@@ -90,12 +92,12 @@ def read_study(name: str | Path, overrides: Sequence[str] = ()) -> Study:
     Raises:
         UserError: the file is invalid; the message lists all mistakes, each with an example.
     """
-    path, shipped = Path(name), {file.stem: file for file in sorted((CONFIGS / "ablation").glob("*.yaml"))}
+    path, studies = Path(name), names.files("ablation")
     if not path.is_file():
-        if str(name) not in shipped:
-            near = difflib.get_close_matches(path.stem, shipped, 3, 0.5) or shipped
+        if str(name) not in studies:
+            near = difflib.get_close_matches(path.stem, studies, 3, 0.5) or studies
             raise UserError(f"no study file {name}; studies in configs/ablation: {', '.join(near)}")
-        path = shipped[str(name)]
+        path = studies[str(name)]
     mistakes = Mistakes()
     study = parse_study(path, read_text(path, mistakes), overrides, mistakes)
     mistakes.raise_all(path)
@@ -184,7 +186,7 @@ def _base(folder: Path, parts: Sequence[Any], overrides: Sequence[str], varied: 
                 config = merge(config, resolve.read_config(base_file(folder, part)))
     stated: list[tuple[str, str]] = []
     with mistakes.collect():
-        stated += resolve.options(overrides)
+        stated += resolve.options(expand(overrides, experiment=False))
     for key, value in stated:
         with mistakes.collect(f"--{key}: "):
             config = _override(config, key, value, varied)
@@ -193,12 +195,15 @@ def _base(folder: Path, parts: Sequence[Any], overrides: Sequence[str], varied: 
 
 def base_file(folder: Path, name: str) -> Path:
     """Return the config file that a study in `folder` names: relative to it, to the repository, or an experiment."""
-    experiments = CONFIGS / "experiment"
-    for path in (folder / name, CONFIGS.parent / name, experiments / f"{name}.yaml"):
+    for path in (folder / name, CONFIGS.parent / name):
         if path.is_file():
             return path
-    names = [path.stem for path in sorted(experiments.glob("*.yaml"))]
-    near = difflib.get_close_matches(Path(name).stem, names, 3, 0.5) or names
+    experiments = names.files("experiment")
+    if name in experiments:
+        return experiments[name]
+    with contextlib.suppress(UserError):
+        return names.find_stacked(name)
+    near = difflib.get_close_matches(Path(name).stem, experiments, 3, 0.5) or experiments
     raise UserError(f"no config file {folder / name}; nearest experiments: {', '.join(near)}")
 
 
@@ -207,7 +212,7 @@ def _override(config: Config, key: str, value: str, varied: set[str]) -> Config:
         return merge(config, resolve.read_config(Path(value)))
     if clash := [v for v in varied if f"{short_key(key)}.".startswith(f"{short_key(v)}.")]:
         raise UserError(f"it would apply to all arms, but they differ in {clash[0]}")
-    changed = resolve.change(config, {key: resolve.parse_value(value)}, Path())
+    changed = resolve.set_option(config, key, value)
     resolve.check_key(resolve.full_key(key, changed), changed)
     return changed
 

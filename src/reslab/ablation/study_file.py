@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from reslab.ablation.resolve import Config, Loader, read_mapping
 from reslab.errors import UserError
+from reslab.resolve import Config, Loader, read_mapping
 
 MIN_LOOK = 3  # seeds: fewer give no verdict (statistics.MIN_SEEDS, whose import takes a second)
 

@@ -183,6 +183,14 @@ def build_network_of_run(run_dir: str | Path, **overrides: Any) -> "Network":
         return cls(**{**init_args, **overrides})
 
 
+def create_from_config(path: Path, **shape: Any) -> "Network":
+    """Build the network that a config file describes (`class_path`, `init_args`); `shape` as far as it accepts it."""
+    leaf = yaml.safe_load(path.read_text(encoding="utf-8"))
+    cls = _network_class(leaf["class_path"])
+    shape = {name: shape[name] for name in inspect.signature(cls).parameters if name in shape}
+    return cls(**{**leaf.get("init_args", {}), **leaf.get("dict_kwargs", {}), **shape})
+
+
 def _network_class(class_path: str) -> "type[Network]":
     module, _, name = class_path.rpartition(".")
     if module.partition(".")[0] not in ("", "reslab"):

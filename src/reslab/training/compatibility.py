@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 
 from jsonargparse import Namespace
 
+from reslab.value_types import in_yaml
+
 
 class Entry(NamedTuple):
     """What happens to a class or a named value: it works, with a note, or it is refused for a reason."""
@@ -198,11 +200,6 @@ class Flag(NamedTuple):
 
 def _only(value: Any, remedy: str) -> Flag:
     return Flag(lambda got: got == value, in_yaml(value), remedy=remedy)
-
-
-def in_yaml(value: Any) -> str:
-    """Return a value as a config file spells it."""
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _at_least(low: float, note: str = "", *others: Any) -> Flag:

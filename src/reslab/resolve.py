@@ -9,11 +9,19 @@ from typing import Any
 
 import yaml
 
-from reslab.ablation.signatures import CONFIG, Parameter, parameters
+from reslab import names
 from reslab.errors import UserError
+from reslab.signatures import CONFIG, Parameter, parameters
 
 Config = dict[str, Any]
 CLASS_KEYS = ["class_path", "init_args", "dict_kwargs"]  # of an object built from the config
+
+
+# What people change most, and may write on the command line instead of the full key.
+SHORT_KEYS = {
+    "lr": "model.optimizer.init_args.lr", "epochs": "trainer.max_epochs", "batch_size": "data.batch_size",
+    "seed": "seed_everything", "devices": "trainer.devices", "precision": "trainer.precision",
+}  # fmt: skip
 
 
 class Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
@@ -58,15 +66,32 @@ def options(overrides: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 def read_config(path: Path) -> Config:
     """Return a config file, with the config files that its values name loaded in their places."""
-    return {key: loaded(value, path.parent) for key, value in read_mapping(path).items()}
+    return {key: loaded(value, path.parent, key) for key, value in with_paths(read_mapping(path)).items()}
 
 
-def loaded(value: Any, folder: Path) -> Any:
-    """Return the value with every path of a YAML file in it (relative to `folder`) replaced by the file's content."""
+def with_paths(config: Any) -> Any:
+    """Return a config in which the names of config files (net: resnet18) are absolute paths.
+
+    The arguments of classes are left alone: there, `net: resnet18` may mean anything.
+    """
+    if not isinstance(config, dict) or "class_path" in config:
+        return config
+    named = ((key, names.leaf(str(key), value)) for key, value in config.items() if isinstance(value, str))
+    paths = {key: str(path.absolute()) for key, path in named if path}
+    return {key: with_paths(value) for key, value in config.items()} | paths
+
+
+def loaded(value: Any, folder: Path, key: str = "") -> Any:
+    """Return the value with the config files that it names replaced by their content.
+
+    They are named by paths relative to `folder`; as the value of a key such as model.net, also by their names.
+    """
     if isinstance(value, dict):
-        return {key: loaded(inner, folder) for key, inner in value.items()}
+        return {name: loaded(inner, folder) for name, inner in value.items()}
     if isinstance(value, str) and value.endswith((".yaml", ".yml")):
         return read_config(folder / value)
+    if isinstance(value, str) and (path := names.leaf(key, value)) is not None:
+        return read_config(path)
     return value
 
 
@@ -77,7 +102,8 @@ def change(config: Config, changes: Config, folder: Path) -> Config:
     """
     spelled: dict[str, str] = {}
     for key, value in changes.items():
-        full, nested = full_key(key, config), loaded(value, folder)
+        full = full_key(key, config)
+        nested = loaded(value, folder, full)
         if full in spelled:
             raise UserError(f"{spelled[full]} and {key} are the same key: keep one of them")
         spelled[full] = key
@@ -85,6 +111,26 @@ def change(config: Config, changes: Config, folder: Path) -> Config:
             nested = {part: nested}
         config = merge(config, nested)
     return config
+
+
+def set_option(config: Config, key: str, text: str) -> Config:
+    """Return the config with --KEY VALUE; a value of a text argument stays as written, all others are YAML."""
+    append = key.endswith("+")
+    full = full_key(key.removesuffix("+"), config)
+    type_ = parameter(full, config).type
+    value = text if type_.names == ("str",) and not type_.others and not type_.items else parse_value(text)
+    value = None if value == "null" and None in type_.choices else value
+    return change(config, {f"{full}+" if append else full: value}, Path())
+
+
+def parameter(key: str, config: Config) -> Parameter:
+    """Return the parameter that a full key sets."""
+    node: Any = config
+    owner: str | None = CONFIG
+    *groups, name = key.split(".")
+    for part in groups:
+        owner, node = below(owner, node, part)
+    return parameters(owner).get(name, Parameter()) if owner is not None else Parameter()
 
 
 def full_key(key: str, config: Config) -> str:
@@ -95,7 +141,7 @@ def full_key(key: str, config: Config) -> str:
     node: Any = config
     owner: str | None = CONFIG
     at: list[str] = []
-    for part in key.split("."):
+    for part in SHORT_KEYS.get(key, key).split("."):
         steps = [part]
         if _names_a_class(node):
             groups = _groups_with(node, part)
@@ -103,7 +149,7 @@ def full_key(key: str, config: Config) -> str:
                 raise UserError(f"{key} is ambiguous: {' or '.join('.'.join([*at, *g, part]) for g in groups)}")
             steps = [*groups[0], part] if groups else ["init_args", part]
         for step in steps:
-            owner, node = _below(owner, node, step)
+            owner, node = below(owner, node, step)
         at += steps
     return ".".join(at)
 
@@ -126,6 +172,12 @@ def merge(old: Any, new: Any) -> Any:
 
     If the class changes, only arguments that the new class accepts are kept. `KEY+` appends to the list KEY.
     """
+    if isinstance(old, list) and old and isinstance(new, dict) and not _names_a_class(new):  # KEY.ARGUMENT after KEY+
+        return [*old[:-1], merge(_as_class(old[-1]), new)]
+    if isinstance(old, dict) and isinstance(new, str) and "class_path" in old:  # KEY CLASS: its arguments may follow
+        new = _as_class(new)
+    if isinstance(old, str) and isinstance(new, dict) and not _names_a_class(new) and {*new} & {*CLASS_KEYS}:
+        old = _as_class(old)
     if not isinstance(old, dict) or not isinstance(new, dict):
         return copy.deepcopy(new)
     merged = dict(old)
@@ -140,6 +192,10 @@ def merge(old: Any, new: Any) -> Any:
         else:
             merged[key] = merge(merged.get(key), value)
     return merged
+
+
+def _as_class(value: Any) -> Any:
+    return {"class_path": value} if isinstance(value, str) else value
 
 
 def _class(node: Config) -> str:
@@ -161,26 +217,35 @@ def check_key(key: str, config: Config) -> None:
     owner: str | None = CONFIG  # the class whose parameters are the keys here; None if unknown
     at = ""
     for part in key.split("."):
-        accepted = CLASS_KEYS if _names_a_class(node) else list(parameters(owner))
+        accepted = accepted_keys(node, owner)
         part = part.removesuffix("+")  # appends to a list
         if accepted and part not in accepted:
-            near = difflib.get_close_matches(part, accepted, 3, 0.5)
+            near = difflib.get_close_matches(part, [*accepted, *(() if at else SHORT_KEYS)], 3, 0.5)
             hint = f"; nearest: {', '.join(f'{at}.{n}' if at else n for n in near)}" if near else ""
             raise UserError(f"{key}: no such key{hint}")
-        owner, node = _below(owner, node, part)
+        owner, node = below(owner, node, part)
         at = f"{at}.{part}" if at else part
+
+
+def accepted_keys(node: Any, owner: str | None) -> list[str]:
+    """Return the keys that a node may have; empty if that is not known."""
+    return CLASS_KEYS if _names_a_class(node) else list(parameters(owner))
 
 
 def _names_a_class(node: Any) -> bool:
     return isinstance(node, dict) and "class_path" in node
 
 
-def _below(owner: str | None, node: Any, part: str) -> tuple[str | None, Any]:
+def below(owner: str | None, node: Any, part: str) -> tuple[str | None, Any]:
     """Return the owner and node below `part`; the node is the default if the config omits it and it is a class."""
-    below = node.get(part) if isinstance(node, dict) else None
-    if below is None and not _names_a_class(node):
-        below = parameters(owner).get(part, Parameter(None)).default
-    return _owner(owner, node, part), below if isinstance(below, dict) else None
+    inner = node.get(part) if isinstance(node, dict) else None
+    if isinstance(inner, list) and inner:  # KEY.ARGUMENT after KEY+ is an argument of the last item
+        inner = inner[-1]
+    if isinstance(inner, str) and (parameter := parameters(owner).get(part)) and parameter.base:
+        inner = _as_class(inner)
+    if inner is None and not _names_a_class(node):
+        inner = parameters(owner).get(part, Parameter(None)).default
+    return _owner(owner, node, part), inner if isinstance(inner, dict) else None
 
 
 def _owner(owner: str | None, node: Any, part: str) -> str | None:
