@@ -9,6 +9,7 @@ order, with any numbers; `...` matches anything. A comment before a block change
     <!-- test: full -->          run it as it is, without the config SHORT stacked on its runs
 """
 
+import json
 import os
 import re
 import shlex
@@ -73,7 +74,7 @@ class Block:
     @property
     def commands(self) -> list[list[str]]:
         """The commands of a bash block, without comments and redirections."""
-        lines = re.sub(r"\\\n\s*", "", self.text).splitlines()
+        lines = re.sub(r"\$\w+", "0", re.sub(r"\\\n\s*", "", self.text)).splitlines()  # variables are numbers
         commands: list[list[str]] = []
         for line in lines:
             command: list[str] = []
@@ -143,7 +144,7 @@ class Checkout:
     def renew(self, cifar: Path) -> None:
         shutil.rmtree(self.path, ignore_errors=True)
         self.path.mkdir()
-        for name in ("src", "configs", "scripts", "docs", "tests", "hubconf.py", "pyproject.toml", "Makefile"):
+        for name in ("src", "configs", "scripts", "hubconf.py", "pyproject.toml", "Makefile"):
             if (REPO / name).is_dir():
                 shutil.copytree(REPO / name, self.path / name, ignore=shutil.ignore_patterns("__pycache__"))
             else:
@@ -175,28 +176,30 @@ class Checkout:
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory, cifar: tuple[Path, str], torch_home: Path) -> Iterator[Checkout]:
+def copy(tmp_path_factory: pytest.TempPathFactory, torch_home: Path) -> Checkout:
     folder = tmp_path_factory.mktemp("docs")
-    outside = {
-        name: value for name, value in os.environ.items() if not name.startswith(("RESLAB_", "WANDB_", "PYTEST"))
-    }
+    outside = {name: value for name, value in os.environ.items() if not name.startswith(("RESLAB_", "WANDB_", "PYTEST"))}
     environ = {
         **outside, "PATH": f"{folder / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}",
         "PYTHONPATH": str(folder / "repo/src"), "TORCH_HOME": str(torch_home), "WANDB_MODE": "offline",
         "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "COLUMNS": "120",
     }  # fmt: skip
-    checkout = Checkout(folder / "repo", environ)
-    checkout.renew(cifar[0])
-    warm = Warm(folder / "bin", environ, cifar[1])
-    (folder / "short.yaml").write_text(yaml.safe_dump(SHORT))
-    yield checkout
-    warm.close()
+    return Checkout(folder / "repo", environ)
 
 
 @pytest.fixture
-def checkout(server: Checkout, cifar: tuple[Path, str]) -> Checkout:
-    server.renew(cifar[0])
-    return server
+def checkout(copy: Checkout, cifar: tuple[Path, str]) -> Checkout:
+    copy.renew(cifar[0])
+    return copy
+
+
+@pytest.fixture(scope="module")
+def server(copy: Checkout, cifar: tuple[Path, str]) -> Iterator[None]:
+    copy.renew(cifar[0])
+    warm = Warm(copy.path.parent / "bin", copy.environ, cifar[1])
+    (copy.path.parent / "short.yaml").write_text(yaml.safe_dump(SHORT))
+    yield
+    warm.close()
 
 
 # Every page
@@ -231,19 +234,21 @@ def test_images_are_small() -> None:
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_skipped_commands_are_valid(page: str, checkout: Checkout) -> None:
+def test_commands_name_existing_keys_and_files(page: str, checkout: Checkout) -> None:
+    configs: list[tuple[str, list[str]]] = []
     for block in blocks(page):
         if block.file:
             write(block, checkout)
-        if block.skipped and block.language == "bash":
-            for command in block.commands:
-                check(block, command, checkout)
+        if block.language == "bash" and not block.status:
+            configs += [(str(block), words) for command in block.commands if (words := config_of(block, command))]
+    status, output = checkout.bash(f"{sys.executable} -c {shlex.quote(CHECK)} {shlex.quote(json.dumps(configs))}")
+    assert status == 0, output
 
 
 @pytest.mark.parametrize("page", PAGES)
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_blocks_run(page: str, checkout: Checkout) -> None:
+def test_blocks_run(page: str, server: None, checkout: Checkout) -> None:
     output: str | None = None
     for block in blocks(page):
         if block.language == "text":
@@ -261,33 +266,40 @@ def write(block: Block, checkout: Checkout) -> None:
     path.write_text(block.text, encoding="utf-8")
 
 
-def check(block: Block, command: list[str], checkout: Checkout) -> None:
-    """Check that the keys, values and files of a command are valid, without running it."""
+CHECK = """
+import json, sys
+from reslab.check import check
+from reslab.errors import UserError
+
+failed = []
+for place, words in json.loads(sys.argv[1]):
+    try:
+        check(words)
+    except UserError as error:
+        failed.append(f"{place}: {' '.join(words)}: {error}")
+print(*failed, sep="\\n")
+sys.exit(bool(failed))
+"""
+
+
+def config_of(block: Block, command: list[str]) -> list[str]:
+    """Return the arguments of a command that describe a config; check what else is in it."""
     program, *words = command
     if program == "make":
         assert re.search(rf"^{words[0]}:", (REPO / "Makefile").read_text(), re.MULTILINE), f"{block}: make {words[0]}"
     elif program == "torchrun":
-        check(block, words[words.index("-m") + 1 :], checkout)
+        return config_of(block, words[words.index("-m") + 1 :])
     elif program == "sbatch":
-        script = words.index("scripts/slurm.sbatch")
-        check(block, ["reslab", "fit", *words[script + 1 :]], checkout)
+        return words[words.index("scripts/slurm.sbatch") + 1 :]
+    elif program == "reslab" and words[0] == "fit":
+        return [] if "--help" in words else words[1:]
     elif program == "reslab":
-        check_reslab(block, words, checkout)
-    else:
-        assert program in OTHER_PROGRAMS, f"{block}: {program}"
-
-
-def check_reslab(block: Block, words: list[str], checkout: Checkout) -> None:
-    if words[0] != "fit":
         args, overrides = cli._parser().parse_known_args(words)
         assert args.takes_config or not overrides, f"{block}: {overrides}"
-        if words[0] != "ablate" or words[1] == "new":
-            return
-        words = ["ablate", "plan", args.name, *overrides]
-    elif "--help" not in words:
-        words = [*words, "--print_config"]
-    status, output = checkout.bash(shlex.join(["reslab", *words]))
-    assert status == 0, f"{block}: {shlex.join(words)}\n{output}"
+        return overrides if words[0] in ("doctor", "preview") else []
+    else:
+        assert program in OTHER_PROGRAMS or not block.skipped, f"{block}: {program}"
+    return []
 
 
 def run(block: Block, checkout: Checkout) -> str:
