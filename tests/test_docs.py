@@ -122,16 +122,13 @@ def imitate_cifar(folder: Path) -> None:
     (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": names}))
 
 
-@pytest.fixture(scope="module")
-def torch_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache of torch.hub with untrained weights in place of the pretrained ones of ResNet-18."""
+def imitate_pretrained(home: Path) -> None:
+    """Fill a cache of torch.hub with untrained weights in place of the pretrained ones of ResNet-18."""
     import torch
     from torchvision.models import ResNet18_Weights, resnet18
 
-    home = tmp_path_factory.mktemp("torch_home")
     (home / "hub/checkpoints").mkdir(parents=True)
     torch.save(resnet18().state_dict(), home / "hub/checkpoints" / Path(ResNet18_Weights.DEFAULT.url).name)
-    return home
 
 
 @dataclass(frozen=True)
@@ -176,12 +173,14 @@ class Checkout:
 
 
 @pytest.fixture(scope="module")
-def copy(tmp_path_factory: pytest.TempPathFactory, torch_home: Path) -> Checkout:
+def copy(tmp_path_factory: pytest.TempPathFactory) -> Checkout:
     folder = tmp_path_factory.mktemp("docs")
-    outside = {name: value for name, value in os.environ.items() if not name.startswith(("RESLAB_", "WANDB_", "PYTEST"))}
+    outside = {
+        name: value for name, value in os.environ.items() if not name.startswith(("RESLAB_", "WANDB_", "PYTEST"))
+    }
     environ = {
         **outside, "PATH": f"{folder / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "PYTHONPATH": str(folder / "repo/src"), "TORCH_HOME": str(torch_home), "WANDB_MODE": "offline",
+        "PYTHONPATH": str(folder / "repo/src"), "TORCH_HOME": str(folder / "torch_home"), "WANDB_MODE": "offline",
         "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "COLUMNS": "120",
     }  # fmt: skip
     return Checkout(folder / "repo", environ)
@@ -196,8 +195,10 @@ def checkout(copy: Checkout, cifar: tuple[Path, str]) -> Checkout:
 @pytest.fixture(scope="module")
 def server(copy: Checkout, cifar: tuple[Path, str]) -> Iterator[None]:
     copy.renew(cifar[0])
-    warm = Warm(copy.path.parent / "bin", copy.environ, cifar[1])
-    (copy.path.parent / "short.yaml").write_text(yaml.safe_dump(SHORT))
+    folder = copy.path.parent
+    imitate_pretrained(folder / "torch_home")
+    (folder / "short.yaml").write_text(yaml.safe_dump(SHORT))
+    warm = Warm(folder / "bin", copy.environ, cifar[1])
     yield
     warm.close()
 
@@ -241,7 +242,7 @@ def test_commands_name_existing_keys_and_files(page: str, checkout: Checkout) ->
             write(block, checkout)
         if block.language == "bash" and not block.status:
             configs += [(str(block), words) for command in block.commands if (words := config_of(block, command))]
-    status, output = checkout.bash(f"{sys.executable} -c {shlex.quote(CHECK)} {shlex.quote(json.dumps(configs))}")
+    status, output = checkout.bash(checking(configs))
     assert status == 0, output
 
 
@@ -280,6 +281,11 @@ for place, words in json.loads(sys.argv[1]):
 print(*failed, sep="\\n")
 sys.exit(bool(failed))
 """
+
+
+def checking(configs: list[tuple[str, list[str]]]) -> str:
+    """Return the command that checks configs, each with its place."""
+    return shlex.join([sys.executable, "-c", CHECK, json.dumps(configs)])
 
 
 def config_of(block: Block, command: list[str]) -> list[str]:
@@ -325,3 +331,28 @@ def assert_shown(block: Block, output: str) -> None:
 def loose(line: str) -> str:
     """Return a line with every number replaced by 0, and single spaces."""
     return " ".join(re.sub(r"[−+-]?\b\d[\d,.:]*(e[+-]?\d+)?\b", "0", line).split())
+
+
+# The test itself
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["reslab fit digits --trainer.max_epoch 3", "reslab fit no_such_experiment",
+     "torchrun --nnodes 2 -m reslab fit digits --lr high", "sbatch --nodes=2 scripts/slurm.sbatch digits --config no_such_recipe"],
+)  # fmt: skip
+def test_invalid_command_is_found(command: str, checkout: Checkout) -> None:
+    block = Block("page.md", 1, "bash", f"{command}   # a comment\n", "skip: needs a GPU")
+    [words] = block.commands
+    status, output = checkout.bash(checking([("page.md:1", config_of(block, words))]))
+    assert status == 1 and "page.md:1" in output
+
+
+def test_output_is_compared_without_numbers() -> None:
+    output = "epoch 1/3  train/loss 2.20  left 0:03\nother\ntest/acc  99.72 % (n = 359)\n"
+    assert_shown(
+        Block("page.md", 1, "text", "epoch 1/3 train/loss 1.79 ...\n...\ntest/acc 98.5 % (n = 10)\n", ""), output
+    )
+    for missing in ("epoch 1/3 val/loss 2", "test/acc 98 %\nepoch 1/3 ..."):
+        with pytest.raises(AssertionError, match="no line"):
+            assert_shown(Block("page.md", 1, "text", missing, ""), output)
