@@ -339,7 +339,8 @@ def loose(line: str) -> str:
 @pytest.mark.parametrize(
     "command",
     ["reslab fit digits --trainer.max_epoch 3", "reslab fit no_such_experiment",
-     "torchrun --nnodes 2 -m reslab fit digits --lr high", "sbatch --nodes=2 scripts/slurm.sbatch digits --config no_such_recipe"],
+     "torchrun --nnodes 2 -m reslab fit digits --lr high",
+     "sbatch --nodes=2 scripts/slurm.sbatch digits --config no_such_recipe"],
 )  # fmt: skip
 def test_invalid_command_is_found(command: str, checkout: Checkout) -> None:
     block = Block("page.md", 1, "bash", f"{command}   # a comment\n", "skip: needs a GPU")
