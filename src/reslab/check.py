@@ -50,20 +50,26 @@ def check(args: Sequence[str], experiment: bool = True) -> None:
         UserError: A name, file, key or value is wrong. The message lists all wrong keys and values.
     """
     args = expand(args, experiment)
-    given = [key.removesuffix("+") for key, value, _ in words(args) if value is None]
-    if "print_config" in [key.partition("=")[0] for key in given] or any(".help" in a or a == "--help" for a in args):
-        return  # the typed parser answers
-    config = _resolved(args)
-    problems = list(_problems(config, CONFIG, ""))
-    if not problems:
+    given = {key for key, _, _ in words(args)}
+    if any(key.partition(".")[2].endswith("help") for key in given):
+        return  # --model.net.help CLASS, which the typed parser answers
+    config = resolved(args)
+    problems = [*_problems(config, CONFIG, "")]
+    if not problems and "print_config" not in given:  # which calls no constructor
         problems = [*_out_of_range(config)]
     if problems:
         raise UserError(_message(problems, args))
 
 
-def _resolved(args: Sequence[str]) -> resolve.Config:
+def resolved(args: Sequence[str]) -> resolve.Config:
+    """Return the config of a command line."""
     config = resolve.read_config(BASE)
-    for key, value in resolve.options(args):
+    options = ((key, value) for key, value, _ in words(expand(args)) if key != "print_config")
+    for key, value in options:
+        if not key:
+            raise UserError(f"{value!r} is not an option: give --config NAME or --KEY VALUE")
+        if value is None:
+            raise UserError(f"--{key} has no value")
         if key == "config":
             config = resolve.merge(config, resolve.read_config(Path(value)))
         else:

@@ -241,7 +241,7 @@ def below(owner: str | None, node: Any, part: str) -> tuple[str | None, Any]:
     inner = node.get(part) if isinstance(node, dict) else None
     if isinstance(inner, list) and inner:  # KEY.ARGUMENT after KEY+ is an argument of the last item
         inner = inner[-1]
-    if isinstance(inner, str) and (parameter := parameters(owner).get(part)) and parameter.base:
+    if isinstance(inner, str) and (parameter := parameters(owner).get(part)) and parameter.only_class:
         inner = _as_class(inner)
     if inner is None and not _names_a_class(node):
         inner = parameters(owner).get(part, Parameter(None)).default
@@ -259,13 +259,18 @@ def with_defaults(config: Config) -> Config:
     """Return the config with the defaults of its classes, as far as their source shows."""
 
     def filled(node: Any, owner: str | None) -> Any:
+        if isinstance(node, list):
+            return [filled(item, None) for item in node]
         if not isinstance(node, dict):
             return node
         if _names_a_class(node):
-            node = {"init_args": {}, **node, "class_path": _class(node)}
+            node = {"init_args": {}, **node}
         else:
             node = merge({name: p.default for name, p in parameters(owner).items()}, node)
-        return {key: filled(value, _owner(owner, node, key)) for key, value in node.items()}
+            accepted = parameters(owner)
+            node = {k: _as_class(v) if k in accepted and accepted[k].only_class else v for k, v in node.items()}
+        complete = {key: filled(value, _owner(owner, node, key)) for key, value in node.items()}
+        return {**complete, "class_path": _class(node)} if _names_a_class(node) else complete
 
     return filled(config, CONFIG)
 

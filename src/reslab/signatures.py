@@ -39,6 +39,11 @@ class Parameter(NamedTuple):
     required: bool = False
     doc: str = ""
 
+    @property
+    def only_class(self) -> bool:
+        """Whether a text can only be the name of a class."""
+        return self.base is not None and not self.type.names and not self.type.items
+
 
 SEED = Parameter(0, type=Type(names=("int",)), doc="Seed of everything random: weights, order, augmentation, dropout.")
 Parameters = dict[str, Parameter]
