@@ -1,4 +1,4 @@
-"""Measure how fast a mistake in `reslab fit` is reported, against the import of Lightning: python benchmarks/startup.py.
+"""Measure how fast `reslab fit` reports a mistake, against the import of Lightning: python benchmarks/startup.py.
 
 The processes alternate, so that both see the same load of the machine. The ratio must be at most 0.35.
 """

@@ -9,10 +9,11 @@ import pytest
 
 from reslab.ablation.study import read_study
 from reslab.arguments import expand
-from reslab.check import check
+from reslab.check import check, resolved
 from reslab.cli import main
 from reslab.config import Experiment
 from reslab.errors import UserError
+from reslab.resolve import check_key, full_key, with_paths
 from test_configs import CONFIGS, DIGITS
 
 NET = "class_path: ResNet\ninit_args: {layers: [1], width: 8, stem: cifar}\n"
@@ -70,8 +71,6 @@ def test_users_file_takes_precedence_over_a_shipped_one(project: Path) -> None:
 
 def test_an_argument_of_a_class_is_no_name(project: Path) -> None:
     net = {"class_path": "reslab.models.ResNet", "init_args": {"net": "resnet18"}}
-    from reslab.resolve import with_paths
-
     assert with_paths({"model": {"net": net}}) == {"model": {"net": net}}
 
 
@@ -136,9 +135,9 @@ def test_help_of_fit_is_one_screen(capsys: pytest.CaptureFixture[str]) -> None:
     assert len(lines) <= 40 and max(map(len, lines)) <= 80
     keys = re.findall(r"^  --([\w.]+)", "\n".join(lines), re.MULTILINE)
     assert len(keys) >= 20 and "(128)" in "".join(lines)
-    for key in keys:
-        if key != "config":
-            check(["digits", "--print_config", f"--{key}=null"] if "." in key else ["digits"])
+    config = resolved(["digits"])
+    for key in {*keys} - {"config"}:
+        check_key(full_key(key, config), config)
 
 
 @pytest.mark.parametrize("command", [["fit", "--help", "crop_padding"], ["keys", "crop_padding"]])
