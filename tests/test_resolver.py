@@ -119,8 +119,10 @@ def test_print_config_is_what_the_resolver_says() -> None:
     assert_equal(yaml.safe_load(output), with_defaults(resolved(args)))
 
 
-VALUES = ["0", "-1", "1", "3", "2.5", "1e3", "1e-3", "nan", ".inf", "true", "yes", "no", "null", "none", "~", "", "auto", "many",
-          "[1]", "[a]", "[]", "[1, 2]", "{}", "{a: 1}", "2026-01-01", "0x10", "1_000", "12:30", "'1'", "SGD", "Cosine"]  # fmt: skip
+VALUES = [
+    "0", "-1", "1", "3", "2.5", "1e3", "1e-3", "nan", ".inf", "true", "yes", "null", "none", "~", "", "auto", "many",
+    "[1]", "[a]", "[]", "[1, 2]", "{}", "{a: 1}", "2026-01-01", "0x10", "1_000", "12:30", "'1'", "SGD", "Cosine",
+]  # fmt: skip
 KEYS = [row.key for row in all_keys() if not row.of or row.of in ("ResNet", "SGD", "OneCycle", "CrossEntropy")]
 
 

@@ -24,6 +24,7 @@ from reslab.config_errors import ALLOWED, explain, explain_failure, located, one
 from reslab.data import ImageData
 from reslab.errors import UserError, last_line
 from reslab.models import ResNet, TimmNetwork, TorchvisionNetwork  # noqa: F401 - short names: of imported classes only
+from reslab.names import fixed_directory
 from reslab.resolve import with_paths
 from reslab.training import Classifier, compatibility
 from reslab.training.lightning_internals import rank
@@ -127,7 +128,8 @@ class Experiment(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         try:
-            self.config = parser.parse_args(args)
+            with fixed_directory():
+                self.config = parser.parse_args(args)
         except ArgumentError as error:
             keys = [key for key, _ in parser.get_defaults(skip_validation=True).items()]
             raise UserError(explain(str(error), keys, args, BASE)) from error

@@ -13,7 +13,7 @@ from reslab.keys import Key, all_keys, default_of, matching
 from reslab.resolve import SHORT_KEYS
 
 MOST_USED = {  # without those that have a short key
-    "config": "add a config file: a name or path; repeatable",
+    "config": "add a config file, by name or path",
     "run.dir": "run directory; resumes an unfinished run",
     "run.test_weights": "weights to test: last or best",
     "model.net": "a name (resnet18), a class or a file",

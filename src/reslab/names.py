@@ -1,8 +1,10 @@
 """Names of config files: those that ship with reslab, and those in configs/ of the working directory. No torch."""
 
+import contextlib
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 from pathlib import Path
 
 from reslab.errors import UserError
@@ -13,9 +15,22 @@ KINDS = {"experiment": "experiment", "ablation": "study", "net": "network", "dat
 NOT_STACKED = (*LEAVES.values(), "ablation", "sweep")  # folders whose files are no --config files
 
 
+_directory: ContextVar[Path] = ContextVar("directory", default=Path())
+
+
+@contextlib.contextmanager
+def fixed_directory() -> Iterator[None]:
+    """Look up names in the present working directory, while jsonargparse changes it to the folder of each file."""
+    token = _directory.set(Path.cwd())
+    try:
+        yield
+    finally:
+        _directory.reset(token)
+
+
 def roots() -> list[Path]:
     """Return the folders with config files: the user's own first, which takes precedence."""
-    local = Path("configs")
+    local = _directory.get() / "configs"
     return [local, CONFIGS] if local.is_dir() and local.resolve() != CONFIGS else [CONFIGS]
 
 
