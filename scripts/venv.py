@@ -29,27 +29,30 @@ def main(venv: Path, command: list[str]) -> int:
     if sys.version_info < (3, 11):  # noqa: UP036 (make runs this file with any python3)
         print("reslab requires Python 3.11 or newer: name one, as in make PYTHON=python3.12 demo", file=sys.stderr)
         return 2
-    if pip_settings(venv / "bin" / "python") is None:
+    python = venv / "bin" / "python"
+    if command[0] != "uv":
+        env = dict(os.environ)
+        return run([str(venv / "bin" / command[0]), *command[1:]], env, shows_progress=command[0] != "python")
+    settings = pip_settings(python)
+    if settings is None:
         print(f"Creating the virtual environment {venv}", flush=True)
         if status := run([sys.executable, "-m", "venv", str(venv)], dict(os.environ)):
             return status
-    if command[0] == "uv":
-        return run_uv(venv, command[1:])
-    return run([str(venv / "bin" / command[0]), *command[1:]], dict(os.environ), shows_progress=command[0] != "python")
+        settings = pip_settings(python)
+    return run_uv(venv, settings or {}, command[1:])
 
 
-def run_uv(venv: Path, arguments: list[str]) -> int:
+def run_uv(venv: Path, settings: dict[str, str], arguments: list[str]) -> int:
     """Run uv with pip's settings in the virtual environment; install it there first if needed."""
-    python = venv / "bin" / "python"
     uv = find_uv(venv)
     if uv is None:
         print(f"Installing uv into {venv}", flush=True)
         requirement = f"uv>={'.'.join(map(str, OLDEST))},<{'.'.join(map(str, TOO_NEW))}"
-        install = [str(python), "-m", "pip", "install", "--disable-pip-version-check", requirement]
+        install = [str(venv / "bin" / "python"), "-m", "pip", "install", "--disable-pip-version-check", requirement]
         if status := run(install, dict(os.environ), shows_progress=True):
             return status
         uv = str(venv / "bin" / "uv")
-    env, options = uv_settings(pip_settings(python) or {}, dict(os.environ))
+    env, options = uv_settings(settings, dict(os.environ))
     return run([uv, *arguments, *options], {**env, "VIRTUAL_ENV": str(venv.absolute())}, shows_progress=True)
 
 
