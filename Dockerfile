@@ -15,7 +15,7 @@ RUN uv venv --python /usr/bin/python3 /opt/venv && chown -R ubuntu:ubuntu /opt/v
 ENV VIRTUAL_ENV=/opt/venv PATH=/opt/venv/bin:$PATH UV_LINK_MODE=copy
 USER 1000:1000
 
-# Dependencies in a layer of their own, which a change of the source does not rebuild. EXTRAS: "" or "--extra dev" etc.
+# Dependencies in a separate layer, which a change of the source does not rebuild. EXTRAS: "" or "--extra dev" etc.
 ARG EXTRAS=""
 COPY --chown=ubuntu:ubuntu pyproject.toml constraints.txt ./
 # hadolint ignore=SC2086

@@ -58,8 +58,8 @@ def test_pushed_run_is_a_run_directory_that_loads_from_the_hub(
         (tmp_path / "copy" / name).write_bytes(content)
         assert TOKEN.encode() not in content
     assert files["weights.safetensors"] == (run / "weights.safetensors").read_bytes()
-    net, own = network_of_run(tmp_path / "copy"), network_of_run(run)
-    assert all(map(torch.equal, net.state_dict().values(), own.state_dict().values()))
+    net, original = network_of_run(tmp_path / "copy"), network_of_run(run)
+    assert all(map(torch.equal, net.state_dict().values(), original.state_dict().values()))
     assert main(["test", str(tmp_path / "copy")]) == 0
 
 

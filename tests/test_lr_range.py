@@ -29,9 +29,9 @@ def valley(minimum: float, rises: bool = True, noise: float = 0.02) -> list[floa
 
 @pytest.mark.parametrize("minimum", [0.001, 0.03, 0.5])
 def test_suggests_the_rate_at_the_first_deep_minimum(minimum: float) -> None:
-    found = suggest(RATES, valley(minimum))
-    assert found.rate == pytest.approx(minimum, rel=0.5)
-    assert found.steepest is not None and minimum / 20 < found.steepest < found.rate
+    suggestion = suggest(RATES, valley(minimum))
+    assert suggestion.rate == pytest.approx(minimum, rel=0.5)
+    assert suggestion.steepest is not None and minimum / 20 < suggestion.steepest < suggestion.rate
 
 
 def test_a_later_minimum_that_is_hardly_deeper_is_not_chosen() -> None:
@@ -50,8 +50,8 @@ def test_a_later_minimum_that_is_hardly_deeper_is_not_chosen() -> None:
     ],
 )
 def test_no_suggestion_without_a_minimum(losses: list[float], reason: str) -> None:
-    found = suggest(RATES[: len(losses)], losses)
-    assert found.rate is None and reason in found.reason
+    suggestion = suggest(RATES[: len(losses)], losses)
+    assert suggestion.rate is None and reason in suggestion.reason
 
 
 @pytest.mark.parametrize(

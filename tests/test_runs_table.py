@@ -231,10 +231,10 @@ def test_a_damaged_run_is_listed_with_the_reason(kind: str, runs: Path, tmp_path
     top = tmp_path / "runs"
     shutil.copytree(runs / "a/seed-2", top / "good")
     damage(Path(shutil.copytree(runs / "a/seed-10", top / "bad")))
-    found = {Path(run.path).name: run.facts for run in find_runs([top])}
-    assert found["bad"]["status"] == status
-    assert reason in (found["bad"]["reason"] or "")
-    assert found["good"]["status"] == "complete"
+    listed = {Path(run.path).name: run.facts for run in find_runs([top])}
+    assert listed["bad"]["status"] == status
+    assert reason in (listed["bad"]["reason"] or "")
+    assert listed["good"]["status"] == "complete"
     for options in ([], ["--csv"], ["--json"], ["--html", str(tmp_path / "page.html")], ["--sort", "-time"]):
         assert main(["runs", str(top), *options]) == 0
     assert "\x1b" not in capsys.readouterr().out.replace(r"\u001b", "").replace("\x1b[31modd\n", "")
@@ -280,8 +280,8 @@ def test_each_run_is_listed_once_in_spite_of_links_and_overlapping_directories(r
     (top / "self").symlink_to(top / "self")
     shutil.copytree(runs / "b/wide", tmp_path / "scratch/wide")
     (top / "elsewhere").symlink_to(tmp_path / "scratch")
-    found = names(find_runs([top, top / "a", top / "a/seed-2", f"{top}/"]), top)
-    assert sorted(found) == ["a/seed-10", "a/seed-2", "elsewhere/wide"]
+    listed = names(find_runs([top, top / "a", top / "a/seed-2", f"{top}/"]), top)
+    assert sorted(listed) == ["a/seed-10", "a/seed-2", "elsewhere/wide"]
 
 
 def test_a_run_inside_a_run_directory_is_listed(runs: Path, tmp_path: Path) -> None:

@@ -86,15 +86,15 @@ def corrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_cifar10_c_by_corruption_and_severity_with_mce(run: Path, corrupted: Path) -> None:
     before = manifest(run)
     assert evaluate(run, corrupted.parent, "cifar10_c") == 0
-    after, found = manifest(run), entry(run, "cifar10_c")
+    after, recorded = manifest(run), entry(run, "cifar10_c")
     assert after["results"] == before["results"] and after["weights_sha256"] == before["weights_sha256"]
-    assert [*found["parts"]] == [f"{name}/{i}" for name in CORRUPTIONS for i in range(1, 6)]
-    accuracy = np.array([part["test/acc"] for part in found["parts"].values()]).reshape(15, 5)
-    results = found["results"]
+    assert [*recorded["parts"]] == [f"{name}/{i}" for name in CORRUPTIONS for i in range(1, 6)]
+    accuracy = np.array([part["test/acc"] for part in recorded["parts"].values()]).reshape(15, 5)
+    results = recorded["results"]
     assert results["test/mCE"] == pytest.approx(1 - accuracy.mean())
     assert results["test/acc"] == pytest.approx(accuracy.mean())
     assert results["test/acc/fog"] == pytest.approx(accuracy[CORRUPTIONS.index("fog")].mean())
-    assert (found["images"], found["classes"]) == (15 * 5 * SMALL, 10)
+    assert (recorded["images"], recorded["classes"]) == (15 * 5 * SMALL, 10)
     rows = predictions(run, "cifar10_c")
     right = (rows["label"] == rows["prediction"]).reshape(15, 5, SMALL)
     assert np.allclose(right.mean(2), accuracy) and len(rows["parts"]) == 75
@@ -198,12 +198,12 @@ def test_subset_of_classes_restricts_predictions_to_them(run: Path, tmp_path: Pa
     leaf = tmp_path / "new.yaml"
     leaf.write_text("class_path: ImageFolder\ninit_args: {folder: new}")
     assert evaluate(run, tmp_path, leaf) == 0
-    rows, found = predictions(run, "new"), entry(run, "new")
+    rows, recorded = predictions(run, "new"), entry(run, "new")
     expected = [NAMES.index(name) for name in sorted(subset)]
     assert [*dict.fromkeys(rows["label"])] == expected and {*rows["prediction"]} <= {*expected}
-    assert found["classes"] == 3 and "test/acc5" not in found["results"]
-    assert found["results"]["test/acc"] == pytest.approx((rows["label"] == rows["prediction"]).mean())
-    assert np.isfinite(found["results"]["test/loss"])
+    assert recorded["classes"] == 3 and "test/acc5" not in recorded["results"]
+    assert recorded["results"]["test/acc"] == pytest.approx((rows["label"] == rows["prediction"]).mean())
+    assert np.isfinite(recorded["results"]["test/loss"])
 
 
 class Reversed(EvaluationSet):
@@ -225,8 +225,8 @@ def test_other_order_of_classes_gives_the_same_results(
     leaf = tmp_path / "reversed.yaml"
     leaf.touch()
     assert evaluate(run, tmp_path, leaf) == 0
-    own = {name: value for name, value in manifest(run)["results"].items() if name.startswith("test/")}
-    assert entry(run, "reversed")["results"] == own
+    tested = {name: value for name, value in manifest(run)["results"].items() if name.startswith("test/")}
+    assert entry(run, "reversed")["results"] == tested
 
 
 def test_unknown_classes_are_refused_with_the_difference(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -53,16 +53,16 @@ def check(args: Sequence[str], experiment: bool = True) -> resolve.Config | None
         UserError: A name, file, key or value is wrong. The message lists all wrong keys and values.
     """
     args = expand(args, experiment)
-    given = {key for key, _, _ in words(args)}
-    if any(key.partition(".")[2].endswith("help") for key in given):
+    present = {key for key, _, _ in words(args)}
+    if any(key.partition(".")[2].endswith("help") for key in present):
         return None  # --model.net.help CLASS, which the typed parser answers
     config = resolved(args)
     problems = [*_problems(config, CONFIG, "")]
-    if not problems and "print_config" not in given:  # which calls no constructor
+    if not problems and "print_config" not in present:  # which calls no constructor
         problems = [*_out_of_range(config)]
     if problems:
         raise UserError(_message(problems, args))
-    return None if "print_config" in given else config
+    return None if "print_config" in present else config
 
 
 def resolved(args: Sequence[str]) -> resolve.Config:
@@ -226,10 +226,12 @@ _BUILTINS = {
 def _refusal(class_path: str, values: Mapping[str, Any]) -> str | None:
     """Run the checks at the start of a constructor, as they stand in the source; return the first refusal."""
     accepted = parameters(class_path)
-    given = {name: values.get(name, p.default) for name, p in accepted.items()}
-    given = {k: v for k, v in given.items() if not isinstance(v, dict | Unknown) and accepted[k].type.accepts(v)}
+    arguments = {name: values.get(name, p.default) for name, p in accepted.items()}
+    arguments = {
+        k: v for k, v in arguments.items() if not isinstance(v, dict | Unknown) and accepted[k].type.accepts(v)
+    }
     for statement in constructor_checks(class_path):
-        scope = {**_EXCEPTIONS, **given, "self": SimpleNamespace(**given), "math": math, "re": re}
+        scope = {**_EXCEPTIONS, **arguments, "self": SimpleNamespace(**arguments), "math": math, "re": re}
         module = ast.Module([statement], [])
         try:
             exec(compile(module, class_path, "exec"), {"__builtins__": _BUILTINS, **scope})

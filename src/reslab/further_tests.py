@@ -1,6 +1,6 @@
 """Evaluate a finished run on further test sets: `reslab test RUN --on NAME`.
 
-The network sees the images as those of the run's own test set: same size, crop and normalization. Where a set has only
+The network sees the images as those of its test set: same size, crop and normalization. Where a set has only
 some of the run's classes, predictions are restricted to these, as in the papers of ImageNet-A and -R.
 """
 
@@ -74,8 +74,10 @@ class PartData(ImageData):
         sizes = run.batch_size, run.eval_batch_size
         super().__init__(run.dataset, str(run.root), *sizes, num_workers=run.num_workers, resize=run.resize,
                          classes=run.class_names)  # fmt: skip
-        own = labels[part.labels]  # a table of files must not be read from its cache again, which has other labels
-        self.test_data = replace(part, labels=own, cache=None) if isinstance(part, Files) else replace(part, labels=own)
+        mapped = labels[part.labels]  # a table of files must not be read from its cache again, which has other labels
+        self.test_data = (
+            replace(part, labels=mapped, cache=None) if isinstance(part, Files) else replace(part, labels=mapped)
+        )
 
     def prepare_data(self) -> None:
         """Do nothing: the part is loaded."""
@@ -255,7 +257,7 @@ def _report(name: str, test_set: FurtherSet, entry: dict[str, Any]) -> None:
 
 
 def _record(folder: RunFolder, name: str, entry: dict[str, Any], predictions: dict[str, np.ndarray]) -> None:
-    """Write the predictions, and the entry below `test_sets` in the manifest; the run's own results stay."""
+    """Write the predictions, and the entry below `test_sets` in the manifest; the run's test results stay."""
     path = _predictions(folder, name)
     with folder.lock():  # another `reslab test` may add its results now
         with replacing(path) as part, part.open("wb") as file:

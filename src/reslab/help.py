@@ -20,7 +20,7 @@ MOST_USED = {  # without those that have a short key
     "model.objective": "a name, a class or a file",
     "model.weights": "pretrained weights to start from",
     "model.optimizer.weight_decay": "weight decay of the optimizer",
-    "model.schedule.warmup_epochs": "epochs of linear warm-up",
+    "model.schedule": "Cosine, OneCycle, MultiStep or Constant",
     "model.ema_decay": "decay of the weight average, such as 0.999",
     "data.dataset": "a name (cifar100), a class or a file",
     "data.root": "directory of the data sets",

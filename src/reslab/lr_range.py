@@ -92,10 +92,10 @@ def preview_lr_range(experiment: Experiment, out: Path, steps: int, low: float, 
     data, model, settings = experiment.build()
     losses = train(experiment, data, model, settings, ramp)
     rates = ramp.rates[: len(losses)]
-    found = suggest(rates, losses)
-    draw_lr_range(rates, losses, found.smooth, found.rate, out)
+    suggestion = suggest(rates, losses)
+    draw_lr_range(rates, losses, suggestion.smooth, suggestion.rate, out)
     scale = data.batch_size / model.base_batch_size if model.base_batch_size else 1.0
-    print(*describe(found, rates, scale, ramp.base, len(losses) < steps), out, sep="\n")
+    print(*describe(suggestion, rates, scale, ramp.base, len(losses) < steps), out, sep="\n")
 
 
 def train(
@@ -146,17 +146,19 @@ def smoothed(losses: Sequence[float]) -> Floats:
     return weights @ np.asarray(losses) / weights.sum(axis=1)
 
 
-def describe(found: Suggestion, rates: Sequence[float], scale: float, configured: float, stopped: bool) -> list[str]:
+def describe(
+    suggestion: Suggestion, rates: Sequence[float], scale: float, configured: float, stopped: bool
+) -> list[str]:
     """Return the result as lines; `scale` is the rate used per model.optimizer.lr, because of base_batch_size."""
     lines = [
         f"{len(rates)} steps, learning rates {rates[0]:.3g} to {rates[-1]:.3g}" + ", then the loss diverged" * stopped
     ]
-    if found.rate is None or found.steepest is None:
-        return [*lines, f"no suggestion: {found.reason}"]
+    if suggestion.rate is None or suggestion.steepest is None:
+        return [*lines, f"no suggestion: {suggestion.reason}"]
     lines += [
-        f"suggestion  --model.optimizer.lr {found.rate / scale:.2g}  (configured: {configured / scale:.2g})",
+        f"suggestion  --model.optimizer.lr {suggestion.rate / scale:.2g}  (configured: {configured / scale:.2g})",
         "            the peak of a schedule that begins lower: OneCycle, or any with warmup_epochs",
-        f"            the loss falls fastest at {found.steepest / scale:.2g}: the lower end of what to try",
+        f"            the loss falls fastest at {suggestion.steepest / scale:.2g}: the lower end of what to try",
     ]
     return lines + [f"            ({scale:.3g} times that is used: data.batch_size / model.base_batch_size)"] * (
         scale != 1

@@ -162,8 +162,8 @@ def check_folds(folds: int | None, fold: int | None) -> None:
     if folds is not None and folds < 2:
         raise UserError(f"data.folds must be at least 2, got {folds}: {example}")
     if (folds is None) != (fold is None):
-        given, missing = ("fold", "folds") if folds is None else ("folds", "fold")
-        raise UserError(f"data.{given} requires data.{missing}: {example}")
+        present, missing = ("fold", "folds") if folds is None else ("folds", "fold")
+        raise UserError(f"data.{present} requires data.{missing}: {example}")
     if folds is not None and fold is not None and not 0 <= fold < folds:
         raise UserError(f"data.fold must be from 0 to {folds - 1} (data.folds is {folds}), got {fold}")
 

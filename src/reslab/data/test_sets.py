@@ -26,7 +26,7 @@ class EvaluationSet(ImageSource):
     """A data set of test images only, in one or several parts; each part is evaluated separately.
 
     Any other ImageSource may be a further test set too: its test images are one part. Subclass this one for a set that
-    has no training images, or whose parts have results of their own::
+    has no training images, or whose parts have separate results::
 
         class Weather(EvaluationSet):
             def classes(self, root):

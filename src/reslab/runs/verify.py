@@ -88,7 +88,7 @@ def finished(run: str) -> tuple[RunFolder, dict[str, Any]]:
 
 def check_weights(folder: RunFolder, manifest: Mapping[str, Any]) -> None:
     """Raise UserError if the weights of a run are not those that it tested."""
-    check = _file(folder.weights, manifest["weights_sha256"], _weights_digest)
+    check = _file(folder.weights, manifest["weights_sha256"], weights_digest)
     if check.state != "ok":
         raise UserError(
             f"{folder.weights} does not hold the weights that the run tested: {check.detail or check.state}"

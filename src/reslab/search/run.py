@@ -119,7 +119,7 @@ class SearchProgress(StudyProgress):
         return self.search.minutes is None or self._minutes() < self.search.minutes
 
     def stopped_by(self) -> str:
-        """Return why the search cannot go on; "" if it can."""
+        """Return why the search cannot continue; "" if it can."""
         last = self.results()[-FAILURES:]
         return last[-1].detail if len(last) == FAILURES and all(r.status == "failed" for r in last) else ""
 

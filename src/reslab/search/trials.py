@@ -1,6 +1,6 @@
 """Trials of a search: the log of their settings, and Optuna's proposal of the next one.
 
-The log holds what was proposed; what came of it is read from the run directories. Optuna gets both anew for every
+The log holds what was proposed; what came of it is read from the run directories. Optuna is given both again for every
 proposal, with a seed made of the search's and the trial's number. So a proposal is a function of the search file and
 the trials before it: a kill at any moment loses and repeats nothing, and the resumed search proposes the same.
 """
@@ -129,7 +129,7 @@ def optuna_study(search: Search, results: Sequence[Result]) -> "optuna.Study":
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(direction="maximize" if search.mode == "max" else "minimize")
     states = optuna.trial.TrialState
-    # TPE takes a pruned trial for worse than all complete ones; a failed trial says nothing.
+    # TPE takes a pruned trial for worse than all complete ones; a failed trial carries no information.
     of = {"complete": states.COMPLETE, "diverged": states.PRUNED, "failed": states.FAIL, "running": states.RUNNING}
     for result in results:
         params = {d.key: _encoded(d, result.trial.params[d.key]) for d in search.space}
