@@ -1,7 +1,8 @@
 """Replacement of `reslab fit` for tests of scheduling: writes a run directory in milliseconds, without torch.
 
-With $FAKE_VAL, val/acc is best at a learning rate of 0.2, and a run above 0.8 diverges. $FAKE is a JSON object with a list of outcomes per cell name, one per try; the last one is repeated. $FAKE_RESULTS holds
-a list of test accuracies per arm, by seed.
+$FAKE is a JSON object with a list of outcomes per cell name, one per try; the last one is repeated. $FAKE_RESULTS holds
+a list of test accuracies per arm, by seed. With $FAKE_VAL, val/acc is best at a learning rate of 0.2, and a run above
+0.8 diverges.
 """
 
 import json
