@@ -442,7 +442,7 @@ def test_optional_key_of_a_new_study_works_without_its_hash(tmp_path: Path, caps
         text = re.sub(r"\narms:\n(  .*\n)+", "\n", text).replace("# factors: ", "factors: ")
         text = text.replace("baseline: baseline", "baseline: {model.net.shortcut: A}")
         text = text.replace("[A, none]", "[A, B, none]")
-    file.write_text(text.replace("seeds: 5\n", "\n") if key == "looks" else text)
+    file.write_text(text.replace("seeds: 5\n", "\n") if key in ("looks", "folds") else text)
     assert read_study(file).name == "mine"
 
 
