@@ -33,6 +33,8 @@ from reslab.value_types import in_yaml
 
 BASE = CONFIGS / "base.yaml"
 MOST = 10  # problems in one message
+# Keys whose classes may be named in short although they are in modules outside of NAMESPACES.
+OTHER_CLASSES = ("trainer.strategy", "trainer.plugins", "trainer.profiler", "trainer.accelerator")
 
 
 class Problem(NamedTuple):
@@ -137,7 +139,7 @@ def _class_problems(node: Mapping[str, Any], key: str) -> Iterator[Problem]:
     if known_refusal(path.rpartition(".")[2]):
         return  # the typed parser explains it
     if find_class(path) is None:
-        if not _may_exist(path):
+        if not _may_exist(path, key):
             candidates = _candidates(key)
             near = get_close_matches(path.rpartition(".")[2], candidates, 3, 0.4)
             yield Problem(key, f": no class or config file {path!r}", near or candidates[:8])
@@ -160,10 +162,10 @@ def _class_keys() -> Iterator[tuple[str, Parameter]]:
             yield f"{group}.{name}", parameter
 
 
-def _may_exist(path: str) -> bool:
+def _may_exist(path: str, key: str) -> bool:
     """Return whether a class that the sources do not show may exist after its module has been imported."""
     module, _, name = path.rpartition(".")
-    if not re.fullmatch(r"[A-Za-z_]\w*", name):
+    if not re.fullmatch(r"[A-Za-z_]\w*", name) or (not module and key.startswith(OTHER_CLASSES)):
         return True
     if module:  # a module outside of these is refused before it is imported, by the typed parser
         listed = any(f"{module}.".startswith(f"{space}.") for space in (*ALLOWED, *NAMESPACES))

@@ -11,7 +11,7 @@ import yaml
 
 from reslab import names
 from reslab.errors import UserError
-from reslab.signatures import CONFIG, Parameter, parameters
+from reslab.signatures import CONFIG, Parameter, is_open, parameters
 
 Config = dict[str, Any]
 CLASS_KEYS = ["class_path", "init_args", "dict_kwargs"]  # of an object built from the config
@@ -229,7 +229,9 @@ def check_key(key: str, config: Config) -> None:
 
 def accepted_keys(node: Any, owner: str | None) -> list[str]:
     """Return the keys that a node may have; empty if that is not known."""
-    return CLASS_KEYS if _names_a_class(node) else list(parameters(owner))
+    if _names_a_class(node):
+        return CLASS_KEYS
+    return [] if owner and is_open(owner) else list(parameters(owner))
 
 
 def _names_a_class(node: Any) -> bool:
@@ -240,7 +242,7 @@ def below(owner: str | None, node: Any, part: str) -> tuple[str | None, Any]:
     """Return the owner and node below `part`; the node is the default if the config omits it and it is a class."""
     inner = node.get(part) if isinstance(node, dict) else None
     if isinstance(inner, list) and inner:  # KEY.ARGUMENT after KEY+ is an argument of the last item
-        inner = inner[-1]
+        inner = _as_class(inner[-1])
     if isinstance(inner, str) and (parameter := parameters(owner).get(part)) and parameter.only_class:
         inner = _as_class(inner)
     if inner is None and not _names_a_class(node):

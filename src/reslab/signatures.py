@@ -69,6 +69,15 @@ def find_class(class_path: str) -> tuple[str, ast.ClassDef] | None:
     return next(filter(None, (_find(*path.rpartition(".")[::2]) for path in paths)), None)
 
 
+def is_open(class_path: str) -> bool:
+    """Return whether a class of another library accepts arguments that its source does not list: DDPStrategy does."""
+    source = find_class(class_path)
+    if source and source[0].startswith("reslab."):  # its further arguments are in `dict_kwargs`
+        return False
+    inits = [n for n in source[1].body if isinstance(n, ast.FunctionDef) and n.name == "__init__"] if source else []
+    return any(init.args.kwarg is not None for init in inits)
+
+
 def lists_its_names(module: str) -> bool:
     """Return whether the source of a module shows all of its names."""
     file = _file(module)
@@ -183,7 +192,10 @@ def _accepted(module: str, node: ast.ClassDef) -> Parameters:
                 arguments[name] = _parameter(module, n.annotation, n.value or _REQUIRED, docs.get(name, ""))
     bases = (_find(module, base.id) for base in node.bases if isinstance(base, ast.Name)) if inherits else ()
     base = next((source for source in bases if source is not None), None)
-    return {**(_accepted(*base) if base else {}), **arguments}
+    inherited = _accepted(*base) if base else {}
+    if init is not None:  # the constructor may pass them
+        inherited = {name: parameter._replace(required=False) for name, parameter in inherited.items()}
+    return {**inherited, **arguments}
 
 
 _REQUIRED = ast.Constant(...)  # stands for the default of a parameter that has none
