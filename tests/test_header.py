@@ -1,5 +1,6 @@
 """What `reslab fit` prints beside its progress: the header before torch is imported, and the result at the end."""
 
+import contextlib
 import json
 import re
 import shlex
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from reslab import header
+from reslab.cli import main
 from reslab.metric_text import interval, main_metric, wilson
 from reslab.training.launchers import RANKS
 from runner import DIGITS, fit, reslab
@@ -41,8 +43,9 @@ def test_header_needs_no_torch(repo: Path, tmp_path: Path) -> None:
     [["--help"], ["--print_config"], ["--print_config=skip_null"], ["--model.nett", "x"], ["--trainer.max_epochs"]],
 )
 def test_no_header_without_a_run(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    header.announce([*DIGITS, *options])
-    assert capsys.readouterr().out == ""
+    with contextlib.suppress(SystemExit):
+        main(["fit", *DIGITS, *options])
+    assert "(requested)" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("variable", [*RANKS, "NODE_RANK", "GROUP_RANK"])
@@ -51,7 +54,7 @@ def test_only_rank_0_prints_the_header(
 ) -> None:
     for rank, lines in (("0", True), ("1", False)):
         monkeypatch.setenv(variable, rank)
-        header.announce(DIGITS)
+        header.print_header({}, DIGITS)
         assert bool(capsys.readouterr().out) == lines
 
 
