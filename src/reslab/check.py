@@ -22,13 +22,14 @@ from reslab.signatures import (
     CONFIG,
     Parameter,
     Unknown,
+    accepts_more,
     constructor_checks,
     find_class,
     lists_its_names,
     parameters,
     subclasses,
 )
-from reslab.training.compatibility import FLAGS, NAMES, known_refusal
+from reslab.training.compatibility import FLAGS, NAMES, Flag, known_refusal
 from reslab.value_types import in_yaml
 
 BASE = CONFIGS / "base.yaml"
@@ -105,7 +106,7 @@ def _problems(node: Any, owner: str | None, at: str) -> Iterator[Problem]:
     accepted = resolve.accepted_keys(node, owner)
     for name, value in node.items():
         key = f"{at}.{name}" if at else str(name)
-        if accepted and name not in accepted:
+        if accepted and name not in accepted and not (owner and accepts_more(owner)):
             near = get_close_matches(str(name), [*accepted, *(() if at else resolve.SHORT_KEYS)], 3, 0.5)
             yield Problem(key, ": no such key", [f"{at}.{n}" if at else n for n in near])
             continue
@@ -166,7 +167,7 @@ def _may_exist(path: str) -> bool:
         return not listed or not lists_its_names(module)
     sources = (file.read_text(encoding="utf-8") for file in Path(__file__).parent.rglob("*.py"))
     defined = re.compile(rf"^\s*class {name}\b|^{name} *=", re.MULTILINE)
-    return any(map(defined.search, sources)) or any(hasattr(loaded, name) for loaded in [*sys.modules.values()])
+    return any(map(defined.search, sources)) or any(name in getattr(m, "__dict__", ()) for m in [*sys.modules.values()])
 
 
 def _out_of_range(config: resolve.Config) -> Iterator[Problem]:
@@ -174,7 +175,7 @@ def _out_of_range(config: resolve.Config) -> Iterator[Problem]:
     trainer, data, run = (config.get(group, {}) for group in ("trainer", "data", "run"))
     for name, value in trainer.items():
         flag, names_of = FLAGS.get(name), NAMES.get(name, {})
-        if flag and not flag.accepts(value):
+        if flag and not _accepts(flag, value):
             remedy = f": {flag.remedy}" if flag.remedy else ""
             yield Problem(f"trainer.{name}", f" must be {flag.values}, got {in_yaml(value)}{remedy}")
         elif (entry := names_of.get(str(value))) and not entry.works:
@@ -185,6 +186,13 @@ def _out_of_range(config: resolve.Config) -> Iterator[Problem]:
         if seed is not None and (reason := wrong_seed(seed)):
             yield Problem(key, reason)
     yield from _refused(config, CONFIG, "")
+
+
+def _accepts(flag: Flag, value: Any) -> bool:
+    try:
+        return flag.accepts(value)
+    except TypeError:  # not a type that the flag compares: the typed parser refuses or converts it
+        return True
 
 
 def wrong_seed(seed: Any) -> str:
