@@ -1,6 +1,8 @@
 """The resolver that imports no torch: equal to the typed parser where it knows, and never stricter."""
 
 import contextlib
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +54,10 @@ SPELLINGS = {  # of a key, each with values that its type accepts
 
 def assert_equal(typed: Any, known: Any, key: str = "") -> None:
     """Compare a value of the typed parser with the resolver's, as far as the resolver knows it."""
-    if isinstance(known, Unknown) or key.endswith("default_root_dir"):
+    if isinstance(known, Unknown) or key.startswith(".trainer.strategy.init_args"):
         return
+    if key == ".trainer.devices":  # the typed parser keeps numbers as text
+        typed, known = str(typed), str(known)
     if isinstance(typed, dict) and isinstance(known, dict):
         for name in {*typed, *known} if "class_path" not in typed else {*typed}:
             if typed.get(name) or known.get(name):
@@ -102,7 +106,7 @@ def test_resolver_and_typed_parser_agree(args: list[str]) -> None:
 
 @pytest.mark.slow
 @given(st.composite(arguments)())
-@settings(ANY, max_examples=600)
+@settings(ANY, max_examples=400)
 def test_resolver_and_typed_parser_agree_on_many_command_lines(args: list[str]) -> None:
     compare(args)
 
@@ -133,28 +137,37 @@ def is_stricter(key: str, value: str) -> bool:
         check(args)
     except UserError:
         with contextlib.suppress(UserError):
-            Experiment(args).build()
-            return True
+            _, model, _ = Experiment(args).build()
+            with contextlib.suppress(ValueError):  # the optimizer is built later
+                model.make_optimizer(model.net.parameters())
+                return True
     return False
 
 
 @given(st.sampled_from(KEYS), st.sampled_from(VALUES))
-@settings(ANY, max_examples=60)
+@settings(ANY, max_examples=40)
 def test_check_refuses_nothing_that_the_typed_parser_accepts(key: str, value: str) -> None:
     assert not is_stricter(key, value)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("key", KEYS)
-def test_check_is_never_stricter_than_the_typed_parser(key: str) -> None:
-    assert not [value for value in VALUES if is_stricter(key, value)]
+@given(st.sampled_from(KEYS), st.sampled_from(VALUES))
+@settings(ANY, max_examples=2000)
+def test_check_is_never_stricter_than_the_typed_parser(key: str, value: str) -> None:
+    assert not is_stricter(key, value)
 
 
-def test_shipped_studies_and_configs_pass_the_check() -> None:
-    for path in EXPERIMENTS:
-        check([str(path)])
-    for path in STACKED:
-        check(["digits", "--config", str(path)])
+def test_shipped_configs_pass_the_check_in_a_process_without_torch() -> None:
+    lines = [[path.stem] for path in EXPERIMENTS]
+    lines += [["digits", "--config", f"{path.parent.name}/{path.stem}"] for path in OVERLAYS]
     for kind, key in (("net", "model.net"), ("data", "data.dataset"), ("objective", "model.objective")):
-        for path in (CONFIGS / kind).glob("*.yaml"):
-            check(["digits", f"--{key}", path.stem])
+        lines += [["digits", f"--{key}", path.stem] for path in (CONFIGS / kind).glob("*.yaml")]
+    lines += [["digits", "--model.net.help", "ResNet"], ["digits", "--model.net.class_path=reslab.user_code.TinyNet"]]
+    lines += [["digits", "--trainer.strategy.class_path", "DDPStrategy", "--trainer.strategy.bucket_cap_mb", "25"]]
+    code = (
+        "import sys; from reslab.check import check\n"
+        f"for line in {lines!r}: check(line)\n"
+        "assert not {'torch', 'lightning'} & {*sys.modules}"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

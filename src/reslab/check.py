@@ -22,19 +22,18 @@ from reslab.signatures import (
     CONFIG,
     Parameter,
     Unknown,
+    accepts_more,
     constructor_checks,
     find_class,
     lists_its_names,
     parameters,
     subclasses,
 )
-from reslab.training.compatibility import FLAGS, NAMES, known_refusal
+from reslab.training.compatibility import FLAGS, NAMES, Flag, known_refusal
 from reslab.value_types import in_yaml
 
 BASE = CONFIGS / "base.yaml"
 MOST = 10  # problems in one message
-# Keys whose classes may be named in short although they are in modules outside of NAMESPACES.
-OTHER_CLASSES = ("trainer.strategy", "trainer.plugins", "trainer.profiler", "trainer.accelerator")
 
 
 class Problem(NamedTuple):
@@ -111,7 +110,7 @@ def _problems(node: Any, owner: str | None, at: str) -> Iterator[Problem]:
     accepted = resolve.accepted_keys(node, owner)
     for name, value in node.items():
         key = f"{at}.{name}" if at else str(name)
-        if accepted and name not in accepted:
+        if accepted and name not in accepted and not (owner and accepts_more(owner)):
             near = get_close_matches(str(name), [*accepted, *(() if at else resolve.SHORT_KEYS)], 3, 0.5)
             yield Problem(key, ": no such key", [f"{at}.{n}" if at else n for n in near])
             continue
@@ -139,7 +138,7 @@ def _class_problems(node: Mapping[str, Any], key: str) -> Iterator[Problem]:
     if known_refusal(path.rpartition(".")[2]):
         return  # the typed parser explains it
     if find_class(path) is None:
-        if not _may_exist(path, key):
+        if not _may_exist(path):
             candidates = _candidates(key)
             near = get_close_matches(path.rpartition(".")[2], candidates, 3, 0.4)
             yield Problem(key, f": no class or config file {path!r}", near or candidates[:8])
@@ -162,17 +161,17 @@ def _class_keys() -> Iterator[tuple[str, Parameter]]:
             yield f"{group}.{name}", parameter
 
 
-def _may_exist(path: str, key: str) -> bool:
+def _may_exist(path: str) -> bool:
     """Return whether a class that the sources do not show may exist after its module has been imported."""
     module, _, name = path.rpartition(".")
-    if not re.fullmatch(r"[A-Za-z_]\w*", name) or (not module and key.startswith(OTHER_CLASSES)):
+    if not re.fullmatch(r"[A-Za-z_]\w*", name):
         return True
     if module:  # a module outside of these is refused before it is imported, by the typed parser
         listed = any(f"{module}.".startswith(f"{space}.") for space in (*ALLOWED, *NAMESPACES))
         return not listed or not lists_its_names(module)
     sources = (file.read_text(encoding="utf-8") for file in Path(__file__).parent.rglob("*.py"))
     defined = re.compile(rf"^\s*class {name}\b|^{name} *=", re.MULTILINE)
-    return any(map(defined.search, sources)) or any(hasattr(loaded, name) for loaded in [*sys.modules.values()])
+    return any(map(defined.search, sources)) or any(name in getattr(m, "__dict__", ()) for m in [*sys.modules.values()])
 
 
 def _out_of_range(config: resolve.Config) -> Iterator[Problem]:
@@ -180,7 +179,7 @@ def _out_of_range(config: resolve.Config) -> Iterator[Problem]:
     trainer, data, run = (config.get(group, {}) for group in ("trainer", "data", "run"))
     for name, value in trainer.items():
         flag, names_of = FLAGS.get(name), NAMES.get(name, {})
-        if flag and not flag.accepts(value):
+        if flag and not _accepts(flag, value):
             remedy = f": {flag.remedy}" if flag.remedy else ""
             yield Problem(f"trainer.{name}", f" must be {flag.values}, got {in_yaml(value)}{remedy}")
         elif (entry := names_of.get(str(value))) and not entry.works:
@@ -191,6 +190,13 @@ def _out_of_range(config: resolve.Config) -> Iterator[Problem]:
         if seed is not None and (reason := wrong_seed(seed)):
             yield Problem(key, reason)
     yield from _refused(config, CONFIG, "")
+
+
+def _accepts(flag: Flag, value: Any) -> bool:
+    try:
+        return flag.accepts(value)
+    except TypeError:  # not a type that the flag compares: the typed parser refuses or converts it
+        return True
 
 
 def wrong_seed(seed: Any) -> str:

@@ -11,7 +11,7 @@ import yaml
 
 from reslab import names
 from reslab.errors import UserError
-from reslab.signatures import CONFIG, Parameter, is_open, parameters
+from reslab.signatures import CONFIG, Parameter, parameters
 
 Config = dict[str, Any]
 CLASS_KEYS = ["class_path", "init_args", "dict_kwargs"]  # of an object built from the config
@@ -229,9 +229,7 @@ def check_key(key: str, config: Config) -> None:
 
 def accepted_keys(node: Any, owner: str | None) -> list[str]:
     """Return the keys that a node may have; empty if that is not known."""
-    if _names_a_class(node):
-        return CLASS_KEYS
-    return [] if owner and is_open(owner) else list(parameters(owner))
+    return CLASS_KEYS if _names_a_class(node) else list(parameters(owner))
 
 
 def _names_a_class(node: Any) -> bool:

@@ -18,6 +18,7 @@ ROOTS = {  # groups of a config, and the class whose arguments they hold
     "data": "reslab.data.datamodule.ImageData",
     "run": "reslab.config.RunOptions",
 }
+STRATEGIES = ("lightning.pytorch.strategies", "lightning.pytorch.plugins", "lightning.pytorch.profilers")
 NOT_IN_CONFIGS = {"self", "seed", "params", "num_classes", "in_channels"}  # linked, or passed by code
 
 
@@ -65,17 +66,23 @@ def parameters(class_path: str | None) -> Parameters:
 
 def find_class(class_path: str) -> tuple[str, ast.ClassDef] | None:
     """Return the module and the definition of a class (a dotted path, or a short name of the namespaces of configs)."""
-    paths = [class_path] if "." in class_path else [f"{space}.{class_path}" for space in NAMESPACES]
+    paths = [class_path] if "." in class_path else [f"{space}.{class_path}" for space in (*NAMESPACES, *STRATEGIES)]
     return next(filter(None, (_find(*path.rpartition(".")[::2]) for path in paths)), None)
 
 
-def is_open(class_path: str) -> bool:
-    """Return whether a class of another library accepts arguments that its source does not list: DDPStrategy does."""
+@functools.cache
+def accepts_more(class_path: str) -> bool:
+    """Return whether a constructor may accept arguments that its source does not list: its **kwargs go elsewhere."""
     source = find_class(class_path)
-    if source and source[0].startswith("reslab."):  # its further arguments are in `dict_kwargs`
-        return False
-    inits = [n for n in source[1].body if isinstance(n, ast.FunctionDef) and n.name == "__init__"] if source else []
-    return any(init.args.kwarg is not None for init in inits)
+    for _, node in [source, *_bases(*source)] if source else ():
+        init = next((n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"), None)
+        if init is None:
+            continue
+        if init.args.kwarg is None:
+            return False
+        if f"super().__init__(**{init.args.kwarg.arg}" not in re.sub(r"(__init__\()[^*()]*", r"\1", ast.unparse(init)):
+            return True
+    return False
 
 
 def lists_its_names(module: str) -> bool:
@@ -192,10 +199,18 @@ def _accepted(module: str, node: ast.ClassDef) -> Parameters:
                 arguments[name] = _parameter(module, n.annotation, n.value or _REQUIRED, docs.get(name, ""))
     bases = (_find(module, base.id) for base in node.bases if isinstance(base, ast.Name)) if inherits else ()
     base = next((source for source in bases if source is not None), None)
-    inherited = _accepted(*base) if base else {}
-    if init is not None:  # the constructor may pass them
-        inherited = {name: parameter._replace(required=False) for name, parameter in inherited.items()}
-    return {**inherited, **arguments}
+    return {**(_not_passed(init, _accepted(*base)) if base else {}), **arguments}
+
+
+def _not_passed(init: ast.FunctionDef | None, inherited: Parameters) -> Parameters:
+    """Return the parameters of a base class that a constructor does not itself pass to `super().__init__`."""
+    nodes = ast.walk(init) if init else ()
+    calls = [n for n in nodes if isinstance(n, ast.Call) and ast.unparse(n.func) == "super().__init__"]
+    if not calls or any(isinstance(arg, ast.Starred) for arg in calls[0].args):
+        return inherited
+    names = [name for name in inherited if name != "self"]
+    passed = {*names[: len(calls[0].args)], *(keyword.arg for keyword in calls[0].keywords)}
+    return {name: parameter for name, parameter in inherited.items() if name not in passed}
 
 
 _REQUIRED = ast.Constant(...)  # stands for the default of a parameter that has none

@@ -39,12 +39,12 @@ class Type:
 
     def accepts(self, value: Any) -> bool:
         """Return False if the typed parser would certainly refuse a value; True also for a doubtful one."""
-        if self.others or "str" in self.names or not isinstance(value, bool | int | float | str | list | None):
+        if value is None or not isinstance(value, bool | int | float | str | list):
+            return True  # jsonargparse accepts null for any argument of a class
+        if self.others or "str" in self.names:
             return True
         if isinstance(value, list):
             return self.items is not None and all(map(self.items.accepts, value))
-        if value is None:
-            return None in self.choices or self == ANYTHING
         return self._accepts_text(str(value).lower()) or str(value) in map(str, self.choices)
 
     def _accepts_text(self, text: str) -> bool:
