@@ -115,7 +115,7 @@ def load_weights(net: "nn.Module", weights: str | Path) -> list[str]:
     Args:
         net: The network; changed in place. A module that is not a `Network` must fit exactly.
         weights: A file (.safetensors, or any file of torch.save, from which only tensors are read and no code is run),
-            a run directory, hf://OWNER/NAME[@REVISION][/FILE] for a file of the Hugging Face Hub, or for ResNet and
+            a run directory, `hf://OWNER/NAME[@REVISION][/FILE]` for a file of the Hugging Face Hub, or for ResNet and
             TorchvisionNetwork a name in torchvision: IMAGENET1K_V2 (of the same network),
             ResNet50_Weights.IMAGENET1K_V2.
 

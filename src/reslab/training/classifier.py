@@ -62,7 +62,7 @@ class Classifier(LightningModule):
     Args:
         net: Float images (N, C, H, W) to logits (N, num_classes). From Python any nn.Module will do; freezing and
             learning rates by layer require the contract of reslab.models.Network.
-        weights: Pretrained weights to start from: a file, a run directory, hf://OWNER/NAME[@REVISION][/FILE] on the
+        weights: Pretrained weights to start from: a file, a run directory, `hf://OWNER/NAME[@REVISION][/FILE]` on the
             Hugging Face Hub, or a torchvision name (IMAGENET1K_V2).
         objective: Loss and metrics; default: CrossEntropy.
         optimizer: Any class of torch.optim with its arguments; its rate is the one at `base_batch_size`.
