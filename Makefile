@@ -13,7 +13,7 @@ DEV := $(VENV)/.dev$(TORCH)
 NOTEBOOKS := $(VENV)/.notebooks$(TORCH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo ablation-demo test test-slow lint format docs docs-serve notebooks gpu-check lock rename clean
+.PHONY: help setup demo ablation-demo test test-slow lint format docs docs-test docs-serve notebooks gpu-check lock rename clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
@@ -55,6 +55,11 @@ format: $(DEV)  ## format the code and sort imports
 
 docs: $(DEV)  ## build the documentation in build/site; a broken link is an error
 	@$(BIN)/mkdocs build --strict --site-dir build/site
+
+docs-test: export OMP_NUM_THREADS ?= 1
+
+docs-test: $(DEV)  ## run the code blocks of the README and the documentation (about ten minutes)
+	@$(BIN)/python -m pytest -n $(WORKERS) tests/test_docs.py tests/test_site.py -m "slow or not slow"
 
 docs-serve: $(DEV)  ## show the documentation at http://127.0.0.1:8000
 	@$(BIN)/mkdocs serve
