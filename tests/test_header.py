@@ -85,7 +85,7 @@ def test_run_prints_what_it_trains_and_its_result(tmp_path: Path) -> None:
     assert re.fullmatch(r"[\d.]+ s, training at [\d,]+ images/s", result["time"])
     assert result["run"] == str(folder) and result["report"] == str(folder / "report.html")
     assert shlex.split(result["next"]) == ["reslab", "test", str(folder)]
-    assert shlex.split(after.splitlines()[-1])[:3] == ["reslab", "predict", str(folder)]
+    assert shlex.split(after.splitlines()[-3])[:3] == ["reslab", "predict", str(folder)]
 
 
 def test_five_classes_have_no_accuracy_of_the_best_five(tmp_path: Path) -> None:

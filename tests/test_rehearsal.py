@@ -14,7 +14,7 @@ NET = "--model.net.class_path=reslab.user_code."
 REFUSED = {
     "learning rate": (
         ["--model.optimizer.init_args.lr=-0.1"],
-        "model.optimizer: ValueError: Invalid learning rate: -0.1",
+        "model.optimizer.init_args: Invalid learning rate: -0.1",
     ),
     "optimizer refuses groups": (["--model.optimizer=LBFGS"], "model.optimizer: ValueError: LBFGS doesn't support"),
     "optimizer refuses gradients": (

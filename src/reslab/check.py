@@ -86,7 +86,8 @@ def _message(problems: Sequence[Problem], args: Sequence[str]) -> str:
     several = len(problems) > 1
     lines = [f"{len(problems)} mistakes:"] if several else []
     for problem in problems[:MOST]:
-        where = [*places(problem.key, args, BASE)][-1:]
+        # The reason may name no argument: then it is not known where the wrong one is set.
+        where = [] if problem.key.endswith("init_args") else [*places(problem.key, args, BASE)][-1:]
         hints = [f"set in: {place}" for place in where]
         hints += [f"nearest: {', '.join(problem.nearest)}"] if problem.nearest else []
         text = f"{problem.key}{problem.reason}"

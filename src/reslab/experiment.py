@@ -132,9 +132,9 @@ class Run:
         """Load pretrained weights, and note which: those behind an address may change."""
         if self.model.weights is not None:
             source = find_weights(self.model.weights)
-            self.pretrained = source.record()
             self.model.weights = source.name
-        self.model.load_pretrained()
+            self.model.load_pretrained()
+            self.pretrained = source.record()
 
     def _needed_metrics(self) -> list[str]:
         best = [self.options.monitor] if self.options.test_weights == "best" else []

@@ -14,7 +14,7 @@ from reslab.runs.metrics import read_metrics
 
 
 def result_rows(folder: RunFolder) -> dict[str, str | None]:
-    """Return the lines of the result block: test metrics, best validation, time, files, and what to do next."""
+    """Return the lines of the result block: test metrics, best validation, time, what to do next, and files."""
     manifest = manifests.read(folder.manifest)
     run = shlex.quote(str(folder.path))
     return {
@@ -23,10 +23,10 @@ def result_rows(folder: RunFolder) -> dict[str, str | None]:
         "tested": manifest.get("tested_weights"),
         "ended": manifest.get("ended_early") and f"early, {manifest['ended_early']}",
         "time": _time(manifest),
-        "run": str(folder.path),
-        "report": str(folder.report),
         "next": f"reslab test {run}",
         "": f"reslab predict {run} --images DIRECTORY",
+        "run": str(folder.path),
+        "report": str(folder.report),
     }
 
 
