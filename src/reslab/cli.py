@@ -6,7 +6,7 @@ import importlib
 import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -132,22 +132,7 @@ def _parser() -> argparse.ArgumentParser:
     add("fit", "train and test: EXPERIMENT [--config NAME ...] [--KEY VALUE ...]; see fit --help")
     command = add("keys", "list the config keys that contain a word, with defaults", False, target="cli:_list_keys")
     command.add_argument("word", nargs="?", metavar="WORD", help="part of a key, or a class; default: all keys")
-    for name, split in (("validate", "validation"), ("test", "test")):
-        help = f"evaluate a finished run on its {split} set: RUN [--data.root DIR]"
-        command = add_for_run(name, help, target="inference:evaluate", split=split)
-        if name == "test":
-            _add_test_sets(command)
-    command = add_for_run("predict", "classify image files with a run's weights", target="inference:predict")
-    command.add_argument("--images", required=True, metavar="DIR", help="directory of images, searched recursively")
-    help = "CSV file with one row per image (default: RUN/predictions-<name of DIR>.csv)"
-    command.add_argument("--out", type=Path, metavar="FILE.csv", help=help)
-    command.add_argument("--all", dest="all_classes", action="store_true", help="add one probability column per class")
-    _add_export(add_for_run("export", "export to ONNX, torch.export (pt2) or safetensors", target="export:export"))
-    add_for_run("verify", "verify a run's hashes: RUN [--data.root DIR]", target="runs.verify:verify")
-    help = "repeat a finished run and compare: RUN [--KEY VALUE ...]"
-    command = add_for_run("reproduce", help, target="runs.verify:reproduce")
-    command.add_argument("--out", metavar="DIR", help="directory of the new run (default: RUN-reproduced, -2, ...)")
-    command.add_argument("--compare", metavar="DIR", help="run nothing: compare with the finished run in DIR")
+    _add_run_commands(add_for_run)
     _add_ablate(add("ablate", "plan, run and report an ablation study: arms × seeds in, a verdict out"))
     _add_search(
         add("search", "search hyperparameters on validation data: FILE [--KEY VALUE ...]", target="search.run:search")
@@ -168,6 +153,26 @@ def _parser() -> argparse.ArgumentParser:
     help = "plot an experiment's learning rate, augmented images, or a learning-rate range test: WHAT EXPERIMENT"
     _add_preview(add("preview", help, target="preview:preview"))
     return parser
+
+
+def _add_run_commands(add_for_run: Callable[..., argparse.ArgumentParser]) -> None:
+    """Add the commands that use one finished run."""
+    for name, split in (("validate", "validation"), ("test", "test")):
+        help = f"evaluate a finished run on its {split} set: RUN [--data.root DIR]"
+        command = add_for_run(name, help, target="inference:evaluate", split=split)
+        if name == "test":
+            _add_test_sets(command)
+    command = add_for_run("predict", "classify image files with a run's weights", target="inference:predict")
+    command.add_argument("--images", required=True, metavar="DIR", help="directory of images, searched recursively")
+    help = "CSV file with one row per image (default: RUN/predictions-<name of DIR>.csv)"
+    command.add_argument("--out", type=Path, metavar="FILE.csv", help=help)
+    command.add_argument("--all", dest="all_classes", action="store_true", help="add one probability column per class")
+    _add_export(add_for_run("export", "export to ONNX, torch.export (pt2) or safetensors", target="export:export"))
+    add_for_run("verify", "verify a run's hashes: RUN [--data.root DIR]", target="runs.verify:verify")
+    help = "repeat a finished run and compare: RUN [--KEY VALUE ...]"
+    command = add_for_run("reproduce", help, target="runs.verify:reproduce")
+    command.add_argument("--out", metavar="DIR", help="directory of the new run (default: RUN-reproduced, -2, ...)")
+    command.add_argument("--compare", metavar="DIR", help="run nothing: compare with the finished run in DIR")
 
 
 def _add_test_sets(command: argparse.ArgumentParser) -> None:

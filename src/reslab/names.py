@@ -11,7 +11,9 @@ from reslab.errors import UserError
 from reslab.host import CONFIGS
 
 LEAVES = {"net": "net", "dataset": "data", "objective": "objective"}  # last part of a key: folder of its config files
-KINDS = {"experiment": "experiment", "ablation": "study", "net": "network", "data": "data set"}  # words for messages
+KINDS = {  # words for messages
+    "experiment": "experiment", "ablation": "study", "sweep": "search file", "net": "network", "data": "data set",
+}  # fmt: skip
 NOT_STACKED = (*LEAVES.values(), "ablation", "sweep")  # folders whose files are no --config files
 
 
@@ -56,6 +58,12 @@ def find(kind: str, name: str) -> Path:
     near = _nearest(name, names) or list(names)
     others = "".join(f"; {use}" for use in _other_uses(name, kind))
     raise UserError(f"no {word} {name!r}{others}; nearest: {', '.join(near)}")
+
+
+def find_file(kind: str, text: str) -> Path:
+    """Return the file that a path or a name of a kind means; a path comes first."""
+    path = Path(text)
+    return path if path.is_file() else find(kind, text)
 
 
 def find_stacked(name: str) -> Path:

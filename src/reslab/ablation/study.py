@@ -97,12 +97,7 @@ def read_study(name: str | Path, overrides: Sequence[str] = ()) -> Study:
     Raises:
         UserError: the file is invalid; the message lists all mistakes, each with an example.
     """
-    path, studies = Path(name), names.files("ablation")
-    if not path.is_file():
-        if str(name) not in studies:
-            near = difflib.get_close_matches(path.stem, studies, 3, 0.5) or studies
-            raise UserError(f"no study file {name}; studies in configs/ablation: {', '.join(near)}")
-        path = studies[str(name)]
+    path = names.find_file("ablation", str(name))
     mistakes = Mistakes()
     study = parse_study(path, read_text(path, mistakes), overrides, mistakes)
     mistakes.raise_all(path)

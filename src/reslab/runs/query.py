@@ -10,10 +10,12 @@ from datetime import datetime
 from typing import Any, NamedTuple
 
 from reslab.errors import UserError
+from reslab.resolve import SHORT_KEYS as CONFIG_KEYS
+from reslab.resolve import short_key
 from reslab.runs import manifest as manifests
 from reslab.runs.listing import FACTS, ClassName, Listed, is_number, natural
 
-SHORT_KEYS = {"lr": "model.optimizer.lr", "epochs": "trainer.max_epochs", "batch_size": "data.batch_size"}
+SHORT_KEYS = {name: short_key(key) for name, key in CONFIG_KEYS.items() if name not in FACTS}
 # Where these keys differ they are shown first; then come the others, in the order of the config.
 FIRST = ("data.dataset", "model.net", "model.objective", "model.optimizer", *SHORT_KEYS.values())
 NOT_SHOWN = (*manifests.NOT_IDENTITY, "seed_everything", "run.name")

@@ -7,6 +7,7 @@ import math
 import os
 import shlex
 import time
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -67,9 +68,9 @@ class RunLogger(Logger):
     def check(self, **options: Any) -> None:
         """Raise UserError if `start` with these options (id, name, group, job_type, tags) would be refused."""
 
+    @abstractmethod
     def start(self, dir: Path, id: str, name: str, config: dict[str, Any], **options: Any) -> None:
         """Start the log of the run in `dir`, or continue the log with this id."""
-        raise NotImplementedError
 
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
         """Do nothing: `start` receives the whole configuration."""
@@ -80,15 +81,15 @@ class RunLogger(Logger):
             with self._never_fatal():
                 self._log(metrics, step)
 
-    def _log(self, metrics: dict[str, float], step: int | None) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _log(self, metrics: dict[str, float], step: int | None) -> None: ...
 
     def log_weights(self, weights: Path, metadata: dict[str, Any]) -> None:
         """Log the file of tested weights, where the logger is configured to do so."""
 
+    @abstractmethod
     def finish(self, results: dict[str, float], figures: Sequence[Path] = ()) -> None:
         """Log the final metrics, figures (PNG) and the report (HTML), and end the log."""
-        raise NotImplementedError
 
     @contextlib.contextmanager
     def _never_fatal(self) -> Iterator[None]:

@@ -1,6 +1,5 @@
 """Search files: a base config, a space of settings, and a validation metric. Read and checked without torch."""
 
-import difflib
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -8,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from reslab import resolve
+from reslab import names, resolve
 from reslab.ablation.study import RUN_ONLY, Arm, Study, base_config, wrong_keys
 from reslab.ablation.study_file import KEYS as STUDY_KEYS
 from reslab.ablation.study_file import (
@@ -22,7 +21,6 @@ from reslab.ablation.study_file import (
     valid_values,
 )
 from reslab.errors import UserError
-from reslab.host import CONFIGS
 from reslab.resolve import Config, merge
 
 Params = dict[str, Any]  # values by key of the space
@@ -152,13 +150,7 @@ def read_search(name: str | Path, overrides: Sequence[str] = ()) -> Search:
     Raises:
         UserError: the file is invalid; the message lists all mistakes, each with an example.
     """
-    path = Path(name)
-    if not path.is_file():
-        shipped = {file.stem: file for file in sorted((CONFIGS / "sweep").glob("*.yaml"))}
-        if str(name) not in shipped:
-            near = difflib.get_close_matches(path.stem, shipped, 3, 0.5) or shipped
-            raise UserError(f"no search file {name}; files in configs/sweep: {', '.join(near)}")
-        path = shipped[str(name)]
+    path = names.find_file("sweep", str(name))
     mistakes = Mistakes()
     search = _parse(path, read_text(path, mistakes), overrides, mistakes)
     mistakes.raise_all(path)
