@@ -25,6 +25,8 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from reslab.host import STOP_SIGNALS
+
 REPO = Path(__file__).resolve().parents[1]
 DIGITS = ["--config", str(REPO / "configs/experiment/digits.yaml"), "--trainer.accelerator=cpu"]
 # 20 steps per epoch (1,294 images // 64), 3 validation batches, 6 test batches
@@ -182,18 +184,27 @@ class Ended(NamedTuple):
     output: str
 
 
-def reslab(*argv: str | Path, fault: Fault | None = None, largest_file: int | None = None, **environ: str) -> Ended:
+def reslab(
+    *argv: str | Path,
+    fault: Fault | None = None,
+    largest_file: int | None = None,
+    cwd: Path | None = None,
+    **environ: str,
+) -> Ended:
     """Run a reslab command to its end.
 
     Args:
         argv: The arguments of the command.
         fault: The fault to inject.
         largest_file: Maximum file size in bytes; writing more fails, as on a full disk.
+        cwd: Working directory; default: the current one.
         environ: Added to the environment.
     """
     with tempfile.NamedTemporaryFile("r") as log:
         words = [*map(str, argv)]
-        process = _server.Process(target=_forked, args=(words, log.name, fault, largest_file, environ))
+        process = _server.Process(
+            target=_forked, args=(words, log.name, fault, largest_file, cwd or Path.cwd(), environ)
+        )
         process.start()
         process.join(PATIENCE)
         if process.exitcode is None:
@@ -202,14 +213,19 @@ def reslab(*argv: str | Path, fault: Fault | None = None, largest_file: int | No
         return Ended(process.exitcode, log.read())
 
 
-def _forked(argv: list[str], log: str, fault: Fault | None, largest_file: int | None, environ: dict[str, str]) -> None:
+def _forked(
+    argv: list[str], log: str, fault: Fault | None, largest_file: int | None, cwd: Path, environ: dict[str, str]
+) -> None:
     from torch.utils.data import _utils as workers
 
     descriptor = os.open(log, os.O_WRONLY | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.environ.update(environ)
+    os.chdir(cwd)
     multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)  # loaders fork as usual
+    for number in STOP_SIGNALS:  # ignored, if a study started the server
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     for module in (workers, workers.worker):  # seconds until a dead worker or parent is noticed
         module.MP_STATUS_CHECK_INTERVAL = 0.2
     if largest_file:

@@ -629,6 +629,7 @@ def fake(monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
     """Set the outcomes of cells instead of training them: fake({cell name: [outcome, …]})."""
     real = launch.command
     monkeypatch.setattr(launch, "command", lambda cell: [sys.executable, str(FAKE), *real(cell)[3:]])
+    monkeypatch.setattr(launch, "is_supported", lambda: False)  # a fork would run the real one
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     return lambda acts: monkeypatch.setenv("FAKE", json.dumps(acts))
 

@@ -142,6 +142,7 @@ STUDY = """if True:
 
     if script := sys.argv.pop(1):
         launch.command = lambda cell: [sys.executable, "-c", script, str(cell.folder / "pid")]
+        launch.is_supported = lambda: False
     sys.exit(main())
 """
 STUBBORN = """if True:

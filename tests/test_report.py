@@ -17,19 +17,8 @@ from scipy.stats import binomtest
 
 from reslab.errors import UserError
 from reslab.metric_text import wilson
-from reslab.runs.figures import (
-    CAPTIONS,
-    Predictions,
-    calibrate,
-    confusion,
-    confusion_counts,
-    draw_figures,
-    draw_grid,
-    draw_lr,
-    learning_curves,
-    most_confused,
-    shorten,
-)
+from reslab.runs.figures import CAPTIONS, confusion, draw_figures, draw_grid, draw_lr, learning_curves, shorten
+from reslab.runs.predictions import Predictions, calibrate, confusion_counts, most_confused
 from reslab.runs.report import duration, write_report
 
 NAMES = ["cat", "dog", "<script>alert(1)</script>", "cost_$5$_{x", "a very long name " * 9]

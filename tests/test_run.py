@@ -14,23 +14,20 @@ import yaml
 from safetensors.torch import load_file
 
 from reslab.training.checkpoint import weights_sha256
+from runner import Ended, reslab
 
 SHORT = ["--trainer.max_epochs", "2", "--trainer.log_every_n_steps", "5"]
 
 
-def reslab(*args: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "reslab", *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=280)
-
-
-def fit(repo: Path, *args: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+def fit(repo: Path, *args: str | Path, cwd: Path | None = None) -> Ended:
     return reslab("fit", "--config", repo / "configs/experiment/digits.yaml", *SHORT, *args, cwd=cwd)
 
 
 @pytest.fixture(scope="module")
 def run(repo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "ein Lauf, größer"  # spaces and non-ASCII letters
-    done = fit(repo, "--run.dir", folder)
+    command = [sys.executable, "-m", "reslab", "fit", "--config", repo / "configs/experiment/digits.yaml", *SHORT]
+    done = subprocess.run([*command, "--run.dir", folder], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"\nreport +\S.*report\.html\n", done.stdout)
     assert "epoch 2/2" in done.stdout  # one line per epoch when the output is a file
@@ -77,7 +74,7 @@ def test_predictions_cover_the_test_set_and_match_the_result(run: Path) -> None:
 
 def test_saved_config_repeats_the_run(run: Path, tmp_path: Path) -> None:
     again = reslab("fit", "--config", run / "config.yaml", "--run.dir", tmp_path / "again", "--data.num_workers", "1")
-    assert again.returncode == 0, again.stderr
+    assert again.status == 0, again.output
     first, second = (json.loads((d / "manifest.json").read_text()) for d in (run, tmp_path / "again"))
     assert first["weights_sha256"] == second["weights_sha256"]
 
@@ -85,29 +82,29 @@ def test_saved_config_repeats_the_run(run: Path, tmp_path: Path) -> None:
 def test_finished_run_is_not_changed(repo: Path, run: Path) -> None:
     before = (run / "manifest.json").read_bytes()
     done = fit(repo, "--run.dir", run)
-    assert done.returncode == 0 and "nothing to do" in done.stdout
+    assert done.status == 0 and "nothing to do" in done.output
     assert (run / "manifest.json").read_bytes() == before
 
 
 def test_finished_run_without_report_gets_one(repo: Path, run: Path) -> None:
     (run / "report.html").unlink()
-    assert fit(repo, "--run.dir", run).returncode == 0
+    assert fit(repo, "--run.dir", run).status == 0
     assert (run / "report.html").exists()
 
 
 def test_different_config_in_the_same_directory_is_refused(repo: Path, run: Path) -> None:
     before = (run / "manifest.json").read_bytes()
     done = fit(repo, "--run.dir", run, "--seed_everything", "7")
-    assert done.returncode == 2 and "seed_everything: 0 (in the run directory) != 7 (requested)" in done.stderr
-    assert "Traceback" not in done.stderr and (run / "manifest.json").read_bytes() == before
+    assert done.status == 2 and "seed_everything: 0 (in the run directory) != 7 (requested)" in done.output
+    assert "Traceback" not in done.output and (run / "manifest.json").read_bytes() == before
 
 
 @pytest.mark.parametrize("split", ["test", "validate"])
 def test_evaluation_repeats_the_recorded_result(run: Path, split: str) -> None:
     done = reslab(split, run)
-    assert done.returncode == 0, done.stderr
+    assert done.status == 0, done.output
     results = json.loads((run / "manifest.json").read_text())["results"]
-    values = dict(line.split() for line in done.stdout.splitlines() if "/" in line.split()[0])
+    values = dict(line.split() for line in done.output.splitlines() if "/" in line.split()[0])
     prefix = {"test": "test", "validate": "val"}[split]
     assert float(values[f"{prefix}/acc"]) == pytest.approx(results[f"{prefix}/acc"], abs=1e-6)
     assert float(values[f"{prefix}/loss"]) == pytest.approx(results[f"{prefix}/loss"], abs=1e-6)
@@ -124,7 +121,7 @@ def test_predict_writes_one_row_per_image_and_reports_unreadable_ones(run: Path,
         Image.fromarray(pixels).save(tmp_path / "images" / str(i % 3) / f"{i:02d}.png")
     (tmp_path / "images" / "broken.png").write_bytes(b"not an image")
     done = reslab("predict", run, "--images", tmp_path / "images", "--out", tmp_path / "out.csv")
-    assert done.returncode == 0, done.stderr
+    assert done.status == 0, done.output
     rows = list(csv.DictReader((tmp_path / "out.csv").open()))
     assert len(rows) == 21
     broken = [row for row in rows if row["error"]]
@@ -136,7 +133,7 @@ def test_predict_writes_one_row_per_image_and_reports_unreadable_ones(run: Path,
 
 def test_default_run_directory(repo: Path, tmp_path: Path) -> None:
     done = fit(repo, "--trainer.max_epochs", "1", "--run.test_weights", "best", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    assert done.status == 0, done.output
     (folder,) = (tmp_path / "runs" / "digits").iterdir()
     config = yaml.safe_load((folder / "config.yaml").read_text())
     assert config["run"]["test_weights"] == "best" and "-seed0-" in folder.name
@@ -147,10 +144,10 @@ def test_data_error_is_one_message_and_claims_no_run_directory(repo: Path, tmp_p
     config = repo / "configs/experiment/cifar10_resnet20.yaml"
     options = ["--data.root", tmp_path, "--data.download", "false", "--run.dir", tmp_path / "r"]
     done = reslab("fit", "--config", config, *options)
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert str(tmp_path) in done.stderr and not (tmp_path / "r").exists()
+    assert done.status == 2 and "Traceback" not in done.output
+    assert str(tmp_path) in done.output and not (tmp_path / "r").exists()
 
 
 def test_refused_value_creates_no_run_directory(repo: Path, tmp_path: Path) -> None:
     done = fit(repo, "--run.dir", tmp_path / "r", "--model.objective.init_args.label_smoothing", "3")
-    assert done.returncode == 2 and "label_smoothing" in done.stderr and not (tmp_path / "r").exists()
+    assert done.status == 2 and "label_smoothing" in done.output and not (tmp_path / "r").exists()

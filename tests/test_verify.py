@@ -24,6 +24,7 @@ from reslab.files import sha256_file
 from reslab.runs import manifest as manifests
 from reslab.runs.masking import mask_command
 from reslab.runs.verify import Divergence, divergences, reproduce, verify
+from runner import reslab
 
 KEY = "0123456789abcdef0123456789abcdef01234567"
 
@@ -32,11 +33,10 @@ KEY = "0123456789abcdef0123456789abcdef01234567"
 def original(repo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A short finished run, trained with an API key in the environment."""
     folder = tmp_path_factory.mktemp("runs") / "a run"
-    command = [sys.executable, "-m", "reslab", "fit", "--config", repo / "configs/experiment/digits.yaml"]
+    config = repo / "configs/experiment/digits.yaml"
     options = ["--run.dir", folder, "--trainer.max_epochs", "3", "--trainer.log_every_n_steps", "5"]
-    environment = {**os.environ, "WANDB_API_KEY": KEY}
-    done = subprocess.run([*command, *options], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stdout + done.stderr
+    ended = reslab("fit", "--config", config, *options, WANDB_API_KEY=KEY)
+    assert ended.status == 0, ended.output
     return folder
 
 

@@ -1,20 +1,20 @@
 """The entry point: `python -m reslab`, and the command `reslab`."""
 
-import sys
+from typing import NoReturn
 
-from reslab.interrupt import guarded
+from reslab.interrupt import guarded, leave
 
 
-def main() -> int:
-    """Run the command line until the interpreter exits."""
+def main() -> NoReturn:
+    """Run the command line, and end the process."""
 
     def command() -> int:
         from reslab.cli import main
 
         return main()
 
-    return guarded(command, until_exit=True)
+    leave(guarded(command, until_exit=True))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

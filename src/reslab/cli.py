@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from reslab import __version__
 from reslab.errors import Exit, UserError
 from reslab.header import print_header
-from reslab.host import CONFIGS
+from reslab.host import CONFIGS, quick_imports
 from reslab.interrupt import close, guarded, resume_hint
 from reslab.quiet import drop_unhelpful, silenced
 from reslab.runs.masking import mask_command
@@ -105,8 +105,10 @@ def _refuse_copies(command: str) -> None:
 
 def _call(target: str, **options: Any) -> int:
     """Import and call `module:function`; return its exit status."""
-    module, function = target.split(":")
-    return getattr(importlib.import_module(f"reslab.{module}"), function)(**options) or 0
+    name, function = target.split(":")
+    with quick_imports():
+        module = importlib.import_module(f"reslab.{name}")
+    return getattr(module, function)(**options) or 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -252,12 +254,17 @@ def _add_search(command: argparse.ArgumentParser) -> None:
     command.add_argument("name", metavar="FILE", help="search file, or its name in configs/sweep")
     command.add_argument("--out", metavar="DIR", help="search directory (default: runs/searches/<name>)")
     command.add_argument("--check", action="store_true", help="check the file, print the plan, and run nothing")
-    command.add_argument(
-        "--jobs", type=int, metavar="N", help="concurrent runs (default: one per visible GPU; 1 on CPU)"
-    )
+    _add_resources(command)
+
+
+def _add_resources(command: argparse.ArgumentParser) -> None:
+    help = "concurrent runs (default: one per visible GPU; 1 on CPU)"
+    command.add_argument("--jobs", type=int, metavar="N", help=help)
     command.add_argument(
         "--jobs-per-gpu", type=int, default=1, metavar="K", help="runs that share one GPU (default: 1)"
     )
+    help = "start a new Python for each run, instead of forking one that has imported everything"
+    command.add_argument("--fresh-processes", action="store_true", help=help)
     command.add_argument("--retries", type=int, default=1, metavar="N", help="retries per failed run (default: 1)")
 
 
@@ -284,9 +291,7 @@ def _add_ablate(parser: argparse.ArgumentParser) -> None:
         "--find", type=positive, metavar="D", help="seeds and hours to find this difference in the metric"
     )
     run = add("run", "start or resume all runs, then report: STUDY [--KEY VALUE ...]", "cli:_run_and_report")
-    run.add_argument("--jobs", type=int, metavar="N", help="concurrent runs (default: one per visible GPU; 1 on CPU)")
-    run.add_argument("--jobs-per-gpu", type=int, default=1, metavar="K", help="runs that share one GPU (default: 1)")
-    run.add_argument("--retries", type=int, default=1, metavar="N", help="retries per failed run (default: 1)")
+    _add_resources(run)
     run.add_argument("--launcher", choices=["local", "slurm"], default="local", help="where to run (default: local)")
     slurm = run.add_argument_group("with --launcher slurm")
     slurm.add_argument("--detach", action="store_true", help="submit the jobs and return without waiting")
@@ -447,7 +452,7 @@ def _print_verdict(name: str, arm: str, out: str | None, overrides: list[str]) -
 
 
 def _run_study(
-    study: "Study", folder: Path, jobs: int | None, jobs_per_gpu: int, retries: int,
+    study: "Study", folder: Path, jobs: int | None, jobs_per_gpu: int, fresh_processes: bool, retries: int,
     launcher: str, detach: bool, slurm: str | None, **job_options: Any,
 ) -> int:  # fmt: skip
     from reslab.ablation.launch import LocalResources, run_local
@@ -458,5 +463,5 @@ def _run_study(
         return run_slurm(study, folder, cluster, jobs, retries, detach)
     if detach or slurm or any(job_options.values()):
         raise UserError("--detach, --slurm and job options require --launcher slurm")
-    status = run_local(study, folder, LocalResources(jobs, jobs_per_gpu), retries)
+    status = run_local(study, folder, LocalResources(jobs, jobs_per_gpu, fresh_processes), retries)
     return close() if status == Exit.PREEMPTED else status

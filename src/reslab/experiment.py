@@ -226,21 +226,23 @@ class Run:
         self.record.write(results=results, weights_sha256=weights_sha256(weights), tested_weights=tested)
 
     def _draw(self) -> list[Path]:
-        """Draw figures and report and print the test results; a failure here leaves the run complete."""
-        from reslab.runs.figures import draw_figures
-        from reslab.runs.report import write_report
+        """Print the test results, then draw figures and report; a failure here leaves the run complete."""
         from reslab.runs.result import result_rows
 
         try:
+            print()
+            width = print_rows(result_rows(self.folder))
+            from reslab.runs.figures import draw_figures  # import matplotlib once the result is shown
+            from reslab.runs.report import write_report
+
             test, names = self.data.test_dataloader().dataset, self.data.class_names
             figures = draw_figures(self.folder.path, names, lambda i: test[BatchKey(np.array([i]))].images[0].numpy())
             report = write_report(self.folder.path)
+            print_rows({"report": str(report)}, width)
         except Exception:
             traceback.print_exc()
             print(f"the run in {self.folder.path} is complete, but its figures or report could not be drawn: see above")
             return []
-        print()
-        print_rows(result_rows(self.folder))
         return [*figures, report]
 
     def _close(self, status: str, reason: str = "", quiet: bool = False) -> int:

@@ -43,13 +43,17 @@ def print_header(config: Config, argv: Sequence[str]) -> None:
     )
 
 
-def print_rows(rows: Mapping[str, str | None]) -> None:
-    """Print labelled lines; values that are None or empty are left out."""
+def print_rows(rows: Mapping[str, str | None], width: int = 0) -> int:
+    """Print labelled lines, values from column `width` (default: as the labels need) on; return `width`.
+
+    Values that are None or empty are left out.
+    """
     shown = {label: value for label, value in rows.items() if value}
-    width = max(8, *map(len, shown)) + 2
+    width = width or max(8, *map(len, shown)) + 2
     for name, value in shown.items():
         # Flushed: an error message on stderr must come after it.
         print(f"{name:<{width}}{value}", flush=True)
+    return width
 
 
 def is_rank_zero(environ: Mapping[str, str]) -> bool:

@@ -1,6 +1,8 @@
 """Facts about the installation and the machine that several rooms need, and lazy imports."""
 
+import atexit
 import contextlib
+import gc
 import importlib
 import os
 import signal
@@ -36,6 +38,23 @@ def handling_signals(handler: Callable[[int, Any], None]) -> Iterator[None]:
     finally:
         for number, previous in before.items():
             signal.signal(number, previous)
+
+
+@contextlib.contextmanager
+def quick_imports() -> Iterator[None]:
+    """Import without garbage collection, which would visit the million objects of torch and Lightning again and again.
+
+    Later collections do not visit them either.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        atexit.register(gc.unfreeze)  # else nanobind reports its own objects as leaks
+        if was_enabled:
+            gc.enable()
 
 
 def lazy_exports(package: str, modules: Mapping[str, Sequence[str]]) -> Callable[[str], Any]:

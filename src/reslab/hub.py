@@ -20,12 +20,13 @@ from reslab.diff import differences
 from reslab.errors import UserError
 from reslab.files import write_text
 from reslab.inference import load_run
+from reslab.metric_text import is_accuracy, wilson
 from reslab.models.weights import hub_errors
 from reslab.runs import manifest as manifests
-from reslab.runs.figures import is_accuracy, read_predictions, wilson
 from reslab.runs.folder import RunFolder
 from reslab.runs.manifest import duration
 from reslab.runs.masking import MASK, is_secret, mask, mask_command
+from reslab.runs.predictions import read_predictions
 from reslab.runs.report import formatted, label, main_metric, templates
 from reslab.runs.verify import check_weights, finished
 

@@ -1,12 +1,13 @@
 """Ctrl-C at any moment: one closing line instead of a traceback. Imports little: it protects the other imports."""
 
 import atexit
+import contextlib
 import os
 import signal
 import sys
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 from reslab.errors import Exit
 
@@ -32,13 +33,21 @@ def guarded(command: Callable[[], int], until_exit: bool = False) -> int:
             raise
         guard.close()
         if until_exit:
-            atexit._run_exitfuncs()
-            sys.stdout.flush()
-            os._exit(guard.status)
+            leave(guard.status)
     finally:
         signal.signal(signal.SIGINT, guard.end if until_exit else signal.default_int_handler)
         sys.unraisablehook = guard.ignore if until_exit else hook
     return guard.status
+
+
+def leave(status: int) -> NoReturn:
+    """End the process as sys.exit does, but do not free the memory of torch and Lightning first: that takes seconds."""
+    threading._shutdown()  # type: ignore[attr-defined] # waits for threads
+    atexit._run_exitfuncs()
+    with contextlib.suppress(BrokenPipeError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(status)
 
 
 def resume_hint(hint: Callable[[], str]) -> None:

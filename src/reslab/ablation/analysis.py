@@ -31,7 +31,7 @@ from reslab.ablation.study import Study
 from reslab.ablation.wording import FOLDS, Unit, count, explain, exploratory, named
 from reslab.diff import differences
 from reslab.errors import UserError
-from reslab.runs.figures import read_predictions
+from reslab.runs.predictions import read_predictions
 from reslab.runs.verify import CODE
 
 RESAMPLES = 10_000

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import yaml
 
 from reslab.ablation.cells import ARM, Cell, State, states
+from reslab.ablation.forkserver import ForkedProcess, ForkServer, is_supported
 from reslab.ablation.plan_log import append_plan
 from reslab.ablation.progress import StudyProgress
 from reslab.ablation.study import Study
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from reslab.data import ImageData
     from reslab.data.identity import DataIdentity
 
+Process = subprocess.Popen[bytes] | ForkedProcess
 POLL = 0.1  # seconds
 PR_SET_PDEATHSIG = 1  # of prctl(2)
 _libc = ctypes.CDLL(None) if sys.platform == "linux" else None
@@ -44,6 +46,7 @@ class LocalResources:
 
     jobs: int | None = None  # concurrent runs; default: as many as the GPUs hold, 1 on CPU
     jobs_per_gpu: int = 1  # runs that share a GPU
+    fresh_processes: bool = False  # each cell imports everything, instead of forking from a process that has
 
     def slots(self, config: Config) -> list[dict[str, str]]:
         """Return the environment variables of each concurrent run of a config: its share of GPUs and CPU threads."""
@@ -59,6 +62,10 @@ class LocalResources:
         threads = max(1, available_cores() // (jobs * each))
         shared = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(threads)}
         return [{**shared, **({"CUDA_VISIBLE_DEVICES": sets[i]} if gpus else {})} for i in range(jobs)]
+
+    def server(self, environment: Mapping[str, str]) -> ForkServer | None:
+        """Return a server to fork cells from, which imports in the background; None where each needs a new Python."""
+        return None if self.fresh_processes or not is_supported() else ForkServer(environment)
 
 
 def visible_gpus() -> list[str]:
@@ -165,20 +172,28 @@ def run_local(study: Study, out: Path, resources: LocalResources, retries: int =
     folder = RunFolder(out)
     slots = resources.slots(study.arms[study.baseline].config)
     folder.probe()
-    with folder.lock(), StudyProgress(study, prepare(study, out), retries, len(slots)) as progress:
-        pool = Pool(progress, slots)
-        pool.run()
+    with folder.lock():
+        server = resources.server(slots[0])
+        with StudyProgress(study, prepare(study, out), retries, len(slots)) as progress:
+            pool = Pool(progress, slots, server)
+            pool.run()
     status = progress.exit_status()
     return Exit.PREEMPTED if status and pool.stopped else status
 
 
 class Pool:
-    """Waiting and running cells; `slots` holds the environment variables of each concurrent run."""
+    """Waiting and running cells.
 
-    def __init__(self, progress: StudyProgress, slots: list[dict[str, str]]) -> None:
-        self.progress, self.free = progress, list(slots)
+    Args:
+        progress: The cells of the study, and how they ended.
+        slots: Environment variables of each concurrent run.
+        server: To fork cells from; None: each is a new Python.
+    """
+
+    def __init__(self, progress: StudyProgress, slots: list[dict[str, str]], server: ForkServer | None = None) -> None:
+        self.progress, self.free, self.server = progress, list(slots), server
         self.waiting = progress.to_run() or progress.next_cells()
-        self.running: dict[Cell, tuple[subprocess.Popen[bytes], dict[str, str]]] = {}
+        self.running: dict[Cell, tuple[Process, dict[str, str]]] = {}
         self.stopped = False
 
     def run(self) -> None:
@@ -218,10 +233,17 @@ class Pool:
                 return
             self.waiting.remove(cell)
             slot = self.free.pop(0)
-            self.running[cell] = (process := start(cell, slot)), slot
+            server = self.server if self._can_fork(cell) else None
+            self.running[cell] = (process := start(cell, slot, server)), slot
             self.progress.started(cell)
             if self.stopped:  # perhaps before `process` was among those to signal
                 process.terminate()
+
+    def _can_fork(self, cell: Cell) -> bool:
+        """Whether a fork of the server runs the cell as a new process would: same code, and it starts no other rank."""
+        trainer = self.progress.study.arms[cell.arm].config.get("trainer", {})
+        one_process = trainer.get("devices") in (None, 1, "1", "auto") and trainer.get("num_nodes") in (None, 1)
+        return self.server is not None and one_process and self.server.is_current()
 
     def _reap(self) -> None:
         for cell, (process, slot) in list(self.running.items()):
@@ -233,16 +255,25 @@ class Pool:
                     self.waiting.append(cell)
 
 
-def start(cell: Cell, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
-    """Start a cell in its own session: signals reach it only through this process, and it dies with this process."""
+def start(cell: Cell, environment: Mapping[str, str], server: ForkServer | None = None) -> Process:
+    """Start a cell in its own session: signals reach it only through this process, and it dies with this process.
+
+    Args:
+        cell: The cell.
+        environment: Added to the environment.
+        server: Fork the cell from it; None: start a new Python.
+    """
     cell.folder.mkdir(parents=True, exist_ok=True)
+    environment = {**environment, **previous_threads(cell)}
+    if server:
+        return server.start(command(cell)[3:], cell.log, environment)
     with cell.log.open("ab") as log:
         return subprocess.Popen(
             command(cell),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
-            env={**os.environ, **environment, **previous_threads(cell)},
+            env={**os.environ, **environment},
             start_new_session=True,
             preexec_fn=lambda: _libc and _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL),
         )

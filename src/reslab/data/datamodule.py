@@ -348,11 +348,14 @@ class ImageData(LightningDataModule):
 def _notes_on(data: Arrays | Files, name: str) -> list[str]:
     """Describe the skipped files of one split, and its images that are in several classes."""
     lines = data.skipped.notes() if isinstance(data, Files) else []
-    by_picture = np.argsort(data.pictures)
+    by_picture = np.argsort(data.pictures, kind="stable")
     a, b = by_picture[:-1], by_picture[1:]
     pairs = np.flatnonzero((data.pictures[a] == data.pictures[b]) & (data.labels[a] != data.labels[b]))
     if len(pairs):
-        first = np.sort(by_picture[pairs[0] : pairs[0] + 2])
+        example = pairs[
+            a[pairs].argmin()
+        ]  # the first in the order of files: `pictures` are numbered by the file system
+        first = a[example], b[example]
         count, names = len(np.unique(data.pictures[a[pairs]])), " and ".join(data.describe(i) for i in first)
         lines.append(f"images in several classes: {count:,}, such as {names}")
     return [f"{name} data: {line}" for line in lines]

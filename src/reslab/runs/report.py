@@ -12,11 +12,11 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoes
 
 from reslab.files import write_text
 from reslab.metric_text import formatted, label, main_metric, wilson
-from reslab.runs import figures
-from reslab.runs.figures import CAPTIONS, Predictions
+from reslab.runs.figures import CAPTIONS
 from reslab.runs.folder import RunFolder
 from reslab.runs.manifest import duration, read
 from reslab.runs.metrics import Metrics, read_metrics
+from reslab.runs.predictions import Predictions, calibrate, confusion_counts, read_predictions
 
 
 def write_report(run_dir: Path) -> Path:
@@ -26,7 +26,7 @@ def write_report(run_dir: Path) -> Path:
     """
     folder = RunFolder.existing(run_dir)
     manifest, metrics = read(folder.manifest), read_metrics(folder.metrics)
-    predictions = figures.read_predictions(run_dir)
+    predictions = read_predictions(run_dir)
     config = folder.config.read_text(encoding="utf-8") if folder.config.exists() else ""
     results = manifest.get("results") or {}
     main = headline(results, metrics)
@@ -89,7 +89,7 @@ def describe(predictions: Predictions, manifest: Mapping[str, Any]) -> dict[str,
     correct = predictions.label == predictions.prediction
     largest = max(predictions.label.max(), predictions.prediction.max())
     names = (manifest.get("data") or {}).get("class_names") or [f"class {i}" for i in range(largest + 1)]
-    counts = figures.confusion_counts(predictions.label, predictions.prediction, len(names))
+    counts = confusion_counts(predictions.label, predictions.prediction, len(names))
     right, total = np.diag(counts), counts.sum(1)
     wrong = counts - np.diag(right)
     rows = [
@@ -100,6 +100,6 @@ def describe(predictions: Predictions, manifest: Mapping[str, Any]) -> dict[str,
         "tested": len(correct),
         "correct": int(correct.sum()),
         "interval": wilson(int(correct.sum()), len(correct)),
-        "calibration_error": figures.calibrate(predictions.confidence, correct).ece,
+        "calibration_error": calibrate(predictions.confidence, correct).ece,
         "classes": sorted(rows, key=lambda row: row[2]),
     }

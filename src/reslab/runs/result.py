@@ -8,13 +8,13 @@ import yaml
 
 from reslab.metric_text import formatted, interval
 from reslab.runs import manifest as manifests
-from reslab.runs.figures import read_predictions
 from reslab.runs.folder import RunFolder
 from reslab.runs.metrics import read_metrics
+from reslab.runs.predictions import read_predictions
 
 
 def result_rows(folder: RunFolder) -> dict[str, str | None]:
-    """Return the lines of the result block: test metrics, best validation, time, what to do next, and files."""
+    """Return the lines of the result block: test metrics, best validation, time, and what to do next."""
     manifest = manifests.read(folder.manifest)
     run = shlex.quote(str(folder.path))
     return {
@@ -26,7 +26,6 @@ def result_rows(folder: RunFolder) -> dict[str, str | None]:
         "next": f"reslab test {run}",
         "": f"reslab predict {run} --images DIRECTORY",
         "run": str(folder.path),
-        "report": str(folder.report),
     }
 
 

@@ -10,15 +10,17 @@ import time
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import yaml
 from lightning.pytorch.loggers.logger import Logger, rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
-from pandas import DataFrame
 
 from reslab.errors import UserError
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 # Arguments of wandb.init: where the config sets them, their name in W&B's settings, and the longest text that W&B's
 # server accepts. The client checks no length of these: an offline run would be refused when it is uploaded.
@@ -231,7 +233,7 @@ class WandB(RunLogger):
 
     @rank_zero_only
     def finish(
-        self, results: dict[str, float], figures: Sequence[Path] = (), tables: Mapping[str, DataFrame] | None = None
+        self, results: dict[str, float], figures: Sequence[Path] = (), tables: "Mapping[str, DataFrame] | None" = None
     ) -> None:
         """Log final metrics to the summary, figures (PNG), report (HTML) and tables, and finish the run."""
         if self._run:

@@ -27,8 +27,8 @@ FAILURES = 3  # trials that fail one after the other end the search: the next wo
 
 
 def search(
-    name: str, out: str | None, overrides: list[str], check: bool, jobs: int | None, jobs_per_gpu: int, retries: int,
-    command: str,
+    name: str, out: str | None, overrides: list[str], check: bool, jobs: int | None, jobs_per_gpu: int,
+    fresh_processes: bool, retries: int, command: str,
 ) -> int:  # fmt: skip
     """Run `reslab search`: start or resume a search, report, and propose a study; return the exit status."""
     plan = read_search(name, overrides)
@@ -39,7 +39,8 @@ def search(
         check_values(plan)
         return Exit.OK
     resume_hint(lambda: f"to resume, run {command}" if (folder / LOG).exists() else "")
-    status, results = run_search(plan, folder, launch.LocalResources(jobs, jobs_per_gpu), retries)
+    resources = launch.LocalResources(jobs, jobs_per_gpu, fresh_processes)
+    status, results = run_search(plan, folder, resources, retries)
     if status == Exit.PREEMPTED:
         return close()
     print(report.write_report(plan, folder, results))
@@ -69,11 +70,12 @@ def run_search(
     slots, folder = resources.slots(search.base), RunFolder(out)
     folder.probe()
     with folder.lock():
+        server = resources.server(slots[0])
         log = TrialLog(search, out)
         data = check_values(search)
         progress = SearchProgress(search, out, log, data, retries, len(slots))
         with progress:
-            pool = launch.Pool(progress, slots)
+            pool = launch.Pool(progress, slots, server)
             pool.run()
     status = progress.exit_status()
     return Exit.PREEMPTED if status and pool.stopped else status, progress.results()
