@@ -39,7 +39,7 @@ ablation-demo: $(BASE)  ## run a study of three arms × five seeds on handwritte
 test test-slow: export OMP_NUM_THREADS ?= 1
 
 test: $(DEV)  ## run the tests
-	@$(BIN)/python -m pytest -n $(WORKERS)
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 test-slow: $(DEV)  ## run the slow tests
 	@$(BIN)/python -m pytest -n $(WORKERS) -m slow

@@ -236,7 +236,10 @@ def _forked(
 def _main(argv: list[str], fault: Fault | None) -> None:
     runpy.run_path(str(Path(__file__).parent / "user/sitecustomize.py"))
     from reslab.cli import main
+    from reslab.runs import figures
 
+    if "FIGURES" not in os.environ:  # most tests look at no picture, and drawing takes as long as training
+        figures.draw_figures = lambda *args: []
     if fault:
         fault.inject()
     sys.exit(main(argv))

@@ -630,6 +630,7 @@ def fake(monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
     real = launch.command
     monkeypatch.setattr(launch, "command", lambda cell: [sys.executable, str(FAKE), *real(cell)[3:]])
     monkeypatch.setattr(launch, "is_supported", lambda: False)  # a fork would run the real one
+    monkeypatch.setattr(launch, "POLL", 0.01)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     return lambda acts: monkeypatch.setenv("FAKE", json.dumps(acts))
 

@@ -81,7 +81,7 @@ def test_signal_stops_a_run(server: ForkServer, tmp_path: Path, number: signal.S
 
 def test_forked_cell_has_the_bits_of_a_new_process(server: ForkServer, tmp_path: Path) -> None:
     options = ["--trainer.accelerator=cpu", "--trainer.max_epochs=2", "--data.num_workers=1"]
-    study, found = read_study(write(tmp_path), options), []
+    study, runs = read_study(write(tmp_path), options), []
     for out, how in ((tmp_path / "forked", server), (tmp_path / "new", None)):
         out.mkdir()
         launch.prepare(study, out)
@@ -89,8 +89,8 @@ def test_forked_cell_has_the_bits_of_a_new_process(server: ForkServer, tmp_path:
         process = launch.start(cell, {}, how)
         wait(lambda process=process: process.poll() is not None)  # type: ignore[misc]
         assert process.returncode == 0 and "test/acc" in cell.log.read_text(), cell.log.read_text()
-        found.append([manifest(cell.folder)[name] for name in ("weights_sha256", "results")] + metrics(cell.folder))
-    assert found[0] == found[1]
+        runs.append([manifest(cell.folder)[name] for name in ("weights_sha256", "results")] + metrics(cell.folder))
+    assert runs[0] == runs[1]
 
 
 def test_killed_study_leaves_no_cell_running(tmp_path: Path) -> None:

@@ -343,13 +343,21 @@ def test_fit_refuses_missing_weights_before_it_starts(tmp_path: Path, hub: Hub) 
     assert not (tmp_path / "run").exists()
 
 
-OFFLINE = [{"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}]
+OFFLINE, UNREACHABLE = {"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}
 
 
-@pytest.mark.parametrize("offline", OFFLINE)
-@pytest.mark.parametrize("address", ["hf://ann/a", "hf://ann/a/weights.safetensors"])
+@pytest.mark.parametrize(
+    ("address", "offline"),
+    [
+        ("hf://ann/a", OFFLINE),
+        ("hf://ann/a", UNREACHABLE),
+        ("hf://ann/a/weights.safetensors", OFFLINE),
+        # The client tries five times, for 11 seconds.
+        pytest.param("hf://ann/a/weights.safetensors", UNREACHABLE, marks=pytest.mark.slow),
+    ],
+)
 def test_weights_in_the_cache_load_without_a_network(
-    tmp_path: Path, hub: Hub, offline: dict[str, str], address: str
+    tmp_path: Path, hub: Hub, address: str, offline: dict[str, str]
 ) -> None:
     hub.commit("ann/a", {"weights.safetensors": b"1"})
     online = resolve(address, hub, tmp_path)

@@ -77,7 +77,7 @@ def test_bar_in_a_terminal_of_60_columns(tmp_path: Path) -> None:
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 60, 0, 0))
     argv = ["fit", *DIGITS, *SHORT, "--trainer.max_epochs=2", "--run.dir", str(tmp_path / "r")]
     environ = {"COLUMNS": "60", "TERM": "xterm"}
-    process = _server.Process(target=_forked, args=(argv, os.ttyname(terminal), None, None, environ))
+    process = _server.Process(target=_forked, args=(argv, os.ttyname(terminal), None, None, Path.cwd(), environ))
     written: list[bytes] = []
 
     def read() -> None:
