@@ -198,7 +198,7 @@ def reslab(
         fault: The fault to inject.
         largest_file: Maximum file size in bytes; writing more fails, as on a full disk.
         cwd: Working directory; default: the current one.
-        environ: Added to the environment.
+        environ: Added to the environment. FIGURES=1: draw the figures of the run.
     """
     with tempfile.NamedTemporaryFile("r") as log:
         words = [*map(str, argv)]

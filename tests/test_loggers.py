@@ -32,7 +32,7 @@ def resumed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     loggers = [{"class_path": f"reslab.runs.tracking.{n}", "init_args": init_args.get(n, {})} for n in LOGGERS]
     words = [*OPTIONS, f"--trainer.logger={json.dumps(loggers)}"]
     assert fit(folder, *words, fault=Fault(TRAINING, call=28)).status < 0
-    ended = fit(folder, *words)
+    ended = fit(folder, *words, FIGURES="1")
     assert ended.status == 0, ended.output
     return folder
 
