@@ -31,7 +31,7 @@ from runner import DIGITS
 aten = torch.ops.aten
 READS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}  # .item(), equal, nonzero, unique, ...
 INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default}  # read masks only
-WARMUP = 2  # steps: constants are copied to the device once
+WARMUP = 1  # step: constants are copied to the device once
 
 
 class Waits(Exception):
@@ -109,9 +109,9 @@ class Steps(Callback):
         self.audit.active = False
 
 
-def take_steps(folder: Path, options: list[str], audit: Audit | CudaAudit, count: int = 3) -> None:
+def take_steps(folder: Path, options: list[str], audit: Audit | CudaAudit, count: int = 2) -> None:
     """Take `count` audited steps of a run; the first step that is logged would be step 80."""
-    argv = [*DIGITS, "--data.batch_size=16", "--trainer.log_every_n_steps=80", *options]
+    argv = [*DIGITS, "--data.batch_size=16", "--trainer.log_every_n_steps=80", "--model.net.layers=[1, 1]", *options]
     experiment = Experiment(argv)
     data, model, settings = experiment.build()
     run = Run(experiment, RunFolder(folder), argv, data, model, settings)
@@ -166,53 +166,41 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 MIXING = ["--data.augment.mixup=0.2", "--data.augment.cutmix=1.0"]
 AUGMENT = ["--data.augment.flip=random", "--data.augment.cutout=2", "--data.augment.erasing=0.5", *MIXING]
-DISTILLATION = [
-    "--model.objective=Distillation",
-    "--model.objective.teacher=resnet8",
-    "--model.objective.weights=TEACHER",
-]
+BCE = ["--model.objective=BinaryCrossEntropy"]
+DISTILLATION = ["--model.objective=Distillation", "--model.objective.teacher=resnet8"]
+DISTILLATION += ["--model.objective.weights=TEACHER"]
 EMA = ["--model.ema_decay=0.9"]
 NORM = ["--trainer.gradient_clip_val=1.0"]
-EVERYTHING = [
-    *AUGMENT, *DISTILLATION, *EMA, *NORM, "--model.schedule=Cosine", "--model.schedule.warmup_epochs=1",
-    "--trainer.accumulate_grad_batches=2", "--trainer.callbacks=LearningRateMonitor",
-]  # fmt: skip
+BF16 = ["--trainer.precision=bf16-mixed"]
+WARMUP_EPOCH = ["--model.schedule=Cosine", "--model.schedule.warmup_epochs=1"]
+EVERYTHING = [*AUGMENT, *DISTILLATION, *EMA, *NORM, *WARMUP_EPOCH, "--trainer.callbacks=LearningRateMonitor"]
+FINETUNING = ["--model.param_groups={freeze: [stem], backbone_lr_scale: 0.1, layer_decay: 0.9}"]
 COMBINATIONS = {
     "cross entropy": [],
-    "alternating flip, no crop": ["--data.augment.flip=alternating", "--data.augment.crop_padding=0"],
-    "reflect": ["--data.augment.padding_mode=reflect"],
-    "mixed cross entropy": [*AUGMENT],
-    "mixed binary cross entropy": [*AUGMENT, "--model.objective=BinaryCrossEntropy"],
-    "mixed binary cross entropy, threshold": [
-        *MIXING, "--model.objective=BinaryCrossEntropy", "--model.objective.target_threshold=0.2"
-    ],
+    "mixed": [*AUGMENT, "--model.schedule=Constant"],
+    "flips, no crop": ["--data.augment.flip=alternating", "--data.augment.crop_padding=0", *WARMUP_EPOCH],
+    "crops by reflection": ["--data.augment.padding_mode=reflect", "--model.schedule=Linear"],
+    "mixed binary cross entropy": [*AUGMENT, *BCE, *EMA],
+    "threshold": [*MIXING, *BCE, "--model.objective.target_threshold=0.2", "--model.base_batch_size=64"],
     "distillation": DISTILLATION,
     "mixed distillation": [*MIXING, *DISTILLATION],
-    "EMA": EMA,
-    "clipped by norm": NORM,
+    "EMA": [*EMA, "--model.schedule=MultiStep"],
+    "clipped by norm": [*NORM, *FINETUNING],
     "clipped by value": [*NORM, "--trainer.gradient_clip_algorithm=value"],
-    "accumulation": ["--trainer.accumulate_grad_batches=4", *MIXING, *EMA, *NORM],
-    "double precision": ["--trainer.precision=64-true"],
-    "contiguous": ["--model.execution.channels_last=false"],
+    "accumulation": ["--trainer.accumulate_grad_batches=2", *MIXING, *EMA, *NORM],
+    "double precision": ["--trainer.precision=64-true", "--model.execution.channels_last=false"],
     "deterministic": ["--trainer.deterministic=true"],
-    "frozen groups, rates by layer": ["--model.param_groups={freeze: [stem], backbone_lr_scale: 0.1, layer_decay: 0.9}"],
-    "constant": ["--model.schedule=Constant"],
-    "cosine": ["--model.schedule=Cosine", "--model.schedule.warmup_epochs=1"],
-    "linear": ["--model.schedule=Linear"],
-    "multistep": ["--model.schedule=MultiStep"],
-    "rate of another batch size": ["--model.base_batch_size=64"],
-    "network of timm": ["--model.net=timm", "--model.net.dict_kwargs={drop_rate: 0.1, drop_path_rate: 0.1}", *EMA],
-    "network of torchvision": ["--model.net=torchvision", *EMA],
-    "ViT": ["--model.net=timm", "--model.net.name=vit_tiny_patch16_224", "--model.net.dict_kwargs={patch_size: 4}"],
     "stochastic depth, blur": ["--model.net.drop_path=0.2", "--model.net.blur=true"],
-}  # fmt: skip
+    "network of timm": ["--model.net=timm", "--model.net.dict_kwargs={drop_rate: 0.1, drop_path_rate: 0.1}", *EMA],
+    "network of torchvision": ["--model.net=torchvision", "--model.net.name=resnet18", *NORM],
+    "ViT": ["--model.net=timm", "--model.net.name=test_vit", "--model.net.dict_kwargs={patch_size: 4}"],
+}
 OPTIMIZERS = [
     *(f"torch.optim.{name}" for name in ("SGD", "Adam", "AdamW", "NAdam", "RAdam", "Adamax", "Adagrad", "Adadelta")),
     "torch.optim.RMSprop", "torch.optim.Rprop", "timm.optim.Lamb",
 ]  # fmt: skip
 WAITING = ["torch.optim.ASGD", "torch.optim.Adafactor"]  # they read a number of each parameter
 REFUSED = ["torch.optim.LBFGS", "torch.optim.Muon", "torch.optim.SparseAdam"]  # by reslab
-BF16 = ["--trainer.precision=bf16-mixed"]
 
 
 @pytest.mark.usefixtures("like_a_gpu")
