@@ -83,7 +83,7 @@ def test_every_parameter_of_trainer_is_in_the_table() -> None:
 
 def test_every_name_that_trainer_accepts_is_in_its_table() -> None:
     values = [v for part in typing.get_args(_PRECISION_INPUT) for v in typing.get_args(part)]
-    assert {*NAMES["precision"]} == {str(value) for value in values}
+    assert {*NAMES["precision"]} == {"auto", *map(str, values)}
     assert {*NAMES["strategy"]} == {"auto", *strategies.StrategyRegistry.available_strategies()}
     assert {*NAMES["accelerator"]} == {"auto", "gpu", *AcceleratorRegistry.available_accelerators()}
     with pytest.raises(MisconfigurationException) as caught:

@@ -23,13 +23,16 @@ from reslab.check import BASE, wrong_seed
 from reslab.config_errors import ALLOWED, explain, explain_failure, located, one_line, places
 from reslab.data import ImageData
 from reslab.errors import UserError, last_line
+from reslab.host import cpu_bf16_is_fast
 from reslab.models import ResNet, TimmNetwork, TorchvisionNetwork  # noqa: F401 - short names: of imported classes only
 from reslab.names import fixed_directory
 from reslab.resolve import with_paths
+from reslab.runs.folder import RunFolder
 from reslab.training import Classifier, compatibility
 from reslab.training.lightning_internals import rank
 
 FROM_DATA = {"num_classes": "num_classes", "in_channels": "channels", "image_size": "image_size"}  # of networks
+AUTOMATIC = {True: "bf16-mixed", False: "32-true"}  # precisions, by whether the device is fast at bf16
 # A class may have an enum as the default of an argument that is a string.
 yaml.SafeDumper.add_multi_representer(enum.Enum, lambda dumper, member: dumper.represent_data(member.value))
 set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=ALLOWED)
@@ -123,6 +126,8 @@ class Experiment(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_class_arguments(RunOptions, "run")
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
+        precision = next(action for action in parser._actions if action.dest == "trainer.precision")
+        precision._typehint |= Literal["auto"]  # type: ignore[attr-defined]
         for argument, source in FROM_DATA.items():  # ignored by networks without such an argument
             parser.link_arguments(f"data.{source}", f"model.net.init_args.{argument}", apply_on="instantiate")
 
@@ -138,6 +143,42 @@ class Experiment(LightningCLI):
         for group in ("trainer", "model", "data", "run"):
             if not isinstance(value := self.config[group], Namespace):
                 raise UserError(located(f"{group} must hold keys and values, got {value!r}", [group], args, BASE))
+        self.automatic_precision = self.config.trainer.precision == "auto"
+        if self.automatic_precision:
+            self.config.trainer.precision = AUTOMATIC[self._bf16_is_fast()]
+
+    def _accelerator(self) -> Any:
+        """Return trainer.accelerator; for auto a CUDA GPU if there is one, else the CPU."""
+        if self.config.trainer.accelerator != "auto":
+            return self.config.trainer.accelerator
+        # Lightning's choice includes devices on which reslab does not train.
+        return "cuda" if CUDAAccelerator.is_available() else "cpu"
+
+    def _bf16_is_fast(self) -> bool:
+        """Return whether training on the chosen device is faster in bf16 than in fp32."""
+        if self._accelerator() == "cpu":
+            return cpu_bf16_is_fast()
+        gpus = range(torch.cuda.device_count())
+        return len(gpus) > 0 and all(torch.cuda.get_device_capability(gpu) >= (8, 0) for gpu in gpus)  # Ampere
+
+    def keep_precision(self, folder: RunFolder) -> None:
+        """Replace an automatic precision by that of a run to be resumed, which may have begun on another machine."""
+        if self.automatic_precision and folder.holds_checkpoint() and folder.config.exists():
+            recorded = yaml.safe_load(folder.config.read_text(encoding="utf-8"))["trainer"]["precision"]
+            if recorded in AUTOMATIC.values():
+                self.config.trainer.precision = recorded
+
+    def notes(self) -> list[str]:
+        """Describe options that slow training down on this machine, one line each."""
+        asked_for = not self.automatic_precision and str(self.config.trainer.precision) in (
+            "16",
+            "16-mixed",
+            "bf16",
+            "bf16-mixed",
+        )
+        if not asked_for or self._accelerator() != "cpu" or self._bf16_is_fast():
+            return []
+        return ["bf16 is slower than fp32 on this CPU: set --precision auto, or 32-true"]
 
     def _set_seed(self) -> None:
         """Do nothing: `build` sets the seed."""
@@ -147,7 +188,9 @@ class Experiment(LightningCLI):
 
     def dump(self) -> str:
         """Return the resolved configuration as YAML, without the run directory: a config file for the same run."""
-        config = self.config.clone()
+        return self._dump(self.config.clone())
+
+    def _dump(self, config: Namespace) -> str:
         config.run.dir = None
         return self.parser.dump(config, skip_unset=False, skip_validation=True)
 
@@ -166,7 +209,10 @@ class Experiment(LightningCLI):
         started = os.environ.get("TORCHELASTIC_RUN_ID", started)
         if started == "none":  # torchrun's default
             raise UserError("all ranks need the same run directory: give torchrun an --rdzv_id, or reslab a --run.dir")
-        digest = hashlib.sha256(self.dump().encode()).hexdigest()[:6]
+        config = self.config.clone()
+        if self.automatic_precision:  # a requeued job may be on another kind of machine
+            config.trainer.precision = "auto"
+        digest = hashlib.sha256(self._dump(config).encode()).hexdigest()[:6]
         folder = Path("runs", self.config.run.name, f"{started}-seed{int(self.config.seed_everything)}-{digest}")
         os.environ["RESLAB_RUN_DIR"] = str(folder)
         return folder
@@ -190,8 +236,7 @@ class Experiment(LightningCLI):
         for name in ("callbacks", "logger", "plugins"):
             if not isinstance(value := settings[name], list):
                 settings[name] = [] if isinstance(value, bool | None) else [value]
-        if settings["accelerator"] == "auto":  # Lightning's choice includes devices on which reslab does not train
-            settings["accelerator"] = "cuda" if CUDAAccelerator.is_available() else "cpu"
+        settings["accelerator"] = self._accelerator() if settings["accelerator"] == "auto" else settings["accelerator"]
         self._check_metrics(built.data, built.model, settings["callbacks"])
         return built.data, built.model, settings
 

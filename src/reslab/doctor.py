@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 
 from reslab.config import Experiment
-from reslab.data import ImageData
 from reslab.errors import Exit, UserError
 from reslab.runs.folder import RunFolder
 from reslab.runs.manifest import environment
@@ -30,7 +29,7 @@ def examine(overrides: list[str]) -> int:
     print(f"flags     {json.dumps(machine['determinism'])}")
     checks: list[Callable[[], str]] = [_check_writing]
     if overrides:
-        checks.append(partial(_check_data, Experiment(overrides).build()[0]))
+        checks.append(partial(_check_data, Experiment(overrides)))
     status = Exit.OK
     for check in checks:
         try:
@@ -52,11 +51,12 @@ def _check_writing() -> str:
     return f"runs      {Path('runs').absolute()} is writable, {shutil.disk_usage('.').free / 2**30:.0f} GiB free"
 
 
-def _check_data(data: ImageData) -> str:
+def _check_data(experiment: Experiment) -> str:
+    data, _, _ = experiment.build()
     start = time.perf_counter()
     data.prepare_data()
     data.setup()
     train, val = data.split
     sizes = f"{len(train):,} training, {len(val):,} validation, {len(data.test_data):,} test images"
     first = f"data      {sizes}, {data.num_classes} classes, {data.image_shape} ({time.perf_counter() - start:.1f} s)"
-    return "\n          ".join([first, *data.notes()])
+    return "\n          ".join([first, *experiment.notes(), *data.notes()])

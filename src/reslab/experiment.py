@@ -48,8 +48,9 @@ EXIT = {"complete": Exit.OK, "failed": Exit.FAILED, "diverged": Exit.FAILED, "pr
 def fit(argv: list[str]) -> int:
     """Run `reslab fit`: start a run, or resume the unfinished one in --run.dir; return the exit status."""
     experiment = Experiment(argv)
-    built = experiment.build()  # first: a value refused at construction must leave no run directory behind
     folder = RunFolder(experiment.run_dir())
+    experiment.keep_precision(folder)
+    built = experiment.build()  # first: a value refused at construction must leave no run directory behind
     resume_hint(lambda: "run the same command again to resume" if folder.holds_checkpoint() else "")
     if rank() != 0:
         return Run(experiment, folder, argv, *built).execute()
@@ -125,7 +126,8 @@ class Run:
             self.steps = rehearse(trainer, self.model, self.data, self._needed_metrics())
             for logger in self._loggers():
                 logger.check(id="00000000", **self._logger_options())
-            print(*(f"note: {note}\n" for note in self.data.notes()), sep="", end="", flush=True)
+            notes = [*self.experiment.notes(), *self.data.notes()]
+            print(*(f"note: {note}\n" for note in notes), sep="", end="", flush=True)
         return objective
 
     def _load_pretrained(self) -> None:

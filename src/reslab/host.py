@@ -5,6 +5,7 @@ import contextlib
 import gc
 import importlib
 import os
+import re
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,6 +25,22 @@ STOP_SIGNALS = tuple(getattr(signal, f"SIG{n}") for n in ("TERM", "INT", "USR1",
 def available_cores() -> int:
     """Return the number of CPU cores this process may use: fewer than the machine has under Slurm or taskset."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def bf16_is_fast(cpuinfo: str) -> bool:
+    """Return whether a CPU trains faster in bf16 than in fp32, given the text of Linux's /proc/cpuinfo.
+
+    It does with AMX, and on AMD's Zen 4 and 5 (1.6 times as fast: ResNet-20, channels_last). Intel's avx512_bf16
+    without AMX is slower than fp32 (0.75 times), and so is a CPU without bf16 instructions (0.35 times).
+    """
+    flags = set(re.findall(r"\w+", "".join(re.findall(r"^flags\s*:(.*)$", cpuinfo, re.MULTILINE)[:1])))
+    return "amx_bf16" in flags or ("avx512_bf16" in flags and "AuthenticAMD" in cpuinfo)
+
+
+def cpu_bf16_is_fast() -> bool:
+    """Return `bf16_is_fast` of this machine; False where there is no /proc/cpuinfo."""
+    info = Path("/proc/cpuinfo")
+    return info.exists() and bf16_is_fast(info.read_text(encoding="utf-8", errors="replace"))
 
 
 @contextlib.contextmanager

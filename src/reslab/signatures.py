@@ -18,6 +18,7 @@ ROOTS = {  # groups of a config, and the class whose arguments they hold
     "data": "reslab.data.datamodule.ImageData",
     "run": "reslab.config.RunOptions",
 }
+ADDED = {(ROOTS["trainer"], "precision"): Type(choices=("auto",))}  # values that reslab adds to a parameter's
 STRATEGIES = ("lightning.pytorch.strategies", "lightning.pytorch.plugins", "lightning.pytorch.profilers")
 NOT_IN_CONFIGS = {"self", "seed", "params", "num_classes", "in_channels"}  # linked, or passed by code
 
@@ -61,7 +62,11 @@ def parameters(class_path: str | None) -> Parameters:
     if class_path == CONFIG:
         return {"seed_everything": SEED} | {name: Parameter({}, path) for name, path in ROOTS.items()}
     source = find_class(class_path) if class_path else None
-    return {n: p for n, p in _accepted(*source).items() if n not in NOT_IN_CONFIGS} if source else {}
+    accepted = _accepted(*source) if source else {}
+    accepted |= {
+        n: accepted[n]._replace(type=accepted[n].type | more) for (c, n), more in ADDED.items() if c == class_path
+    }
+    return {name: parameter for name, parameter in accepted.items() if name not in NOT_IN_CONFIGS}
 
 
 def find_class(class_path: str) -> tuple[str, ast.ClassDef] | None:

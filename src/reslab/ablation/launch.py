@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import yaml
 
-from reslab.ablation.cells import ARM, Cell, State, states
+from reslab.ablation.cells import ARM, Cell, State, cells, states
 from reslab.ablation.forkserver import ForkedProcess, ForkServer, is_supported
 from reslab.ablation.plan_log import append_plan
 from reslab.ablation.progress import StudyProgress
@@ -84,7 +84,7 @@ def prepare(study: Study, out: Path) -> list[State]:
     Raise UserError if an arm is invalid, or a cell's directory holds another run.
     """
     identities: dict[str, DataIdentity] = {}
-    configs = typed_configs(study, identities)
+    configs = typed_configs(study, identities, out)
     data = {arm: dict(identity.hashes) for arm, identity in identities.items()}
     current = states(study, out, {arm: yaml.load(text, Loader) for arm, text in configs.items()}, data)
     if mismatched := [s for s in current if s.status == "mismatched"]:
@@ -98,6 +98,11 @@ def prepare(study: Study, out: Path) -> list[State]:
     return current
 
 
+def _of_automatic_precision(study: Study, out: Path) -> list[RunFolder]:
+    automatic = [name for name, arm in study.arms.items() if arm.config.get("trainer", {}).get("precision") == "auto"]
+    return [RunFolder(cell.folder) for cell in cells(study, out) if cell.arm in automatic]
+
+
 def _data_changes(state: State, identities: "Mapping[str, DataIdentity]") -> str:
     identity = identities.get(state.cell.arm)
     recorded = state.manifest.get("data")
@@ -105,11 +110,14 @@ def _data_changes(state: State, identities: "Mapping[str, DataIdentity]") -> str
     return f": {'; '.join(changes)}" if changes else ""
 
 
-def typed_configs(study: Study, identities: "dict[str, DataIdentity] | None" = None) -> dict[str, str]:
+def typed_configs(
+    study: Study, identities: "dict[str, DataIdentity] | None" = None, out: Path | None = None
+) -> dict[str, str]:
     """Return the resolved config of every arm as YAML, after checking every value and building every class.
 
     If the study is about to run, pass a dictionary: the identity of each arm's data is put into it, as far as the data
-    are on this machine, and every arm's network, optimizer and objective are tried.
+    are on this machine, and every arm's network, optimizer and objective are tried. An automatic precision is that of
+    the study's runs in `out`, if there are any: all arms have the same, whatever machine a run is on.
     """
     from reslab.config import Experiment
     from reslab.training.rehearsal import check_model
@@ -122,6 +130,8 @@ def typed_configs(study: Study, identities: "dict[str, DataIdentity] | None" = N
             file.write_text(yaml.safe_dump(arm.config, sort_keys=False), encoding="utf-8")
             try:
                 experiment = Experiment(["--config", str(file)])
+                for folder in _of_automatic_precision(study, out) if out else ():
+                    experiment.keep_precision(folder)
                 data, model, _ = experiment.build()
                 if study.metric not in model.metric_names:
                     near = difflib.get_close_matches(study.metric, model.metric_names, 3, 0.4) or model.metric_names

@@ -178,12 +178,15 @@ ACCELERATORS = {
 }
 PRECISIONS = {
     "16": works("as 16-mixed"),
-    "16-mixed": works("on a CPU, Lightning computes in bf16-mixed instead and prints a warning"),
+    "16-mixed": works(
+        "waits for a GPU in every step, for loss scaling; on a CPU, Lightning computes in bf16-mixed instead"
+    ),
     "16-true": refused("has no loss scaling, so small gradients become 0: set 16-mixed or bf16-mixed"),
     "32": works("as 32-true"),
     "32-true": works(),
     "64": works("as 64-true"),
     "64-true": works(),
+    "auto": works("bf16-mixed where the hardware is fast at it, else 32-true; config.yaml records which"),
     "bf16": works("as bf16-mixed"),
     "bf16-mixed": works(),
     "bf16-true": refused("rounds weights, batch-norm statistics and the EMA to 8 bits: set bf16-mixed"),
