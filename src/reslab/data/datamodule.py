@@ -233,9 +233,7 @@ class ImageData(LightningDataModule):
         if isinstance(self.train_data, Files) or isinstance(self.test_data, Files):
             raise UserError(f"data.on_device true requires images in memory, but {self._source} reads files: use auto")
         if self.augment.transforms:
-            raise UserError(
-                "data.on_device true conflicts with data.augment.transforms, which run on the CPU: use auto"
-            )
+            raise UserError("data.augment.transforms run on the CPU: data.on_device must be auto or false, got true")
 
     @property
     def _parts(self) -> tuple[int, int, int]:
@@ -263,7 +261,7 @@ class ImageData(LightningDataModule):
     def _batches(self, data: Arrays | Files, sizes: tuple[int, ...], augment: Augment | None = None) -> Dataset[Batch]:
         seed = self.seed if self.augment_seed is None else self.augment_seed
         if isinstance(data, Arrays):
-            return ArrayBatches(data, augment, seed, self._lives_on_device(data, augment))
+            return ArrayBatches(data, augment, seed)
         view = self.channels, self.dataset.apply_exif_orientation, sizes, self.test_resize
         return FileBatches(data, *view, augment, seed, self.resize.scaled_decode)
 
@@ -276,9 +274,9 @@ class ImageData(LightningDataModule):
         """Whether the training images live on the device, see `on_device`; without a Trainer, they do not."""
         return self._lives_on_device(self.train_data, self.augment)
 
-    def _lives_on_device(self, data: Arrays | Files, augment: Augment | None) -> bool:
+    def _lives_on_device(self, data: Arrays | Files, augment: Augment) -> bool:
         device = self._device
-        if device is None or isinstance(data, Files) or (augment and augment.transforms):
+        if device is None or isinstance(data, Files) or augment.transforms:
             return False
         if self.on_device != "auto" or device.type != "cuda":
             return self.on_device is True
@@ -311,6 +309,10 @@ class ImageData(LightningDataModule):
     def test_dataloader(self) -> DataLoader[Batch]:
         return self._eval_loader(self.test_data, np.arange(len(self.test_data)))
 
+    def test_images(self, indices: Ints) -> Tensor:
+        """Return the test images at these positions as evaluation loads them, uint8 (N, H, W, C)."""
+        return self._batches(self.test_data, (self.image_size,))[BatchKey(indices)].images
+
     def predict_dataloader(self) -> DataLoader[Batch]:
         return self.test_dataloader()
 
@@ -340,7 +342,9 @@ class ImageData(LightningDataModule):
         if workers is None:
             devices = self.trainer.num_devices if self.trainer else 1
             workers = 0 if isinstance(batches, ArrayBatches) else max(1, available_cores() // devices)
-        device, on_device = self._device, isinstance(batches, ArrayBatches) and batches.on_device
+        device, images = self._device, None
+        if isinstance(batches, ArrayBatches) and self._lives_on_device(batches.arrays, batches.augment):
+            images, batches = self._images_on_device(batches.arrays), batches.without_images()
         return LazyLoader(
             batches,
             batch_size=None,  # a key is a whole batch
@@ -349,7 +353,7 @@ class ImageData(LightningDataModule):
             persistent_workers=workers > 0,
             pin_memory=device is not None and device.type == "cuda",
             device=None if isinstance(batches, FolderBatches) else device,
-            images=self._images_on_device(batches.arrays) if on_device else None,
+            images=images,
             worker_init_fn=ignore_job_signals,
             generator=torch.Generator(),  # without it, each iterator would advance torch's global generator
         )
@@ -381,7 +385,7 @@ class ImageData(LightningDataModule):
 
     def preview(self, n_images: int = 8, n_epochs: int = 8) -> tuple[np.ndarray, list[str]]:
         """Return training images as seen in the first epochs, uint8 (images, epochs, H, W, C), and their classes."""
-        batches, train = self.train_dataloader().dataset, self.split[0]
+        batches, train = self._batches(self.train_data, self._train_sizes(), self.augment), self.split[0]
         rows = train[np.linspace(0, len(train) - 1, n_images + n_images % 2).astype(int)]  # even: may be mixed in pairs
         augmented = [self.on_after_batch_transfer(batches[BatchKey(rows, epoch)]).images for epoch in range(n_epochs)]
         mean, std = (torch.tensor(x)[:, None, None] for x in (self.dataset.mean, self.dataset.std))
