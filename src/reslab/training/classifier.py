@@ -2,6 +2,7 @@
 
 import math
 import os
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -24,7 +25,7 @@ from reslab.training.objectives import CrossEntropy, Objective
 from reslab.training.optimizers import Cosine, ParamGroups, Schedule, nesterov_sgd, parameter_groups
 from reslab.training.processes import shard
 
-SHAPES = 64  # of batches, in training and evaluation: the most that torch.compile compiles before it gives up
+SHAPES = 64  # of training batches: the most that torch.compile compiles before it gives up
 CHECK_FINITE_EVERY = 100  # steps: the longest that a diverged run trains on
 
 
@@ -37,9 +38,9 @@ class Execution:
     """How the network is executed. This affects speed and rounding, not the method.
 
     Args:
-        compile: Run the network through torch.compile. true: in its default mode. reduce-overhead and max-autotune
-            also replay CUDA graphs. The modes with max-autotune time several kernels and take the fastest, so
-            that two runs may differ in their last bits.
+        compile: Train through torch.compile; evaluation is not compiled. true: its default mode. reduce-overhead and
+            max-autotune also replay CUDA graphs. The modes with max-autotune time several kernels and take the fastest,
+            so that two runs may differ in their last bits.
         channels_last: Keep weights and activations in the channels-last memory format.
         fused_optimizer: Update all weights in one kernel, with SGD, Adam and AdamW of torch.optim; other optimizers
             stay as they are.
@@ -70,6 +71,13 @@ class Execution:
 
         config.recompile_limit = max(config.recompile_limit, SHAPES)
         net.compile(mode=self.compile if isinstance(self.compile, str) else None, dynamic=False)
+
+    def eager(self) -> AbstractContextManager[Any]:
+        """Return a context without compilation, for evaluation: `reslab test` repeats its results exactly.
+
+        Validation and test have last batches of other sizes, and each size would take as long to compile as training.
+        """
+        return torch.compiler.set_stance("force_eager") if self.compile else nullcontext()
 
     def fuse(self, optimizer: Optimizer) -> None:
         """Let an optimizer update all of its parameters in one kernel; AdamW is an Adam."""
@@ -205,8 +213,8 @@ class Classifier(LightningModule):
         if self.training:
             return self.net(images)
         net = self.evaluated_net()
-        # Cloned: the next run of a CUDA graph overwrites the output of this one.
-        return (net(images).clone() + net(images.flip(3))) / 2 if self.flip_tta else net(images)
+        with self.execution.eager():
+            return (net(images) + net(images.flip(3))) / 2 if self.flip_tta else net(images)
 
     def evaluated_net(self) -> nn.Module:
         """Return the network that evaluation uses: the EMA where there is one, else the trained network."""
