@@ -1,5 +1,7 @@
 """data.on_device: images that live on the device give the same bits as images that are copied with each batch."""
 
+import copy
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -131,6 +133,16 @@ def test_images_of_the_host_are_still_there() -> None:
     train(data)
     np.testing.assert_array_equal(data.test_images(np.array([3, 1])), data.test_data.images[[3, 1]])
     np.testing.assert_array_equal(data.preview(4, 2)[0], digits().preview(4, 2)[0])
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda data: pickle.loads(pickle.dumps(data))])
+def test_data_can_be_copied(copied: Any) -> None:
+    data = digits(on_device=True)
+    train(data)
+    data.trainer = None
+    again = copied(data)
+    assert again.train_data is not data.train_data
+    assert_same(*(batches(each)[0] for each in (again, data)))
 
 
 # Which data sets live on the device

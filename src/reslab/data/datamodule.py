@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -92,7 +91,7 @@ class ImageData(LightningDataModule):
         self.folds, self.fold = folds, fold
         self.augment_seed: int | None = None
         self.num_workers, self.download, self.on_device = num_workers, download, on_device
-        self._device_images: WeakKeyDictionary[Arrays, Tensor] = WeakKeyDictionary()
+        self._device_images: dict[Arrays, Tensor] = {}
 
     @cached_property
     def class_names(self) -> list[str]:
