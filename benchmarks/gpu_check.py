@@ -5,6 +5,8 @@
     sync           50 training steps under torch.cuda.set_sync_debug_mode("error")
     accuracy       ResNet-18 on CIFAR-10, one-cycle schedule: time to 94 % (requires the data: --root DIR)
     deterministic  cost per step of configs/trainer/deterministic.yaml with ResNet-50
+    on_device      ResNet-18 on images of CIFAR-10's size: data.on_device true against false
+    fast           the same: configs/trainer/gpu_fast.yaml, also with CUDA graphs, against gpu.yaml
 
 Each part runs in its own process and prints one line for docs/performance.md, with the name of the GPU. --tiny runs
 small versions of all parts, also on a CPU, to test this script.
@@ -19,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +40,7 @@ from reslab.experiment import Run
 from reslab.host import CONFIGS
 from reslab.runs.folder import RunFolder
 
-PARTS = ("loop", "jpeg", "sync", "accuracy", "deterministic")
+PARTS = ("loop", "jpeg", "sync", "accuracy", "deterministic", "on_device", "fast")
 GPU = torch.cuda.is_available()
 NAME = torch.cuda.get_device_name() if GPU else "CPU"
 TARGET = 0.94
@@ -259,6 +262,48 @@ def deterministic(sizes: Sizes, root: str) -> str:
         ratios.append(step_seconds(sizes, True) / fast)
         torch.use_deterministic_algorithms(False)
     return f"{sizes.net}: a deterministic step takes {statistics.median(ratios):.3f} times as long (n = {len(ratios)})"
+
+
+def cifar_speed(sizes: Sizes, config: str, *options: str, on_device: bool | str = "auto") -> float:
+    """Return the training images/s of cifar10_resnet18 (--tiny: ResNet-8) with a trainer config, on noise images."""
+    tiny = sizes.size < 224
+    files = [CONFIGS / "experiment/cifar10_resnet18.yaml", CONFIGS / f"trainer/{config}.yaml"]
+    small = [f"--model.net={CONFIGS / 'net/resnet8_fast.yaml'}", "--trainer.accelerator=cpu"] if tiny else []
+    argv = [arg for file in files for arg in ("--config", str(file))]
+    data, model, settings = Experiment([*argv, *small, *options]).build()
+    noise = ImageData(
+        Noise(256 if tiny else 50_000, 32),
+        batch_size=sizes.batch if tiny else data.batch_size, val_split=0, augment=data.augment, on_device=on_device,
+    )  # fmt: skip
+    sizes.batch = noise.batch_size
+    blocks = Blocks(sizes)
+    trainer(blocks, **{key: settings[key] for key in ("accelerator", "precision", "benchmark")}).fit(model, noise)
+    return blocks.speed(blocks.seconds)
+
+
+def compared(sizes: Sizes, arms: dict[str, Any]) -> str:
+    """Measure the arms in turn, and return their median images/s as text, with the ratio to the first arm."""
+    sizes.steps = min(sizes.steps * 4, 200) if GPU else sizes.steps
+    rates = [[arm() for arm in arms.values()] for _ in range(1 if sizes.size < 224 else 3)]
+    ratios = [statistics.median(row[i] / row[0] for row in rates) for i in range(len(arms))]
+    medians = [statistics.median(row[i] for row in rates) for i in range(len(arms))]
+    results = zip(arms, medians, ratios, strict=True)
+    text = ", ".join(f"{name} {rate:,.0f} images/s ({ratio:.2f} times)" for name, rate, ratio in results)
+    return f"cifar10_resnet18, batch {sizes.batch}: {text} (medians of {len(rates)} interleaved repeats)"
+
+
+def on_device(sizes: Sizes, root: str) -> str:
+    arms = {
+        f"data.on_device {str(place).lower()}": partial(cifar_speed, sizes, "gpu", on_device=place)
+        for place in (False, True)
+    }
+    return compared(sizes, arms)
+
+
+def fast(sizes: Sizes, root: str) -> str:
+    modes = {"gpu_fast": [], "gpu_fast with CUDA graphs": ["--model.execution.compile=reduce-overhead"]}
+    arms = {name: partial(cifar_speed, sizes, "gpu_fast", *options) for name, options in modes.items()}
+    return compared(sizes, {"gpu": partial(cifar_speed, sizes, "gpu"), **arms})
 
 
 def main() -> None:

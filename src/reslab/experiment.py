@@ -19,7 +19,6 @@ from safetensors.torch import save
 
 from reslab.config import Experiment
 from reslab.data import ImageData
-from reslab.data.samplers import BatchKey
 from reslab.errors import Exit, UserError
 from reslab.files import replacing
 from reslab.header import print_rows, print_run
@@ -237,8 +236,8 @@ class Run:
             from reslab.runs.figures import draw_figures  # import matplotlib once the result is shown
             from reslab.runs.report import write_report
 
-            test, names = self.data.test_dataloader().dataset, self.data.class_names
-            figures = draw_figures(self.folder.path, names, lambda i: test[BatchKey(np.array([i]))].images[0].numpy())
+            test, names = self.data.test_images, self.data.class_names
+            figures = draw_figures(self.folder.path, names, lambda i: test(np.array([i]))[0].numpy())
             report = write_report(self.folder.path)
             print_rows({"report": str(report)}, width)
         except Exception:

@@ -16,7 +16,6 @@ import reslab
 from reslab.data import ImageData
 from reslab.data.augment import normalize
 from reslab.data.datasets import DataError
-from reslab.data.samplers import BatchKey
 from reslab.errors import UserError
 from reslab.files import check_output, replacing, sha256_file, write_text
 from reslab.inference import load_run
@@ -106,7 +105,7 @@ def _check_images(data: ImageData) -> tuple[Tensor, str]:
     try:
         n = len(data.test_data)
         rows = np.linspace(0, n - 1, min(n, NUM_CHECK_IMAGES)).astype(np.int64)
-        return data.test_dataloader().dataset[BatchKey(rows)].images, "test images"
+        return data.test_images(rows), "test images"
     except DataError:
         shape, rng = (NUM_CHECK_IMAGES, *data.image_shape), torch.Generator().manual_seed(0)
         noise = torch.randint(256, shape, dtype=torch.uint8, generator=rng).permute(0, 2, 3, 1)

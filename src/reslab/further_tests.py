@@ -73,7 +73,7 @@ class PartData(ImageData):
     def __init__(self, run: ImageData, part: Arrays | Files, labels: Ints) -> None:
         sizes = run.batch_size, run.eval_batch_size
         super().__init__(run.dataset, str(run.root), *sizes, num_workers=run.num_workers, resize=run.resize,
-                         classes=run.class_names)  # fmt: skip
+                         classes=run.class_names, on_device=run.on_device)  # fmt: skip
         mapped = labels[part.labels]  # a table of files must not be read from its cache again, which has other labels
         self.test_data = (
             replace(part, labels=mapped, cache=None) if isinstance(part, Files) else replace(part, labels=mapped)

@@ -114,10 +114,11 @@ def print_run(model: "Classifier", data: "ImageData", trainer: "Trainer", steps:
     trained = sum(p.numel() for p in model.net.parameters() if p.requires_grad)
     share = "" if trained == parameters else f", {trained:,} of them trained"
     train, val = data.split
+    place = "; on the device" if data.trains_on_device else ""
     print_rows(
         {
             "network": f"{_network(model.net)}, {parameters:,} parameters{share}",
-            "images": f"{len(train):,} train, {len(val):,} validation, {len(data.test_data):,} test",
+            "images": f"{len(train):,} train, {len(val):,} validation, {len(data.test_data):,} test{place}",
             "steps": f"{steps.total:,} in total, {steps.per_epoch:,} per epoch, {data.batch_size:,} images each",
             "device": f"{trainer.world_size} × {_device_name(trainer)}, precision {trainer.precision}",
             "run": str(run) if run else None,

@@ -56,21 +56,30 @@ class FolderBatch(NamedTuple):
 
 
 class ArrayBatches(Dataset[Batch]):
-    """Batches of in-memory arrays, with augmentation parameters in training. Index i + n × copy is image i of n."""
+    """Batches of in-memory arrays, with augmentation parameters in training. Index i + n × copy is image i of n.
 
-    def __init__(self, arrays: Arrays, augment: Augment | None = None, seed: int = 0) -> None:
-        self.arrays, self.augment, self.seed = arrays, augment or Augment(), seed
+    Args:
+        with_images: Without images, LazyLoader adds them from the copy of all images on the device.
+    """
+
+    def __init__(self, arrays: Arrays, augment: Augment | None = None, seed: int = 0, with_images: bool = True) -> None:
+        self.arrays, self.augment, self.seed, self.with_images = arrays, augment or Augment(), seed, with_images
         self._epoch, self._table = -1, np.empty((0, 0), np.int32)
 
     def __getitem__(self, key: BatchKey) -> Batch:
         indices, epoch, step = key
         rows = indices % len(self.arrays)
-        images = torch.from_numpy(self.arrays.images.take(rows, axis=0))  # padding (-1) takes the last image
-        self.augment.transform(images, self.seed, epoch, indices)
+        images = torch.empty(0, dtype=torch.uint8)
+        if self.with_images:
+            images = torch.from_numpy(self.arrays.images.take(rows, axis=0))  # padding (-1) takes the last image
+            self.augment.transform(images, self.seed, epoch, indices)
         labels, positions = (np.where(indices < 0, -1, x) for x in (self.arrays.labels[rows], rows))
         params = self._params(epoch)[indices]
-        mix_params = self.augment.mix_params(self.seed, epoch, step, images.shape[1])
+        mix_params = self.augment.mix_params(self.seed, epoch, step, self.arrays.images.shape[1])
         return Batch(images, *map(torch.from_numpy, (labels, positions, params, mix_params)))
+
+    def without_images(self) -> "ArrayBatches":
+        return ArrayBatches(self.arrays, self.augment, self.seed, with_images=False)
 
     def _params(self, epoch: int) -> npt.NDArray[np.int32]:
         """Return the augmentation parameters of all images: once per epoch is far cheaper than for each batch."""

@@ -5,11 +5,12 @@ import warnings
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from reslab.data.augment import Augment, mix, normalize
@@ -25,6 +26,8 @@ from reslab.data.samplers import BatchKey, EvalOrder, FolderOrder, TrainOrder
 from reslab.errors import UserError
 from reslab.host import available_cores
 from reslab.training.lightning_internals import batches_taken
+
+DEVICE_MEMORY_SHARE = 0.1  # of the free memory: the largest data set that `on_device: auto` puts on a GPU
 
 
 class ImageData(LightningDataModule):
@@ -50,6 +53,9 @@ class ImageData(LightningDataModule):
         folds: Divide the training images into this many folds by their identity, for cross-validation; `fold` is held
             out for validation, and `val_split` is not used. The test set stays the same.
         fold: The fold that is held out, from 0 to folds - 1.
+        on_device: Keep the images of a data set in memory on the device: each step copies only indices and augmentation
+            parameters, and gathers, crops, flips and mixes there. The weights are the same bits. auto: on a GPU, if the
+            images take less than a tenth of its free memory. Not for image files, nor with `augment.transforms`.
 
     Attributes:
         augment_seed: Seed of the augmentation, where it differs from `seed`.
@@ -71,6 +77,7 @@ class ImageData(LightningDataModule):
         classes: list[str] | None = None,
         folds: int | None = None,
         fold: int | None = None,
+        on_device: bool | Literal["auto"] = "auto",
     ) -> None:
         super().__init__()
         for name, size in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
@@ -83,7 +90,8 @@ class ImageData(LightningDataModule):
         self.val_split, self.split_seed, self.seed = val_split, split_seed, seed
         self.folds, self.fold = folds, fold
         self.augment_seed: int | None = None
-        self.num_workers, self.download = num_workers, download
+        self.num_workers, self.download, self.on_device = num_workers, download, on_device
+        self._device_images: dict[Arrays, Tensor] = {}
 
     @cached_property
     def class_names(self) -> list[str]:
@@ -158,6 +166,7 @@ class ImageData(LightningDataModule):
             raise UserError(f"data.classes has {len(self.classes)} names, but the data set has {count} classes")
         self._check_data(self.train_data, "training")
         self._check_data(self.test_data, "test")
+        self._check_on_device()
         if stage in (None, "fit"):
             self._check_batch_size()
             self._check_resize()
@@ -217,6 +226,14 @@ class ImageData(LightningDataModule):
         if self.test_resize < self.image_size:
             raise UserError(f"data.resize.test_resize {self.test_resize} is below the test size {self.image_size}")
 
+    def _check_on_device(self) -> None:
+        if self.on_device is not True:
+            return
+        if isinstance(self.train_data, Files) or isinstance(self.test_data, Files):
+            raise UserError(f"data.on_device true requires images in memory, but {self._source} reads files: use auto")
+        if self.augment.transforms:
+            raise UserError("data.augment.transforms run on the CPU: data.on_device must be auto or false, got true")
+
     @property
     def _parts(self) -> tuple[int, int, int]:
         """Micro-batches per optimizer step, number of ranks, this rank."""
@@ -247,6 +264,30 @@ class ImageData(LightningDataModule):
         view = self.channels, self.dataset.apply_exif_orientation, sizes, self.test_resize
         return FileBatches(data, *view, augment, seed, self.resize.scaled_decode)
 
+    @property
+    def _device(self) -> torch.device | None:
+        return self.trainer.strategy.root_device if self.trainer else None
+
+    @property
+    def trains_on_device(self) -> bool:
+        """Whether the training images live on the device, see `on_device`; without a Trainer, they do not."""
+        return self._lives_on_device(self.train_data, self.augment)
+
+    def _lives_on_device(self, data: Arrays | Files, augment: Augment) -> bool:
+        device = self._device
+        if device is None or isinstance(data, Files) or augment.transforms:
+            return False
+        if self.on_device != "auto" or device.type != "cuda":
+            return self.on_device is True
+        free, _ = torch.cuda.mem_get_info(device)
+        return data in self._device_images or data.images.nbytes < DEVICE_MEMORY_SHARE * free
+
+    def _images_on_device(self, data: Arrays) -> Tensor:
+        """Return all images as one tensor on the device; copied on the first call only."""
+        if data not in self._device_images:
+            self._device_images[data] = torch.tensor(np.ascontiguousarray(data.images), device=self._device)
+        return self._device_images[data]
+
     def _train_sizes(self) -> tuple[int, ...]:
         """Return the side of the images in each epoch; only the final one if no trainer knows the number of epochs."""
         final, trainer = self.resize.train_size or self.dataset.image_size, self.trainer
@@ -266,6 +307,10 @@ class ImageData(LightningDataModule):
 
     def test_dataloader(self) -> DataLoader[Batch]:
         return self._eval_loader(self.test_data, np.arange(len(self.test_data)))
+
+    def test_images(self, indices: Ints) -> Tensor:
+        """Return the test images at these positions as evaluation loads them, uint8 (N, H, W, C)."""
+        return self._batches(self.test_data, (self.image_size,))[BatchKey(indices)].images
 
     def predict_dataloader(self) -> DataLoader[Batch]:
         return self.test_dataloader()
@@ -296,7 +341,9 @@ class ImageData(LightningDataModule):
         if workers is None:
             devices = self.trainer.num_devices if self.trainer else 1
             workers = 0 if isinstance(batches, ArrayBatches) else max(1, available_cores() // devices)
-        device = self.trainer.strategy.root_device if self.trainer else None
+        device, images = self._device, None
+        if isinstance(batches, ArrayBatches) and self._lives_on_device(batches.arrays, batches.augment):
+            images, batches = self._images_on_device(batches.arrays), batches.without_images()
         return LazyLoader(
             batches,
             batch_size=None,  # a key is a whole batch
@@ -305,6 +352,7 @@ class ImageData(LightningDataModule):
             persistent_workers=workers > 0,
             pin_memory=device is not None and device.type == "cuda",
             device=None if isinstance(batches, FolderBatches) else device,
+            images=images,
             worker_init_fn=ignore_job_signals,
             generator=torch.Generator(),  # without it, each iterator would advance torch's global generator
         )
@@ -336,7 +384,7 @@ class ImageData(LightningDataModule):
 
     def preview(self, n_images: int = 8, n_epochs: int = 8) -> tuple[np.ndarray, list[str]]:
         """Return training images as seen in the first epochs, uint8 (images, epochs, H, W, C), and their classes."""
-        batches, train = self.train_dataloader().dataset, self.split[0]
+        batches, train = self._batches(self.train_data, self._train_sizes(), self.augment), self.split[0]
         rows = train[np.linspace(0, len(train) - 1, n_images + n_images % 2).astype(int)]  # even: may be mixed in pairs
         augmented = [self.on_after_batch_transfer(batches[BatchKey(rows, epoch)]).images for epoch in range(n_epochs)]
         mean, std = (torch.tensor(x)[:, None, None] for x in (self.dataset.mean, self.dataset.std))

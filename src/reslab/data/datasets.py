@@ -24,7 +24,7 @@ Split = Literal["train", "test"]
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Arrays:
     """A data set in memory: images uint8 (n, H, W, C), labels int64 (n,); other integers are accepted as labels.
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from reslab.data.batches import PREFETCH_FACTOR, Batch, FileBatches
@@ -17,11 +18,14 @@ class LazyLoader(DataLoader[Any]):
 
     Lightning creates the iterator before it restores a checkpoint (in `estimated_stepping_batches`). Workers that start
     to prefetch then would begin at step 0 instead of the step to resume from. If the batches are used on a CUDA
-    `device`, they are copied there one batch ahead.
+    `device`, they are copied there one batch ahead. If all `images` (n, H, W, C) are already there, only the rest of a
+    batch is copied, and its images are gathered by index.
     """
 
-    def __init__(self, *args: Any, device: torch.device | None = None, **options: Any) -> None:
-        self.device = device
+    def __init__(
+        self, *args: Any, device: torch.device | None = None, images: Tensor | None = None, **options: Any
+    ) -> None:
+        self.device, self.images = device, images
         super().__init__(*args, **options, prefetch_factor=PREFETCH_FACTOR if options.get("num_workers") else None)
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
@@ -32,7 +36,14 @@ class LazyLoader(DataLoader[Any]):
             batches = (b._replace(images=b.images.clone()) if b.images.is_shared() else b for b in batches)
         if self.device is not None and self.device.type == "cuda":
             batches = prefetch_to_device(batches, self.device)
+        if self.images is not None:
+            batches = (b._replace(images=gather(self.images, b.indices)) for b in batches)
         yield from batches
+
+
+def gather(images: Tensor, indices: Tensor) -> Tensor:
+    """Return the images at `indices`, int64 (N,); padding (-1) takes the last image, as in ArrayBatches."""
+    return images.index_select(0, indices % len(images))
 
 
 def prefetch_to_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:

@@ -26,7 +26,7 @@ PACKAGES = (
 NOT_IDENTITY = (
     "run.dir", "run.group", "run.job_type", "run.tags", "run.skip_test", "run.allow_world_size_change",
     "run.allow_data_change", "trainer.logger", "trainer.devices", "trainer.num_nodes", "data.root", "data.download",
-    "data.num_workers",
+    "data.num_workers", "data.on_device",
 )  # fmt: skip
 LARGEST_CHANGE = 2**20  # bytes: a larger untracked file, or patch of a binary file, is not code
 HASHED_BYTES = 2**28  # of binary files, at most: hashing them delays the start of a run

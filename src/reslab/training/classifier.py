@@ -2,15 +2,17 @@
 
 import math
 import os
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
+from torch.optim import SGD, Adam, Optimizer
 
 from reslab.data.batches import Batch
 from reslab.data.order import step_seed
@@ -23,6 +25,7 @@ from reslab.training.objectives import CrossEntropy, Objective
 from reslab.training.optimizers import Cosine, ParamGroups, Schedule, nesterov_sgd, parameter_groups
 from reslab.training.processes import shard
 
+SHAPES = 64  # of training batches: the most that torch.compile compiles before it gives up
 CHECK_FINITE_EVERY = 100  # steps: the longest that a diverged run trains on
 
 
@@ -35,12 +38,52 @@ class Execution:
     """How the network is executed. This affects speed and rounding, not the method.
 
     Args:
-        compile: Run the network through torch.compile.
+        compile: Train through torch.compile; evaluation is not compiled. true: its default mode. reduce-overhead and
+            max-autotune also replay CUDA graphs. The modes with max-autotune time several kernels and take the fastest,
+            so that two runs may differ in their last bits.
         channels_last: Keep weights and activations in the channels-last memory format.
+        fused_optimizer: Update all weights in one kernel, with SGD, Adam and AdamW of torch.optim; other optimizers
+            stay as they are.
     """
 
-    compile: bool = False
+    compile: bool | Literal["reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = False
     channels_last: bool = True
+    fused_optimizer: bool = False
+
+    def check(self, accumulate: int) -> None:
+        """Raise a UserError for CUDA graphs with accumulated gradients, which a graph's next run overwrites.
+
+        Some versions of torch fail, others return wrong gradients: pytorch/pytorch issues 169545 and 96693.
+        """
+        if accumulate > 1 and self.compile in ("reduce-overhead", "max-autotune"):
+            raise UserError(
+                f"model.execution.compile {self.compile} uses CUDA graphs, which trainer.accumulate_grad_batches "
+                f"{accumulate} would break: use true or max-autotune-no-cudagraphs"
+            )
+
+    def compile_network(self, net: nn.Module) -> None:
+        """Compile a network in place, so that its weights keep their names.
+
+        Each shape has its own graph: with dynamic shapes, a graph would depend on the shapes before it, and a resumed
+        run would not have the same bits.
+        """
+        from torch._dynamo import config  # slow to import
+
+        config.recompile_limit = max(config.recompile_limit, SHAPES)
+        net.compile(mode=self.compile if isinstance(self.compile, str) else None, dynamic=False)
+
+    def eager(self) -> AbstractContextManager[Any]:
+        """Return a context without compilation, for evaluation: `reslab test` repeats its results exactly.
+
+        Validation and test have last batches of other sizes, and each size would take as long to compile as training.
+        """
+        return torch.compiler.set_stance("force_eager") if self.compile else nullcontext()
+
+    def fuse(self, optimizer: Optimizer) -> None:
+        """Let an optimizer update all of its parameters in one kernel; AdamW is an Adam."""
+        if self.fused_optimizer and isinstance(optimizer, SGD | Adam):
+            for group in optimizer.param_groups:
+                group.update(fused=True, foreach=False)
 
 
 def reseed(seed: int, device: torch.device) -> None:
@@ -128,6 +171,7 @@ class Classifier(LightningModule):
         return [*names[:training], "lr", "images_per_second", *names[training:]]
 
     def setup(self, stage: str) -> None:
+        self.execution.check(self.trainer.accumulate_grad_batches)
         expected = getattr(self.trainer.datamodule, "num_classes", None)  # type: ignore[attr-defined]
         num_classes = getattr(self.net, "num_classes", expected)
         if expected not in (None, num_classes):
@@ -145,7 +189,7 @@ class Classifier(LightningModule):
             for net in (self.net, *([self.ema.module] if self.ema else [])):
                 shard(net, self.device_mesh)
         if self.execution.compile:
-            self.net.compile()
+            self.execution.compile_network(self.net)
 
     def load_pretrained(self) -> None:
         """Load `weights` now, once. Otherwise a Trainer or the first use does it, unless a checkpoint replaces them."""
@@ -169,7 +213,8 @@ class Classifier(LightningModule):
         if self.training:
             return self.net(images)
         net = self.evaluated_net()
-        return (net(images) + net(images.flip(3))) / 2 if self.flip_tta else net(images)
+        with self.execution.eager():
+            return (net(images) + net(images.flip(3))) / 2 if self.flip_tta else net(images)
 
     def evaluated_net(self) -> nn.Module:
         """Return the network that evaluation uses: the EMA where there is one, else the trained network."""
@@ -183,6 +228,7 @@ class Classifier(LightningModule):
             raise UserError("model.base_batch_size requires a datamodule with a batch_size, such as ImageData")
         lr_scale = batch_size / self.base_batch_size if batch_size and self.base_batch_size else 1.0
         optimizer = self.make_optimizer(parameter_groups(self.net, self.param_groups))
+        self.execution.fuse(optimizer)
         for group in optimizer.param_groups:
             group["lr"] *= lr_scale * group["lr_scale"]
         internals.set_up_data(self.trainer)
