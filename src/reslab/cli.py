@@ -355,10 +355,10 @@ def _summary(model: str, input: tuple[int, ...], classes: int) -> None:
 
 
 def _new_study(name: str, base: list[str], arm: list[str], out: Path | None) -> None:
-    from reslab.ablation.new import new_study, shown
+    from reslab.ablation.new import argument, new_study, shown
 
-    path = shown(new_study(name, base, arm, out))
-    print(f"wrote {path}; next: reslab ablate plan {path}")
+    path = new_study(name, base, arm, out)
+    print(f"wrote {shown(path)}; next: reslab ablate plan {argument(path)}")
 
 
 def _read_study(name: str, out: str | None, overrides: list[str]) -> "tuple[Study, Path]":
