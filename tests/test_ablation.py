@@ -401,6 +401,16 @@ def new(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str]:
     return status, printed.out + printed.err
 
 
+def test_new_study_in_the_configs_is_called_by_its_name(tmp_path: Path, capsys, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    (tmp_path / "configs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("reslab.ablation.new.CONFIGS", tmp_path / "configs")
+    status, printed = new(capsys, "mine", "--base", "digits")
+    assert (status, printed) == (0, "wrote configs/ablation/mine.yaml; next: reslab ablate plan mine\n")
+    assert "#   reslab ablate run mine " in Path("configs/ablation/mine.yaml").read_text()
+    assert main(["ablate", "plan", "mine"]) == 0
+
+
 @pytest.mark.parametrize(
     ("options", "arms"),
     [
@@ -416,16 +426,6 @@ def new(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str]:
         (["--base", "digits", "--arm", "x:model.ema_decay=0.9"], {"x": {"model.ema_decay": 0.9}}),
     ],
 )  # fmt: skip
-def test_new_study_in_the_configs_is_called_by_its_name(tmp_path: Path, capsys, monkeypatch) -> None:  # type: ignore[no-untyped-def]
-    (tmp_path / "configs").mkdir()
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("reslab.ablation.new.CONFIGS", tmp_path / "configs")
-    status, printed = new(capsys, "mine", "--base", "digits")
-    assert (status, printed) == (0, "wrote configs/ablation/mine.yaml; next: reslab ablate plan mine\n")
-    assert "#   reslab ablate run mine " in Path("configs/ablation/mine.yaml").read_text()
-    assert main(["ablate", "plan", "mine"]) == 0
-
-
 def test_new_study_passes_plan_at_once(tmp_path: Path, capsys, options: list, arms: dict) -> None:  # type: ignore[no-untyped-def]
     file = tmp_path / "new/mine.yaml"
     status, printed = new(capsys, "mine", "--out", file, *options)
