@@ -404,8 +404,7 @@ def new(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str]:
 def test_new_study_in_the_configs_is_called_by_its_name(tmp_path: Path, capsys, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     (tmp_path / "configs").mkdir()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("reslab.ablation.new.CONFIGS", tmp_path / "configs")
-    status, printed = new(capsys, "mine", "--base", "digits")
+    status, printed = new(capsys, "mine", "--base", "digits", "--out", "configs/ablation/mine.yaml")
     assert (status, printed) == (0, "wrote configs/ablation/mine.yaml; next: reslab ablate plan mine\n")
     assert "#   reslab ablate run mine " in Path("configs/ablation/mine.yaml").read_text()
     assert main(["ablate", "plan", "mine"]) == 0
