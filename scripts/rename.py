@@ -88,6 +88,18 @@ def in_case_of(old: str, new: str) -> str:
     return new if old.islower() else new.capitalize()
 
 
+def tidy(root: Path, new: str) -> bool:
+    """Sort imports and wrap lines by the new name; return False if there is no ruff to do it."""
+    if len(new) > len(OLD):  # no tool wraps comments and docstrings
+        settings = root / "pyproject.toml"
+        settings.write_text(re.sub(r"^ignore = \[", 'ignore = ["E501", ', settings.read_text(), flags=re.MULTILINE))
+    if not (ruff := shutil.which("ruff", path=os.pathsep.join([f"{root}/.venv/bin", os.environ.get("PATH", "")]))):
+        return False
+    for arguments in (["check", "--select=I", "--fix"], ["format"]):
+        subprocess.run([ruff, *arguments, "--quiet", "."], cwd=root, check=True)
+    return True
+
+
 def main() -> None:
     if len(sys.argv) != 2:
         sys.exit("usage: make rename NAME=newname")
@@ -96,7 +108,7 @@ def main() -> None:
         sys.exit(reason)
     count = rename(ROOT, new)
     print(f"renamed {OLD} to {new} in {count} files; LICENSE keeps the name of its authors")
-    print("next: rm -rf .venv && make setup")
+    print(f"next: rm -rf .venv && make {'setup' if tidy(ROOT, new) else 'format'}")
 
 
 if __name__ == "__main__":

@@ -64,7 +64,6 @@ def test_shipped_study_is_valid(path: Path) -> None:
     assert study.name == path.stem
     assert len(study.seeds) >= 3, "fewer seeds give no verdict"
     assert study.margin
-    assert f"configs/ablation/{path.name}" in path.read_text(), "the header has no command"
     assert set(launch.typed_configs(study)) == set(study.arms)
 
 
@@ -400,6 +399,15 @@ def new(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str]:
     status = main(["ablate", "new", *map(str, words)])
     printed = capsys.readouterr()
     return status, printed.out + printed.err
+
+
+def test_new_study_in_the_configs_is_called_by_its_name(tmp_path: Path, capsys, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    (tmp_path / "configs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    status, printed = new(capsys, "mine", "--base", "digits", "--out", "configs/ablation/mine.yaml")
+    assert (status, printed) == (0, "wrote configs/ablation/mine.yaml; next: reslab ablate plan mine\n")
+    assert "#   reslab ablate run mine " in Path("configs/ablation/mine.yaml").read_text()
+    assert main(["ablate", "plan", "mine"]) == 0
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Commands other than `fit`, and how the command line reports mistakes."""
 
+import re
 import signal
 import subprocess
 import sys
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from reslab import lists
 from reslab.cli import main
 
 DIGITS = "configs/experiment/digits.yaml"
@@ -32,12 +34,38 @@ def test_help_and_lists_import_no_torch(command: list[str]) -> None:
     assert result.stdout
 
 
-def test_list_names_every_config_file(capsys: pytest.CaptureFixture[str], repo: Path) -> None:
-    assert main(["list", "experiments"]) == 0
-    listed = {line.split()[0] for line in capsys.readouterr().out.splitlines()}
-    assert listed == {p.stem for p in (repo / "configs" / "experiment").glob("*.yaml")}
-    assert main(["list", "models"]) == 0
-    assert {"resnet20", "resnet50", "resnet18_cifar"} <= set(capsys.readouterr().out.split())
+def kinds() -> dict[str, str]:
+    return {kind: folder for kind, (folder, _) in lists.KINDS.items()}
+
+
+def test_every_folder_of_configs_can_be_listed(repo: Path) -> None:
+    assert sorted(kinds().values()) == sorted(path.name for path in (repo / "configs").iterdir() if path.is_dir())
+
+
+@pytest.mark.parametrize("kind", kinds())
+def test_list_describes_every_config_file(kind: str, capsys: pytest.CaptureFixture[str], repo: Path) -> None:
+    assert main(["list", kind]) == 0
+    listed = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert listed.keys() == {path.stem for path in (repo / "configs" / kinds()[kind]).glob("*.yaml")}
+    assert not [title for title in listed.values() if title.startswith("#")]
+
+
+def test_list_without_a_kind_is_short_and_names_all_files(capsys: pytest.CaptureFixture[str], repo: Path) -> None:
+    assert main(["list"]) == 0
+    out = capsys.readouterr().out
+    assert {path.stem for path in (repo / "configs").glob("*/*.yaml")} <= {*re.split(r"[,\s]+", out)}
+    assert len(out.splitlines()) <= 50 and out.index("cifar10_resnet56") < out.index("cifar10_resnet110")
+
+
+def test_list_includes_the_users_own_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for kind, folder in kinds().items():
+        (tmp_path / "configs" / folder / "mine").mkdir(parents=True)
+        (tmp_path / "configs" / folder / "mine" / "a.yaml").write_text("# My own\n")
+        monkeypatch.chdir(tmp_path)
+        assert main(["list", kind]) == 0
+        assert re.search(r"^mine/a +My own$", capsys.readouterr().out, re.MULTILINE)
 
 
 def test_summary_counts_parameters_and_flops(capsys: pytest.CaptureFixture[str]) -> None:
@@ -127,7 +155,7 @@ def test_wrong_usage_is_exit_status_2(command: list[str], capsys: pytest.Capture
     ("command", "moment"),
     [
         (["list"], "cli._parser"),
-        (["list"], "models.zoo.list_models"),
+        (["list", "models", "resnet*"], "models.zoo.list_models"),
         (["fit", "--config", DIGITS], "config.Experiment.build"),
         (["fit", "--config", DIGITS], "runs.record.RunRecord.open"),
         (

@@ -1,6 +1,8 @@
 """Every shipped config file loads; a mistake is reported with its key, its file and the nearest valid name."""
 
+import itertools
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -9,14 +11,20 @@ import pytest
 import torch
 import yaml
 
+from reslab import cli, names
+from reslab.ablation.study import read_study
+from reslab.arguments import expand
+from reslab.check import check
 from reslab.config import Experiment
 from reslab.errors import UserError
+from reslab.search.search_file import read_search
 from reslab.training import MultiStep
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 DIGITS = CONFIGS / "experiment" / "digits.yaml"
 EXPERIMENTS = sorted((CONFIGS / "experiment").glob("*.yaml"))
 OVERLAYS = sorted(f for folder in ("recipe", "trainer", "logger") for f in (CONFIGS / folder).glob("*.yaml"))
+ALL = sorted(CONFIGS.rglob("*.yaml"))
 LEAVES = sorted(f for folder in ("net", "data", "objective") for f in (CONFIGS / folder).glob("*.yaml"))
 
 
@@ -67,11 +75,61 @@ def test_imagenet_classes_follow_the_folders(tmp_path: Path) -> None:
 def test_header_states_command_hardware_time_and_result(path: Path) -> None:
     header = path.read_text(encoding="utf-8").partition("\nrun:")[0]
     assert all(line.startswith("#") for line in header.splitlines())
-    assert f"reslab fit --config configs/experiment/{path.name}" in header
+    assert path in [used for command in commands(path) for used in check_command(command)]
     assert "Hardware:" in header and "Time:" in header
     measured = r"0\.\d+ ± 0?\.\d+ \(\d+ seeds"
     published = r"not yet measured\. Published: "
     assert re.search(rf"Expected test/acc: ({measured}|{published})", header)
+
+
+def header(path: Path) -> str:
+    """Return the comment at the top of a config file, without its #."""
+    lines = itertools.takewhile(lambda line: line.startswith("#"), path.read_text(encoding="utf-8").splitlines())
+    return "\n".join(line[1:] for line in lines)
+
+
+def commands(path: Path) -> list[list[str]]:
+    """Return the indented commands in the header of a config file."""
+    text = re.sub(r"\\\n *", "", header(path))
+    lines = re.findall(rf"^   ((?:{'|'.join(PROGRAMS)}) .*)$", text, re.MULTILINE)
+    return [shlex.split(line.replace("EXPERIMENT", "digits"), comments=True) for line in lines]
+
+
+def check_command(command: list[str]) -> list[Path]:
+    """Check a command as the command line does, without running it; return the config files that it names."""
+    if before := PROGRAMS[command[0]]:
+        command = ["reslab", "fit", *command[command.index(before) + 1 + (before == "-m") * 2 :]]
+    if command[1] == "fit":
+        check(command[2:])
+        return [Path(word) for word in expand(command[2:]) if word.endswith(".yaml")]
+    args, overrides = cli._parser().parse_known_args(command[1:])
+    reader = {"ablate": read_study, "search": read_search}[command[1]]
+    return [reader(args.name, overrides).path]
+
+
+PROGRAMS = {"reslab": "", "torchrun": "-m", "sbatch": "scripts/slurm.sbatch"}  # and what precedes the arguments of fit
+COMMANDS = [pytest.param(path, id=f"{path.parent.name}/{path.stem}") for path in ALL if commands(path)]
+
+
+@pytest.mark.parametrize("path", COMMANDS)
+def test_commands_in_the_header_are_valid_short_and_use_the_file(
+    path: Path, repo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(repo)
+    assert path in [used for command in commands(path) for used in check_command(command)]
+    assert not re.search(r"(?<!wandb)[\w-]+ (?:-\S+ )*configs/", "\n".join(map(" ".join, commands(path))))
+
+
+def test_every_experiment_study_and_search_states_its_command() -> None:
+    described = {path for path in ALL if path.parent.name in ("experiment", "ablation", "sweep")}
+    assert described - {path for path in ALL if commands(path)} == {CONFIGS / "sweep/wandb.yaml"}
+
+
+@pytest.mark.parametrize("path", named(ALL))
+def test_names_in_the_header_exist(path: Path) -> None:
+    for option, name in re.findall(r"--(config|on|model\.net|data\.dataset)[ =]([\w./-]*\w)", header(path)):
+        kind = {"on": "data", "model.net": "net", "data.dataset": "data"}.get(option)
+        assert (names.find(kind, name) if kind else names.find_stacked(name)).is_file()
 
 
 @pytest.mark.parametrize("path", named(OVERLAYS))

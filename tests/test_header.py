@@ -12,7 +12,9 @@ import pytest
 
 from reslab import header
 from reslab.cli import main
+from reslab.config import Experiment
 from reslab.metric_text import interval, main_metric, wilson
+from reslab.models import ResNet
 from reslab.training.launchers import RANKS
 from runner import DIGITS, fit, reslab
 
@@ -65,13 +67,30 @@ def test_header_of_a_config_of_any_shape(config: dict[str, object], capsys: pyte
     assert shown["config"] == "mine.yaml; lr 0.1, trainer.logger.api_key ***" and shown["device"]
 
 
+VARIANT_CASES = [
+    ("resnet50", {}, "resnet50"),
+    ("resnet20", {}, "resnet20"),
+    ("resnet20", {"width": 32}, "ResNet"),  # its stated width is 16
+    ("resnet20", {"zero_init": True}, "ResNet"),  # differs in an argument that resnet20.yaml does not state
+    ("resnet20", {"layers": [5, 5, 5]}, "resnet32"),
+]
+
+
+@pytest.mark.parametrize(("base", "changes", "name"), VARIANT_CASES)
+def test_network_is_called_by_its_config_if_all_arguments_agree(base: str, changes: dict, name: str) -> None:  # type: ignore[type-arg]
+    options = [word for key, value in changes.items() for word in (f"--model.net.{key}", str(value))]
+    config = Experiment(["digits", "--model.net", base, *options]).config.model.net.as_dict()
+    assert header._variant(ResNet, config) == name
+    assert header._variant(type("Other", (ResNet,), {}), config) == "Other"
+
+
 def test_run_prints_what_it_trains_and_its_result(tmp_path: Path) -> None:
     folder = tmp_path / "my run"
     ended = fit(folder, "--trainer.max_epochs=2")
     assert ended.status == 0, ended.output
     before, _, after = ended.output.partition("epoch 1/2")
     shown = labelled(before)
-    assert re.fullmatch(r"ResNet, 75,002 parameters", shown["network"])
+    assert re.fullmatch(r"resnet8, 75,002 parameters", shown["network"])
     assert shown["images"] == "1,294 train, 144 validation, 359 test"
     assert shown["steps"] == "40 in total, 20 per epoch, 64 images each"
     assert shown["device"] == "1 × CPU, precision 32-true"

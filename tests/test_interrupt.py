@@ -82,7 +82,7 @@ MOMENTS = {
     "plan": (["ablate", "plan", "digits_shortcuts"], "reslab.ablation.plan:describe"),
     "report": (["ablate", "report", "digits_shortcuts", "--out", "OUT"], "reslab.ablation.report:write_report"),
     "preview": (["preview", "lr", *DIGITS, "--out", "OUT/x.png"], "reslab.training:Classifier.configure_optimizers"),
-    "list": (["list", "models"], "reslab.models.zoo:list_models"),
+    "list": (["list", "models", "resnet*"], "reslab.models.zoo:list_models"),
 }
 
 

@@ -26,8 +26,9 @@ def copy(repo: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def run(copy: Path, *args: str) -> subprocess.CompletedProcess[str]:
-    env = {**os.environ, "PYTHONPATH": str(copy / "src")}
+def run(copy: Path, *args: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    tools = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    env = {**os.environ, "PYTHONPATH": str(copy / "src"), "PATH": tools, **environ}
     return subprocess.run([sys.executable, *args], cwd=copy, env=env, capture_output=True, text=True)
 
 
@@ -78,6 +79,21 @@ def test_no_file_keeps_the_old_name(copy: Path, new: str) -> None:
     old = re.compile("reslab", re.IGNORECASE)
     left = [path.name for path, text in texts.items() if old.search(re.sub(new, "", text, flags=re.IGNORECASE))]
     assert left == ["LICENSE"]
+
+
+@pytest.mark.parametrize("new", ["zoo9", "averylongname"])  # in other places among the imports, shorter and longer
+def test_renamed_copy_passes_lint(copy: Path, new: str) -> None:
+    pytest.importorskip("ruff")
+    assert run(copy, "scripts/rename.py", new).stdout.endswith("make setup\n")
+    for command in (["check", "."], ["format", "--check", "."]):
+        lint = run(copy, "-m", "ruff", *command, "--no-cache")
+        assert lint.returncode == 0, lint.stdout
+
+
+def test_without_ruff_the_next_step_formats(copy: Path) -> None:
+    git = Path(str(shutil.which("git"))).parent
+    assert not (git / "ruff").exists()
+    assert run(copy, "scripts/rename.py", NEW, PATH=str(git)).stdout.endswith("make format\n")
 
 
 def test_renamed_copy_works(copy: Path) -> None:

@@ -79,6 +79,11 @@ def test_invalid_file_is_refused_with_an_example(tmp_path: Path, changes: dict[s
         assert part in str(error.value)
 
 
+def test_wandb_sweep_is_refused_with_the_command_that_starts_it() -> None:
+    with pytest.raises(UserError, match=r"not a search file: wandb sweep .*wandb\.yaml"):
+        read_search("wandb")
+
+
 def test_all_mistakes_are_reported_at_once_without_torch(tmp_path: Path) -> None:
     file = write(tmp_path, metric="test/acc", trials=0, space={LR: [1], "model.nett.width": [1, 2]})
     code = f"import sys; from reslab.cli import main; s = main(['search', {str(file)!r}, '--check'])\n"

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ import pytest
 import torch
 from PIL import Image
 
+from reslab import runs
 from reslab.cli import main
 from reslab.data import CIFAR10C, CIFAR101, DataError, EvaluationSet, ImageNetA, ImageNetV2
 from reslab.data.datasets import CIFAR10, Arrays, Digits
 from reslab.data.test_sets import CORRUPTIONS
 from reslab.further_tests import restricted_to
+from reslab.metric_text import wilson
 from runner import fit, manifest
 
 Undisturbed = Callable[..., Path]
@@ -272,6 +275,26 @@ def test_several_sets_are_recorded_under_their_names_with_their_identity(
     assert {name: value for name, value in manifest(run).items() if name != "test_sets"} == before
     assert "mine: test/loss" in capsys.readouterr().out
     assert main(["verify", str(run)]) == 0
+
+
+def test_results_are_in_the_report_and_in_the_list_of_runs(run: Path, corrupted: Path, tmp_path: Path) -> None:
+    before = (run / "report.html").read_text()
+    save_pictures(tmp_path / "new" / "val", {name: [*noise(2)] for name in NAMES})
+    (tmp_path / "new.yaml").write_text("class_path: ImageFolder\ninit_args: {folder: new, image_size: 32}")
+    assert evaluate(run, tmp_path, "cifar10_c", tmp_path / "new.yaml") == 0
+    rows = re.findall(r"<tr>(.*?)</tr>", (run / "report.html").read_text().partition("<h2>Further test sets</h2>")[2])
+    cells = [[*map(unescape, re.findall(r"<t[dh][^>]*>(.*?)</t", row))] for row in rows]
+    corrupt, new = entry(run, "cifar10_c")["results"], entry(run, "new")["results"]
+    low, high = wilson(round(20 * new["test/acc"]), 20)
+    assert cells[1:4] == [
+        ["cifar10_c", "300", "test accuracy", f"{100 * corrupt['test/acc']:.2f} %", ""],  # copies: no interval
+        ["cifar10_c", "300", "test mCE", f"{corrupt['test/mCE']:.4f}", ""],
+        ["new", "20", "test accuracy", f"{100 * new['test/acc']:.2f} %", f"{100 * low:.2f} % to {100 * high:.2f} %"],
+    ]
+    assert "Further test sets" not in before
+    [listed] = runs.table(run).to_dict("records")
+    assert listed["cifar10_c/mCE"] == corrupt["test/mCE"] and listed["new/acc"] == new["test/acc"]
+    assert listed["test/acc"] == manifest(run)["results"]["test/acc"]
 
 
 def unfinished(run: Path) -> list[str]:

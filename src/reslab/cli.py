@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 from reslab import __version__
 from reslab.errors import Exit, UserError
 from reslab.header import print_header
-from reslab.host import CONFIGS, quick_imports
+from reslab.host import quick_imports
 from reslab.interrupt import close, guarded, resume_hint
+from reslab.lists import KINDS
 from reslab.quiet import drop_unhelpful, silenced
 from reslab.runs.masking import mask_command
 from reslab.training.launchers import started_processes
@@ -31,7 +32,6 @@ ONE_PROCESS = (
     "search",
     "push",
 )  # commands whose copies would write the same files
-LISTS = {"data": "data", "experiments": "experiment", "recipes": "recipe", "ablations": "ablation"}  # in configs/
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -143,8 +143,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_compare(add("compare", help, False, target="ablation.compare:compare_runs"))
     _add_runs(add("runs", "list all runs: [DIR ...] [--where KEY=VALUE] [--sort KEY]", False))
     _add_runs_clean(add("runs clean", "remove checkpoints that finished runs no longer need", False))
-    command = add("list", "list models, data sets, experiments or ablation studies", False, target="cli:_list")
-    command.add_argument("what", nargs="?", choices=[*LISTS, "models"], help="default: all of them")
+    help = "list the names of experiments, models, data sets, recipes, studies, ..."
+    command = add("list", help, False, target="lists:show_names")
+    command.add_argument("what", nargs="?", choices=[*KINDS], metavar="KIND", help=f"{', '.join(KINDS)}; default: all")
     command.add_argument("pattern", nargs="?", help="with models: timm, torchvision, or 'timm/convnext*'")
     command = add("summary", "print a model's layers: shapes, parameters, FLOPs", False, target="cli:_summary")
     command.add_argument("model", help="a name from `reslab list models`, timm/NAME, torchvision/NAME, or a config")
@@ -330,34 +331,10 @@ def shape(text: str) -> tuple[int, ...]:  # argparse shows this name: "invalid s
     return (3, *sizes, *sizes) if len(sizes) == 1 else sizes
 
 
-def _list(what: str | None, pattern: str | None) -> None:
-    from reslab.models.zoo import list_models
-
-    if pattern and what != "models":
-        raise UserError(f"reslab list {what} accepts no pattern: only `reslab list models PATTERN` does")
-    for kind in [what] if what else ["models", *LISTS]:
-        if kind != "models":
-            lines = [_title(file) for file in sorted((CONFIGS / LISTS[kind]).glob("*.yaml"))]
-        elif not (lines := list_models(pattern)):
-            raise UserError(f"no model matches {pattern!r}")
-        elif not pattern:
-            lines.append("timm/NAME, torchvision/NAME  all others: reslab list models timm, or 'timm/convnext*'")
-        if what:
-            print(*lines, sep="\n")
-        else:
-            print(f"{kind}:", *lines, sep="\n  ")
-
-
 def _list_keys(word: str | None) -> None:
     from reslab.help import key_help
 
     print(key_help(word))
-
-
-def _title(config: Path) -> str:
-    """Return a config file's name and the first line of its header."""
-    header = config.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")
-    return f"{config.stem:<24}{header}"
 
 
 def _summary(model: str, input: tuple[int, ...], classes: int) -> None:
@@ -378,10 +355,10 @@ def _summary(model: str, input: tuple[int, ...], classes: int) -> None:
 
 
 def _new_study(name: str, base: list[str], arm: list[str], out: Path | None) -> None:
-    from reslab.ablation.new import new_study, shown
+    from reslab.ablation.new import argument, new_study, shown
 
-    path = shown(new_study(name, base, arm, out))
-    print(f"wrote {path}; next: reslab ablate plan {path}")
+    path = new_study(name, base, arm, out)
+    print(f"wrote {shown(path)}; next: reslab ablate plan {argument(path)}")
 
 
 def _read_study(name: str, out: str | None, overrides: list[str]) -> "tuple[Study, Path]":

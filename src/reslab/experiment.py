@@ -86,7 +86,8 @@ class Run:
             self._open(trainer, objective)
             if self.steps:
                 new = None if self.options.dir else self.folder.path  # the header has it otherwise
-                print_run(self.model, self.data, trainer, self.steps, new)
+                net = self.experiment.config.model.net.as_dict()
+                print_run(self.model, net, self.data, trainer, self.steps, new)
             with handling_signals(self.preemption.note):
                 self._train_and_test(trainer)
             self._finish()

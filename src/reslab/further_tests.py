@@ -31,6 +31,7 @@ from reslab.inference import load_run
 from reslab.models.zoo import nearest
 from reslab.runs import manifest as manifests
 from reslab.runs.folder import RunFolder
+from reslab.runs.report import write_report
 from reslab.runs.verify import check_weights, finished
 from reslab.training import Classifier
 from reslab.training.launchers import check_trainer
@@ -257,7 +258,7 @@ def _report(name: str, test_set: FurtherSet, entry: dict[str, Any]) -> None:
 
 
 def _record(folder: RunFolder, name: str, entry: dict[str, Any], predictions: dict[str, np.ndarray]) -> None:
-    """Write the predictions, and the entry below `test_sets` in the manifest; the run's test results stay."""
+    """Write predictions, the entry below `test_sets` in the manifest, and the report; the test results stay."""
     path = _predictions(folder, name)
     with folder.lock():  # another `reslab test` may add its results now
         with replacing(path) as part, part.open("wb") as file:
@@ -266,4 +267,5 @@ def _record(folder: RunFolder, name: str, entry: dict[str, Any], predictions: di
         weights = {"predictions": path.name, "weights_sha256": manifest["weights_sha256"]}
         manifest.setdefault("test_sets", {})[name] = {**entry, **weights, "evaluated": manifests.now()}
         manifests.write(folder.manifest, manifest)
-    print(f"results: {folder.manifest}, test_sets.{name}; predictions: {path}")
+        write_report(folder.path)
+    print(f"results: {folder.manifest}, test_sets.{name}; predictions: {path}; report: {folder.report}")

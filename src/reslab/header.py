@@ -1,5 +1,6 @@
 """The lines that `reslab fit` prints before training: the command, then the run as built. No torch at import."""
 
+import inspect
 import os
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
@@ -108,8 +109,13 @@ def _device(config: Config) -> str:
     return ", ".join(f"{name} {value}" for name, value in options.items() if name != "num_nodes" or value != 1)
 
 
-def print_run(model: "Classifier", data: "ImageData", trainer: "Trainer", steps: "Steps", run: Path | None) -> None:
-    """Print what is known just before the first step: network, images, steps, device and a new run directory."""
+def print_run(
+    model: "Classifier", net: Config, data: "ImageData", trainer: "Trainer", steps: "Steps", run: Path | None
+) -> None:
+    """Print what is known just before the first step: network, images, steps, device and a new run directory.
+
+    `net` is the network's config.
+    """
     parameters = sum(p.numel() for p in model.net.parameters())
     trained = sum(p.numel() for p in model.net.parameters() if p.requires_grad)
     share = "" if trained == parameters else f", {trained:,} of them trained"
@@ -117,7 +123,7 @@ def print_run(model: "Classifier", data: "ImageData", trainer: "Trainer", steps:
     place = "; on the device" if data.trains_on_device else ""
     print_rows(
         {
-            "network": f"{_network(model.net)}, {parameters:,} parameters{share}",
+            "network": f"{_network(model.net, net)}, {parameters:,} parameters{share}",
             "images": f"{len(train):,} train, {len(val):,} validation, {len(data.test_data):,} test{place}",
             "steps": f"{steps.total:,} in total, {steps.per_epoch:,} per epoch, {data.batch_size:,} images each",
             "device": f"{trainer.world_size} × {_device_name(trainer)}, precision {trainer.precision}",
@@ -126,10 +132,24 @@ def print_run(model: "Classifier", data: "ImageData", trainer: "Trainer", steps:
     )
 
 
-def _network(net: Any) -> str:
-    """Return the class of a network, with the name of a library's network."""
+def _network(net: Any, config: Config) -> str:
+    """Return the name of a network: of its config file or library, or of its class."""
     name = getattr(net, "name", None)
-    return f"{type(net).__name__} {name}" if isinstance(name, str) else type(net).__name__
+    return f"{type(net).__name__} {name}" if isinstance(name, str) else _variant(type(net), config)
+
+
+def _variant(network: type, config: Config) -> str:
+    """Return the name of the file in configs/net with the same arguments as `config`; else the name of the class."""
+    from reslab.runs.listing import flat, shipped
+
+    parameters = inspect.signature(network).parameters.values()
+    defaults = {f"model.net.{p.name}": [*p.default] if isinstance(p.default, tuple) else p.default for p in parameters}
+    _, *items = flat(config, "model.net")
+    for name, (class_name, stated) in shipped("net", "model.net").items():
+        values = {**defaults, **dict(stated)}
+        if class_name == network.__name__ and all(key in values and values[key] == value for key, value in items):
+            return name
+    return network.__name__
 
 
 def _device_name(trainer: "Trainer") -> str:

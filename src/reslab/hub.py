@@ -28,6 +28,7 @@ from reslab.runs.manifest import duration
 from reslab.runs.masking import MASK, is_secret, mask, mask_command
 from reslab.runs.predictions import read_predictions
 from reslab.runs.report import formatted, label, main_metric, templates
+from reslab.runs.result import further_rows
 from reslab.runs.verify import check_weights, finished
 
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]{0,95}")
@@ -183,7 +184,7 @@ def model_card(
         network=_call(config["model"]["net"]),
         dataset=_dataset(config),
         results=[_result(metric, [m["results"] for m in runs.values()], tested) for metric in _metrics(manifest)],
-        test_sets=[*_test_sets(manifest)],
+        test_sets=further_rows(manifest),
         class_names=data.class_names,
         classes=", ".join(shown),
         shape=data.image_shape,
@@ -255,18 +256,6 @@ def _result(metric: str, results: Sequence[Mapping[str, float]], tested: int) ->
 
 def _interval(metric: str, mean: float, half: float) -> str:
     return f"{formatted(metric, mean - half)} to {formatted(metric, mean + half)}"
-
-
-def _test_sets(manifest: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """Return rows on further test sets; an interval only for independent images, which corrupted copies are not."""
-    rows: list[tuple[str, ...]] = []
-    for name, entry in manifest.get("test_sets", {}).items():
-        for metric in entry["results"]:
-            if metric in ("test/acc", "test/mCE"):
-                images = 0 if "parts" in entry else entry["images"]
-                cells = _result(metric, [entry["results"]], images)
-                rows.append((name, f"{entry['images']:,}", *cells))
-    return rows
 
 
 def _recipe(config: Mapping[str, Any], manifest: Mapping[str, Any]) -> dict[str, str]:

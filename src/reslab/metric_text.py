@@ -38,13 +38,18 @@ def wilson(successes: int, n: int) -> tuple[float, float]:
 
 
 def interval(name: str, value: float, n: int) -> str:
-    """Return the 95 % interval of an accuracy over `n` images as text; "" for any other metric.
+    """Return the 95 % interval of an accuracy over `n` images as text; "" for any other metric."""
+    bounds = accuracy_bounds(name, value, n)
+    return f"(95 % interval {100 * bounds[0]:.2f}–{100 * bounds[1]:.2f} %, n = {n:,})" if bounds else ""
+
+
+def accuracy_bounds(name: str, value: float, n: int) -> tuple[float, float] | None:
+    """Return the 95 % interval of an accuracy over `n` images; None for any other metric.
 
     A metric whose name begins with `acc` may be another kind of mean, such as the mean over classes: only a share of
     the `n` images has this interval. A float32 value is exact to about 1e-7.
     """
     correct = round(value * n) if is_accuracy(name) and 0 <= value <= 1 else -1
     if not n or correct < 0 or abs(value * n - correct) > 0.01 + 1e-7 * n:
-        return ""
-    low, high = wilson(correct, n)
-    return f"(95 % interval {100 * low:.2f}–{100 * high:.2f} %, n = {n:,})"
+        return None
+    return wilson(correct, n)

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from reslab import resolve
+from reslab import names, resolve
 from reslab.ablation.study import base_file, parse_study
 from reslab.ablation.study_file import KEYS, Mistakes, folder_name
 from reslab.errors import UserError
@@ -75,8 +75,8 @@ def _text(name: str, path: Path, base: Sequence[str], arms: dict[str, Config]) -
     stated["arms"] = f"arms:\n{rows}"
     lines = [
         f"# {name}: what is compared, in one line.",
-        f"#   reslab ablate plan {shown(path)}  # lists the runs and what they can find",
-        f"#   reslab ablate run {shown(path)}   # runs or resumes them, and reports",
+        f"#   reslab ablate plan {argument(path)}  # lists the runs and what they can find",
+        f"#   reslab ablate run {argument(path)}   # runs or resumes them, and reports",
     ]
     if name != path.stem:
         lines += ["", _line({"name": name})]
@@ -95,6 +95,16 @@ def _line(entry: dict[str, Any]) -> str:
 
 def _sentence(text: str) -> str:
     return f"{text[0].upper()}{text[1:]}."
+
+
+def argument(path: Path) -> str:
+    """Return how commands refer to a study file: by its name if that is enough to find it, else by its path."""
+    for file in (root / "ablation" / path.name for root in names.roots()):
+        if file.resolve() == path.resolve():
+            return path.stem
+        if file.exists():  # the name means this file
+            break
+    return shown(path)
 
 
 def shown(path: Path) -> str:

@@ -189,7 +189,7 @@ def read_run(path: str, reason: str = "") -> Listed:
         return Listed(path, facts, {}, {})
     try:
         manifest = _read_manifest(f"{path}/manifest.json")
-        facts, results = facts | _facts(path, manifest), _numbers(manifest.get("results"))
+        facts, results = facts | _facts(path, manifest), _results(manifest)
     except WRONG as error:
         return Listed(path, facts | {"status": "damaged", "reason": f"manifest.json: {_cause(error)}"}, {}, {})
     if facts["status"] != "complete":
@@ -271,6 +271,15 @@ def _time(text: Any) -> datetime | None:
 def _numbers(values: Any) -> dict[str, float]:
     pairs = values.items() if isinstance(values, dict) else ()
     return {name: float(value) for name, value in pairs if is_number(value)}
+
+
+def _results(manifest: Mapping[str, Any]) -> dict[str, float]:
+    """Return the results of a run, then those of `reslab test --on` with the name of the test set: cifar10_c/mCE."""
+    results, sets = _numbers(manifest.get("results")), manifest.get("test_sets")
+    for name, entry in sets.items() if isinstance(sets, dict) else ():
+        further = _numbers(entry.get("results")) if isinstance(entry, dict) else {}
+        results = {f"{name}/{metric.removeprefix('test/')}": value for metric, value in further.items()} | results
+    return results
 
 
 def _latest(path: str) -> dict[str, float]:

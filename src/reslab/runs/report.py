@@ -17,6 +17,7 @@ from reslab.runs.folder import RunFolder
 from reslab.runs.manifest import duration, read
 from reslab.runs.metrics import Metrics, read_metrics
 from reslab.runs.predictions import Predictions, calibrate, confusion_counts, read_predictions
+from reslab.runs.result import further_rows
 
 
 def write_report(run_dir: Path) -> Path:
@@ -42,6 +43,7 @@ def write_report(run_dir: Path) -> Path:
         figures=embed(folder.figures),
         manifest=manifest,
         results=results,
+        test_sets=further_rows(manifest),
         config=yaml.safe_load(config) or {},
         config_text=config,
         **(describe(predictions, manifest) if predictions else {}),

@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from reslab.metric_text import formatted, interval
+from reslab.metric_text import accuracy_bounds, formatted, interval, label, main_metric
 from reslab.runs import manifest as manifests
 from reslab.runs.folder import RunFolder
 from reslab.runs.metrics import read_metrics
@@ -36,6 +36,22 @@ def _tested(folder: RunFolder, results: Mapping[str, float]) -> Iterator[tuple[s
     for name, value in results.items():
         if name.startswith("test/"):
             yield name, f"{formatted(name, value)}  {interval(name, value, images)}".rstrip()
+
+
+def further_rows(manifest: Mapping[str, Any]) -> list[tuple[str, str, str, str, str]]:
+    """Return rows on further test sets (`reslab test --on`): name, images, metric, value, 95 % interval.
+
+    The interval requires independent images: sets in several parts, such as CIFAR-10-C, hold copies of the same ones.
+    """
+    rows = []
+    for name, entry in manifest.get("test_sets", {}).items():
+        results, images = entry["results"], entry["images"]
+        for metric in (main_metric(results, "test"), "test/mCE"):
+            if metric is not None and metric in results:
+                bounds = None if "parts" in entry else accuracy_bounds(metric, results[metric], images)
+                between = " to ".join(formatted(metric, bound) for bound in bounds or ())
+                rows.append((name, f"{images:,}", label(metric), formatted(metric, results[metric]), between))
+    return rows
 
 
 def _best_validation(folder: RunFolder) -> Iterator[tuple[str, str]]:

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from reslab import resolve
-from reslab.ablation.new import shown
+from reslab.ablation.new import argument
 from reslab.ablation.study import parse_study
 from reslab.ablation.study_file import Mistakes
 from reslab.ablation.wording import count, is_share, markdown
@@ -55,7 +55,7 @@ def write_report(search: Search, out: Path, results: Sequence[Result]) -> str:
     }  # fmt: skip
     write_text(out / "report.json", json.dumps(content, indent=2, default=str, allow_nan=False) + "\n")
     lines = [*_table(search, best), "", *_notes(search, results, counts, shares)]
-    following = f"next: reslab ablate run {shown(study)}" if study else f"no study to confirm: {why}"
+    following = f"next: reslab ablate run {argument(study)}" if study else f"no study to confirm: {why}"
     write_text(out / "report.md", _markdown(search, results, best, lines, following))
     return "\n".join(["", *lines, "", following, f"report: {out / 'report.md'}"])
 
@@ -125,7 +125,7 @@ def confirmatory(search: Search, out: Path, best: Sequence[Result]) -> tuple[Pat
         return path, ""
     header = (
         f"# Does the best of {search.name} beat the base, with fresh seeds and on the test set?\n"
-        f"#   reslab ablate run {shown(path)}\n"
+        f"#   reslab ablate run {argument(path)}\n"
         f"# Proposed by reslab search. Check margin and looks before the first run: they are part of the plan.\n"
     )
     text = yaml.safe_dump(_study(search, out, arms), sort_keys=False, width=120, default_flow_style=None)

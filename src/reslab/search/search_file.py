@@ -152,7 +152,10 @@ def read_search(name: str | Path, overrides: Sequence[str] = ()) -> Search:
     """
     path = names.find_file("sweep", str(name))
     mistakes = Mistakes()
-    search = _parse(path, read_text(path, mistakes), overrides, mistakes)
+    text = read_text(path, mistakes)
+    if {"method", "parameters"} <= {*text}:
+        raise UserError(f"{path} is a sweep of Weights & Biases, not a search file: wandb sweep {path}")
+    search = _parse(path, text, overrides, mistakes)
     mistakes.raise_all(path)
     assert search is not None
     return search

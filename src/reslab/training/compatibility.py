@@ -256,7 +256,7 @@ FLAGS = {
     "enable_checkpointing": _only(False, "reslab writes its own checkpoints, see run.checkpoint_every_steps"),
     "enable_model_summary": _any("null, true or false", "see also `reslab summary`"),
     "enable_progress_bar": _only(False, "reslab shows its own progress without waiting for the device"),
-    "fast_dev_run": _only(False, "it trains without a log or a checkpoint: use --config configs/trainer/debug.yaml"),
+    "fast_dev_run": _only(False, "it trains without a log or a checkpoint: use --config debug"),
     "gradient_clip_algorithm": Flag(lambda got: got in (None, "norm", "value"), "null, norm or value"),
     "gradient_clip_val": _at_least(0, "null or 0: no clipping", None),
     "inference_mode": _any("true or false"),
