@@ -11,7 +11,8 @@ from reslab import config as config_module
 from reslab.ablation.launch import typed_configs
 from reslab.ablation.study import read_study
 from reslab.config import Experiment
-from reslab.host import bf16_is_fast
+from reslab.doctor import examine
+from reslab.host import bf16_is_fast, cpu_bf16_is_fast
 from reslab.runs.folder import RunFolder
 from runner import DIGITS, TRAINING, Fault, fit, reslab
 
@@ -30,9 +31,7 @@ CPUS = {
 
 
 def cpuinfo(vendor: str, flags: str, cores: int = 2) -> str:
-    core = (
-        f"processor\t: 0\nvendor_id\t: {vendor}\nmodel name\t: some CPU\nflags\t\t: fpu {flags} sse\nbugs\t\t: none\n"
-    )
+    core = f"processor\t: 0\nvendor_id\t: {vendor}\nmodel name\t: a CPU\nflags\t\t: fpu {flags} sse\nbugs\t\t:\n"
     return "\n".join([core] * cores)
 
 
@@ -106,6 +105,15 @@ def test_slow_bf16_is_noted(
     assert len(notes) == noted and all("set --precision auto" in note for note in notes)
 
 
+def test_doctor_notes_slow_bf16(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    machine(monkeypatch, False)
+    monkeypatch.chdir(tmp_path)
+    assert examine([*DIGITS, "--trainer.precision=bf16-mixed"]) == 0
+    assert "bf16 is slower than fp32 on this CPU: set --precision auto" in capsys.readouterr().out
+
+
 def test_run_directory_of_a_job_is_the_same_on_every_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     directories = set()
@@ -119,10 +127,12 @@ def test_run_directory_of_a_job_is_the_same_on_every_machine(monkeypatch: pytest
 def test_run_resumes_in_the_precision_that_it_began_with(began: str, tmp_path: Path) -> None:
     """One of the two is not what auto gives on this machine."""
     options = ["--trainer.max_epochs=1", "--run.checkpoint_every_steps=3"]
-    assert fit(tmp_path, *options, f"--trainer.precision={began}", fault=Fault(TRAINING, call=6)).status < 0
+    first = fit(tmp_path, *options, f"--trainer.precision={began}", fault=Fault(TRAINING, call=6))
+    assert first.status < 0
+    assert ("note: bf16 is slower" in first.output) == (began == "bf16-mixed" and not cpu_bf16_is_fast())
     ended = fit(tmp_path, *options, AUTO)
-    assert ended.status == 0 and "resuming at step 3" in ended.output, ended.output
-    assert f"precision {began}" in ended.output
+    assert ended.status == 0 and "bf16 is slower" not in ended.output
+    assert "resuming at step 3" in ended.output and f"precision {began}" in ended.output, ended.output
     assert yaml.safe_load((tmp_path / "config.yaml").read_text())["trainer"]["precision"] == began
     assert "nothing to do" in fit(tmp_path, *options, AUTO).output
 
@@ -134,6 +144,7 @@ def test_run_of_another_precision_is_not_resumed(tmp_path: Path) -> None:
     assert ended.status == 2 and "trainer.precision: 64-true" in ended.output, ended.output
 
 
+@pytest.mark.slow
 def test_automatic_precision_is_recorded_and_reproduced(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     ended = fit(folder, AUTO, "--trainer.max_epochs=1")

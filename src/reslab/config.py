@@ -32,6 +32,7 @@ from reslab.training import Classifier, compatibility
 from reslab.training.lightning_internals import rank
 
 FROM_DATA = {"num_classes": "num_classes", "in_channels": "channels", "image_size": "image_size"}  # of networks
+COMPUTED_IN_BF16 = ("16", "16-mixed", "bf16", "bf16-mixed")  # on a CPU
 AUTOMATIC = {True: "bf16-mixed", False: "32-true"}  # precisions, by whether the device is fast at bf16
 # A class may have an enum as the default of an argument that is a string.
 yaml.SafeDumper.add_multi_representer(enum.Enum, lambda dumper, member: dumper.represent_data(member.value))
@@ -170,13 +171,8 @@ class Experiment(LightningCLI):
 
     def notes(self) -> list[str]:
         """Describe options that slow training down on this machine, one line each."""
-        asked_for = not self.automatic_precision and str(self.config.trainer.precision) in (
-            "16",
-            "16-mixed",
-            "bf16",
-            "bf16-mixed",
-        )
-        if not asked_for or self._accelerator() != "cpu" or self._bf16_is_fast():
+        in_bf16 = str(self.config.trainer.precision) in COMPUTED_IN_BF16
+        if self.automatic_precision or not in_bf16 or self._accelerator() != "cpu" or self._bf16_is_fast():
             return []
         return ["bf16 is slower than fp32 on this CPU: set --precision auto, or 32-true"]
 

@@ -33,7 +33,7 @@ MOST_USED = {  # without those that have a short key
 SHORT_HELP = {
     "lr": "learning rate", "epochs": "epochs of training", "batch_size": "images per step, over all devices",
     "seed": "seed of everything random", "devices": "number of devices, or auto",
-    "precision": "auto, 32-true, bf16-mixed",
+    "precision": "auto, 32-true, bf16-mixed, ...",
 }  # fmt: skip
 FIT = """\
 usage: reslab fit EXPERIMENT [--config NAME ...] [--KEY VALUE ...]

@@ -63,9 +63,9 @@ def parameters(class_path: str | None) -> Parameters:
         return {"seed_everything": SEED} | {name: Parameter({}, path) for name, path in ROOTS.items()}
     source = find_class(class_path) if class_path else None
     accepted = _accepted(*source) if source else {}
-    accepted |= {
-        n: accepted[n]._replace(type=accepted[n].type | more) for (c, n), more in ADDED.items() if c == class_path
-    }
+    for (owner, name), more in ADDED.items():
+        if owner == class_path:
+            accepted[name] = accepted[name]._replace(type=accepted[name].type | more)
     return {name: parameter for name, parameter in accepted.items() if name not in NOT_IN_CONFIGS}
 
 

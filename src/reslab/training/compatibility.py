@@ -178,9 +178,7 @@ ACCELERATORS = {
 }
 PRECISIONS = {
     "16": works("as 16-mixed"),
-    "16-mixed": works(
-        "waits for a GPU in every step, for loss scaling; on a CPU, Lightning computes in bf16-mixed instead"
-    ),
+    "16-mixed": works("loss scaling waits for the GPU in every step; on a CPU, Lightning computes in bf16-mixed"),
     "16-true": refused("has no loss scaling, so small gradients become 0: set 16-mixed or bf16-mixed"),
     "32": works("as 32-true"),
     "32-true": works(),
