@@ -8,12 +8,13 @@
     jpeg    ResNet-18 on JPEG files (DIR/imagenette-subset): reslab, torchvision's reference settings
     study   the 15 cells of configs/ablation/digits_shortcuts with --jobs 2, with and without --fresh-processes
 
-Every measurement is a process of its own; the programs take turns in every round. Each trains two epochs of --steps
-batches, with --val-batches of validation after each. The clock is the same for all: stopwatch/sitecustomize.py notes
-the time of every optimizer step. Training images/s are those of the second epoch after its first steps. Before the
-first round, a baseline is tried with 0 and 2 loader workers, with and without channels_last. The fastest is used, also
-by Lightning, which has the same network and loader as the plain loop.
+Every measurement is a separate process; the programs take turns in every round. Each trains three epochs of --steps
+batches, with --val-batches of validation after each. The clock is the same for all: stopwatch/sitecustomize.py writes
+the time of every optimizer step. Images/s are those of all epochs but the first, without each epoch's first steps.
 Memory is the proportional set size of the process and its workers: pages that they share count once.
+
+Before the first round, a baseline is tried with 0 and 2 loader workers, with and without channels_last. The fastest
+options are used, also by Lightning, which has the network and the loader of the plain loop.
 """
 
 import argparse
@@ -35,17 +36,18 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-EPOCHS = 2
+EPOCHS = 3  # in the first, kernels are chosen and the workers start
 SKIPPED = 5  # steps at the start of an epoch that images/s leave out: the loader has prefetched their batches
 MEMORY_INTERVAL = 0.5  # seconds
-UNITS = {  # of the results, in the order of the table
+RESULTS = {  # in the order of the table; the first PLOTTED ones are drawn
     "images_per_second": "images/s in training",
-    "first_step": "s to the first step",
-    "epoch": "s per epoch with validation",
-    "memory": "MB of memory at most",
-    "folder": "MB in the run directory",
-    "total": "s from start to exit",
+    "first_step": "first step after, s",
+    "epoch": "epoch with validation, s",
+    "memory": "peak memory, MB",
+    "folder": "run directory, MB",
+    "total": "start to exit, s",
 }
+PLOTTED = 4
 CANDIDATES = [["--workers", str(workers), *format] for workers, format in product((2, 0), (["--channels-last"], []))]
 
 
@@ -132,12 +134,13 @@ def from_steps(steps: Sequence[float], begin: float, job: Job) -> dict[str, floa
     if len(steps) < EPOCHS * job.steps:
         sys.exit(f"expected {EPOCHS * job.steps} optimizer steps, got {len(steps)}")
     steps = steps[-EPOCHS * job.steps :]  # reslab has tried the optimizer before, on a copy
-    last = steps[-job.steps :]
-    first = min(SKIPPED, job.steps - 2)
+    skipped = min(SKIPPED, job.steps - 2)
+    epochs = [steps[i * job.steps + skipped : (i + 1) * job.steps] for i in range(1, EPOCHS)]
+    images = job.batch_size * sum(len(epoch) - 1 for epoch in epochs)
     return {
-        "images_per_second": job.batch_size * (job.steps - 1 - first) / (last[-1] - last[first]),
+        "images_per_second": images / sum(epoch[-1] - epoch[0] for epoch in epochs),
         "first_step": steps[0] - begin,
-        "epoch": steps[-1] - steps[-1 - job.steps],  # validation of the first epoch, training of the second
+        "epoch": steps[-1] - steps[-1 - job.steps],  # a validation, and the training of the last epoch
     }
 
 
@@ -211,7 +214,7 @@ def compare(job: Job, opt: argparse.Namespace) -> dict[str, Any]:
         speeds = (f"{name} {row['images_per_second']:,.0f} images/s" for name, row in rounds[-1].items())
         print(f"{job.title}, round {repeat + 1}:", *speeds, sep="  ", flush=True)
     return {
-        "title": f"{job.title}, batch {job.batch_size}, {opt.precision}, {opt.threads} threads",
+        "title": f"{job.title}, batch {job.batch_size}, {opt.precision}, OMP_NUM_THREADS={opt.threads}",
         "epoch": f"{job.steps} training and {job.val_batches} validation batches",
         "options": {name: " ".join(words) for name, words in extra.items()},
         "rounds": rounds,
@@ -261,12 +264,12 @@ def table(part: Mapping[str, Any]) -> str:
     lines = [part["title"], *([f"one epoch: {part['epoch']}"] if part["epoch"] else [])]
     lines += [f"{name}: {words}" for name, words in part["options"].items() if words]
     lines.append(f"{'median of ' + str(len(rounds)):<30}" + "".join(f"{name:>24}" for name in programs))
-    for result in (name for name in UNITS if name in rounds[0][programs[0]]):
+    for result in (name for name in RESULTS if name in rounds[0][programs[0]]):
         cells = [f"{median(rounds, name, result):,.1f}" for name in programs]
         for i, name in enumerate(programs[1:], 1):
             cells[i] += f" ({ratio(rounds, name, result):.2f}×)"
-        lines.append(f"{UNITS[result]:<30}" + "".join(f"{cell:>24}" for cell in cells))
-    return "\n".join([*lines, f"(…×): median over the rounds of the ratio to {programs[0]}"])
+        lines.append(f"{RESULTS[result]:<30}" + "".join(f"{cell:>24}" for cell in cells))
+    return "\n".join([*lines, f"(×): median over the rounds of the ratio to {programs[0]}"])
 
 
 def plot(results: Mapping[str, Any], file: Path) -> None:
@@ -276,14 +279,14 @@ def plot(results: Mapping[str, Any], file: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    shown = list(UNITS)[:4]
+    shown = list(RESULTS)[:PLOTTED]
     parts = [part for name, part in results["parts"].items() if name != "study"]
     figure, axes = plt.subplots(len(parts), len(shown), figsize=(11, 1.9 * len(parts)), squeeze=False)
     for part, row in zip(parts, axes, strict=True):
         for result, axis in zip(shown, row, strict=True):
             draw(part, result, axis)
-        row[0].set_yticks(range(len(part["options"])), list(part["options"]))
-        row[0].set_title(f"{part['title']}\n{UNITS[shown[0]]}", fontsize=8, loc="left")
+        row[0].set_yticks(range(len(part["options"])), list(part["options"]), fontsize=8)
+        row[0].set_title(f"{part['title']}\n{RESULTS[shown[0]]}", fontsize=8, loc="left")
     figure.tight_layout()
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, metadata={"Date": None} if file.suffix == ".svg" else None)
@@ -294,12 +297,18 @@ def draw(part: Mapping[str, Any], result: str, axis: Any) -> None:
     for place, name in enumerate(programs):
         values = sorted(row[name][result] for row in rounds)
         middle = statistics.median(values)
-        axis.barh(place, middle, color="#c23b22" if place == 0 else "#9aa5b1", height=0.6)
+        axis.barh(place, middle, color="#f28e6b" if place == 0 else "#c5cdd6", height=0.6)
         axis.plot([values[0], values[-1]], [place, place], color="black", linewidth=1)
-        axis.text(0.02 * axis.get_xlim()[1], place, f"{middle:,.0f}" if middle >= 10 else f"{middle:.1f}", va="center")
+        axis.text(
+            0.02 * axis.get_xlim()[1],
+            place,
+            f"{middle:,.0f}" if middle >= 10 else f"{middle:.1f}",
+            va="center",
+            fontsize=8,
+        )
     axis.invert_yaxis()
     axis.set_yticks([])
-    axis.set_title(UNITS[result], fontsize=8, loc="left")
+    axis.set_title(RESULTS[result], fontsize=8, loc="left")
     axis.spines[["top", "right"]].set_visible(False)
     axis.tick_params(labelsize=7)
 
@@ -329,11 +338,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--precision", choices=["32-true", "bf16-mixed"], default="32-true")
     add("--baseline-options", help="options of the baselines, instead of trying: '--workers 2 --channels-last'")
     add("--batch-size", type=int, default=128)
-    add("--steps", type=int, default=30, help="training batches per epoch (default: 30)")
+    add("--steps", type=int, default=25, help="training batches per epoch (default: 25)")
     add("--val-batches", type=int, default=4, help="validation batches per epoch (default: 4)")
     add("--image-size", type=int, default=128, help="jpeg: pixels (default: 128)")
     add("--jpeg-batch-size", type=int, default=32)  # torchvision's default
-    add("--jpeg-steps", type=int, default=20)
+    add("--jpeg-steps", type=int, default=15)
     add("--jpeg-val-batches", type=int, default=4)
     add("--out", type=Path, metavar="FILE", help="write the results as JSON")
     add("--read", type=Path, metavar="FILE", help="read the results from a file of --out; measure nothing")
