@@ -235,12 +235,13 @@ def accuracy(sizes: Sizes, root: str) -> str:
     argv += [f"--trainer.max_epochs={2 if tiny else 24}", "--trainer.max_steps=-1", "--data.root", root]
     clock = Clock()
     with tempfile.TemporaryDirectory() as scratch:
-        data, model, settings = Experiment(argv).build()
+        config = Experiment(argv)
+        data, model, settings = config.build()
         settings["callbacks"].append(clock)
         folder = RunFolder(Path(scratch, "run"))
-        folder.probe()
-        run = Run(Experiment(argv), folder, argv)
-        run.execute(data, model, settings)
+        with folder.claimed():
+            run = Run(config, folder, argv, data, model, settings)
+            run.execute()
         results, wall = run.record.manifest["results"], run.record.manifest["wall_seconds"]
     target = "not reached" if clock.reached is None else f"on validation after {clock.reached:.0f} s"
     final = f"test/acc {results['test/acc']:.4f} after {wall:.0f} s in total (seed 0)"

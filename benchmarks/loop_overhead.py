@@ -27,8 +27,8 @@ from reslab.host import CONFIGS
 from reslab.runs.folder import RunFolder
 
 
-class Done(Exception):
-    """Raised when enough blocks have been measured."""
+class Done(BaseException):
+    """Raised when enough blocks have been measured; not an error that a run would record."""
 
 
 class BareLoop:
@@ -97,14 +97,12 @@ def main() -> None:
     argv = [f"--config={CONFIGS / 'experiment/cifar10_resnet20.yaml'}", "--trainer.precision=bf16-mixed"]
     argv += ["--run.checkpoint_every_steps=100", "--trainer.max_epochs=30", "--trainer.max_steps=-1", *rest]
     with tempfile.TemporaryDirectory() as temporary:
-        folder = RunFolder(Path(temporary) / "run")
-        folder.probe()
-        data, model, settings = Experiment(argv).build()
+        experiment = Experiment(argv)
+        data, model, settings = experiment.build()
         settings["callbacks"].append(turns)
-        run = Run(Experiment(argv), folder, argv)
-        run.record.open(run.experiment.dump(), argv)
-        with contextlib.suppress(Done):
-            run._train_and_test(data, model, settings)
+        folder = RunFolder(Path(temporary) / "run")
+        with contextlib.suppress(Done), folder.claimed():
+            Run(experiment, folder, argv, data, model, settings).execute()
     ratios = turns.ratios[1:]
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     print(
