@@ -58,8 +58,8 @@ docs: $(DEV)  ## build the documentation in build/site; a broken link is an erro
 
 docs-test: export OMP_NUM_THREADS ?= 1
 
-docs-test: $(DEV)  ## run the code blocks of the README and the documentation (about ten minutes)
-	@$(BIN)/python -m pytest -n $(WORKERS) tests/test_docs.py tests/test_site.py -m "slow or not slow"
+docs-test: $(DEV)  ## run the code blocks of the README and docs, and show the site in a browser (about ten minutes)
+	@$(BIN)/python -m pytest -n $(WORKERS) tests/test_docs.py tests/test_site.py -m slow
 
 docs-serve: $(DEV)  ## show the documentation at http://127.0.0.1:8000
 	@$(BIN)/mkdocs serve
