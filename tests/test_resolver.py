@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from reslab.check import check, resolved
-from reslab.config import Experiment
+from reslab.config import AUTOMATIC, Experiment
 from reslab.errors import UserError
 from reslab.keys import all_keys
 from reslab.resolve import with_defaults
@@ -27,7 +27,7 @@ SPELLINGS = {  # of a key, each with values that its type accepts
     ("batch_size", "data.batch_size"): st.sampled_from(["1", "64", "1024"]),
     ("seed", "seed_everything"): st.integers(0, 2**32 - 1).map(str),
     ("devices", "trainer.devices"): st.sampled_from(["1", "4", "auto", "[0, 1]", "-1"]),
-    ("precision", "trainer.precision"): st.sampled_from(["32-true", "bf16-mixed", "64-true"]),
+    ("precision", "trainer.precision"): st.sampled_from(["32-true", "bf16-mixed", "auto"]),
     ("model.net",): st.sampled_from(["resnet18", "resnet20", "net/resnet8", "ResNet", "wide_resnet50_2"]),
     ("data.dataset",): st.sampled_from(["cifar10", "cifar100", "digits", "reslab.data.Digits"]),
     ("model.objective",): st.sampled_from(["cross_entropy", "binary_cross_entropy", "CrossEntropy"]),
@@ -55,6 +55,9 @@ SPELLINGS = {  # of a key, each with values that its type accepts
 def assert_equal(typed: Any, known: Any, key: str = "") -> None:
     """Compare a value of the typed parser with the resolver's, as far as the resolver knows it."""
     if isinstance(known, Unknown) or key.startswith(".trainer.strategy.init_args"):
+        return
+    if key == ".trainer.precision" and known == "auto":  # the typed parser looks at the machine
+        assert typed in AUTOMATIC.values()
         return
     if key == ".trainer.devices":  # the typed parser keeps numbers as text
         typed, known = str(typed), str(known)
