@@ -155,16 +155,16 @@ def start(command: Sequence[str], log: Path, **environment: str) -> subprocess.P
 @contextlib.contextmanager
 def watching_memory(pid: int) -> Any:
     """Yield a list of the memory of a process and its descendants, in bytes, filled until the end of the block."""
-    seen, done = [0.0], threading.Event()
+    samples, done = [0.0], threading.Event()
 
     def watch() -> None:
         while not done.wait(MEMORY_INTERVAL):
-            seen.append(sum(map(proportional_set_size, family(pid))))
+            samples.append(sum(map(proportional_set_size, family(pid))))
 
     watcher = threading.Thread(target=watch)
     watcher.start()
     try:
-        yield seen
+        yield samples
     finally:
         done.set()
         watcher.join()
