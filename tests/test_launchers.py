@@ -145,9 +145,8 @@ def test_evaluation_by_another_number_of_processes_is_refused(undisturbed: Calla
     assert ended.status == 2 and "started 2 processes, this config runs 1" in ended.output
 
 
-@pytest.mark.parametrize(
-    "options", [[], pytest.param(["--trainer.devices=3", "--trainer.strategy=ddp"], marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [[], ["--trainer.devices=3", "--trainer.strategy=ddp"]])
 def test_torchrun_with_another_number_of_devices_trains_nothing(tmp_path: Path, options: list[str]) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "reslab"]
     output = ended([[*torchrun, "fit", *DIGITS, *SHORT, *options, "--run.dir", str(tmp_path / "run")]], {}).output

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from reslab.cli import main
@@ -312,6 +312,7 @@ scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False)
 trees = st.recursive(scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(keys, inner, max_size=4))
 
 
+@example({"\xa0": None}, False, False)
 @given(st.dictionaries(keys, trees, max_size=5), st.sampled_from([False, None]), st.booleans())
 def test_reading_a_config_block_by_block_equals_yaml(
     tmp_path_factory: Any, config: dict[str, Any], style: bool | None, shared: bool

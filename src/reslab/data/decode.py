@@ -128,10 +128,10 @@ def _tiff_samples(data: bytes) -> str | None:
 
 
 def _jpeg_samples(data: bytes) -> str | None:
-    """Describe the samples of a JPEG that has other than 8 bits; None for any other file."""
+    """Describe the samples of a JPEG that has other than 8 bits, of 2 to 16; None for any other file."""
     frames = (at for kind, at in _segments(data) if kind in FRAMES)
     bits = next((data[at + 4] for at in frames if at + 4 < len(data)), 8)
-    return f"{bits}-bit JPEG" if data.startswith(JPEG) and bits != 8 else None
+    return f"{bits}-bit JPEG" if data.startswith(JPEG) and bits != 8 and 2 <= bits <= 16 else None
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:

@@ -36,8 +36,8 @@ WRONG = (
 )  # fmt: skip
 
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-_BLOCK_START = re.compile(r"^(?=[^\s#])", re.MULTILINE)
-_NESTED = re.compile(r"(\w+):\n((?:  .*\n|\s*\n)+)")
+_BLOCK_START = re.compile(r"^(?=[^\s#])", re.MULTILINE | re.ASCII)  # Unicode spaces are part of a key
+_NESTED = re.compile(r"(\w+):\n((?:  .*\n|\s*\n)+)", re.ASCII)
 Items = tuple[tuple[str, Any], ...]
 
 
@@ -324,7 +324,7 @@ def _blocks(text: str, prefix: str) -> Items:
 
 @functools.cache
 def _block(text: str, prefix: str) -> Items:
-    if not text.strip() or text.startswith("#"):
+    if not text.strip(" \t\r\n") or text.startswith("#"):
         return ()
     if (nested := _NESTED.fullmatch(text)) and "\n  class_path:" not in text:
         with contextlib.suppress(ValueError, yaml.YAMLError):  # the value is no mapping
