@@ -4,8 +4,10 @@ import csv
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from reslab.files import sha256_file
 from reslab.runs import manifest as manifests
 from reslab.runs.masking import mask_command
 from reslab.runs.verify import Divergence, divergences, reproduce, verify
-from runner import TRAINING, Fault, reslab
+from runner import reslab
 
 KEY = "0123456789abcdef0123456789abcdef01234567"
 
@@ -134,16 +136,20 @@ def test_unfinished_run_or_damaged_manifest_is_refused(run: Path, command: Calla
 # Reproduce
 
 
-def test_reproduce_is_identical_after_interruption(run: Path) -> None:
+def test_reproduce_is_identical_after_interruption(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
     again = run.with_name("a run-reproduced")
-    ended = reslab("reproduce", run, "--data.num_workers", "1", fault=Fault(TRAINING, "terminate", 11))
-    out = ended.output
-    assert ended.status == 75
+    command = [sys.executable, "-m", "reslab", "reproduce", str(run), "--data.num_workers", "1"]
+    with subprocess.Popen(command) as process:
+        while not (again / "metrics.csv").exists() and process.poll() is None:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+    assert process.returncode == 75
+    out = capfd.readouterr().out
     assert "the code has changed since the run" in out and "git.sha" not in out and "  sha: f00d (run) != " in out
     assert f"git checkout f00d && git apply '{run}/uncommitted.diff'" in out
 
-    ended = reslab("reproduce", run)
-    assert ended.status == 0 and "identical: the weights, and every logged metric" in ended.output
+    assert reproduce(str(run)) == 0
+    assert "identical: the weights, and every logged metric" in capfd.readouterr().out
     manifest = manifests.read(again / "manifest.json")
     assert [attempt["how"].partition(":")[0] for attempt in manifest["attempts"]] == ["preempted", "complete"]
 
