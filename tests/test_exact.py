@@ -75,6 +75,7 @@ RECIPE = [
 ]
 
 
+@pytest.mark.slow
 def test_workers_and_kills_change_nothing_with_all_options(undisturbed: Undisturbed, tmp_path: Path) -> None:
     assert traces(undisturbed(*RECIPE)) != traces(undisturbed())
     faults = [Fault(TRAINING, call=call) for call in (9, 14)]

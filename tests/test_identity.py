@@ -189,6 +189,7 @@ def test_run_without_a_checkpoint_starts_anew_on_other_data(changed_pictures: Pa
     assert reslab("verify", tmp_path / "run", f"--data.root={changed_pictures}").status == 0
 
 
+@pytest.mark.slow
 def test_study_refuses_finished_cells_on_other_data(changed_pictures: Path, tmp_path: Path) -> None:
     dataset = {"folder": ".", "mean": [0.3], "std": [0.4], "image_size": 8}
     base = {

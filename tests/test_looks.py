@@ -99,6 +99,7 @@ def test_failed_cell_holds_up_its_look_only_once(study: Study, tmp_path: Path, m
     assert set(read_decisions(study, out)) == set(ARMS) - {"base"}
 
 
+@pytest.mark.slow
 def test_interrupted_study_ends_with_the_same_decisions(
     study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -167,7 +167,8 @@ def test_cell_with_a_job_is_not_submitted_again(
     assert run_slurm(study, out, Cluster()) == 0 and not queue()
 
 
-@pytest.mark.parametrize("one_by_one", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("one_by_one", [True, False])
 def test_cancelled_cells_are_not_retried(
     slurm: None, quick: None, fake: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_by_one: bool
 ) -> None:

@@ -136,6 +136,7 @@ def test_unfinished_run_or_damaged_manifest_is_refused(run: Path, command: Calla
 # Reproduce
 
 
+@pytest.mark.slow
 def test_reproduce_is_identical_after_interruption(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
     again = run.with_name("a run-reproduced")
     command = [sys.executable, "-m", "reslab", "reproduce", str(run), "--data.num_workers", "1"]
