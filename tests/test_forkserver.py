@@ -55,7 +55,7 @@ def test_status_and_output_are_those_of_the_command(
     assert log.read_text().startswith("before\n") and text in log.read_text()
 
 
-def test_environment_and_directory_are_the_caller_s(
+def test_environment_and_directory_come_from_the_caller(
     server: ForkServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

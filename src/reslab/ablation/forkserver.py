@@ -1,4 +1,4 @@
-"""Start cells from one process that has imported torch, Lightning and reslab: a cell then costs its training only.
+"""Start cells from one process that has imported torch, Lightning and reslab: a cell then spends no time on imports.
 
 A fork is safe because that process only imports: it starts no OpenMP or autograd thread and no CUDA context.
 """
