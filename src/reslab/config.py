@@ -24,7 +24,7 @@ from reslab.config_errors import ALLOWED, explain, explain_failure, located, one
 from reslab.data import ImageData
 from reslab.errors import UserError, last_line
 from reslab.host import cpu_bf16_is_fast
-from reslab.models import ResNet, TimmNetwork, TorchvisionNetwork  # noqa: F401 - short names: of imported classes only
+from reslab.models import ResNet, SpeedNet, TimmNetwork, TorchvisionNetwork  # noqa: F401 - short names: of imported classes only
 from reslab.names import fixed_directory
 from reslab.resolve import with_paths
 from reslab.runs.folder import RunFolder

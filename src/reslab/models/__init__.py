@@ -1,4 +1,4 @@
-"""Networks: the contract, ResNet, timm's and torchvision's, pretrained weights, and the layer table."""
+"""Networks: the contract, ResNet, SpeedNet, timm's and torchvision's, pretrained weights, and the layer table."""
 
 from typing import TYPE_CHECKING
 
@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from reslab.models.library import TimmNetwork, TorchvisionNetwork
     from reslab.models.network import Network, check_network
     from reslab.models.resnet import ResNet
+    from reslab.models.speednet import SpeedNet
     from reslab.models.summary import summarize
     from reslab.models.zoo import create_model, list_models, load_weights, network_of_run
 
@@ -17,6 +18,7 @@ _MODULES = {
     "library": ("TimmNetwork", "TorchvisionNetwork"),
     "network": ("Network", "check_network"),
     "resnet": ("ResNet",),
+    "speednet": ("SpeedNet",),
     "summary": ("summarize",),
     "zoo": ("create_model", "list_models", "load_weights", "network_of_run"),
 }

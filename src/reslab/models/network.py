@@ -34,12 +34,14 @@ class Network(nn.Module, ABC):
         num_classes: Outputs of the head; 0 if there is no head (an `nn.Identity`).
         num_features: Inputs of the head.
         head: The layer that maps features to logits: an attribute or a property.
+        init_images: Number of training images that `initialize` needs; 0: it is not called.
     """
 
     in_channels: int
     num_classes: int
     num_features: int
     head: nn.Module
+    init_images: int = 0
 
     @abstractmethod
     def forward_features(self, x: Tensor) -> Tensor:
@@ -47,6 +49,13 @@ class Network(nn.Module, ABC):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.forward_features(x))
+
+    def initialize(self, images: Tensor) -> None:
+        """Set initial weights that depend on the data; called once, before training from scratch.
+
+        Args:
+            images: `init_images` training images without augmentation, normalized: float32 (N, in_channels, H, W).
+        """
 
     def layer_groups(self) -> dict[str, list[nn.Module | nn.Parameter]]:
         """Return all layers by name, ordered from input to output; the last group is the head.

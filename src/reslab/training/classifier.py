@@ -180,7 +180,7 @@ class Classifier(LightningModule):
     def configure_model(self) -> None:
         if internals.is_attached(self):  # otherwise a checkpoint is loaded next
             if not self.trainer.ckpt_path:
-                self.load_pretrained()
+                self._initialize()
             if self.trainer.state.fn == "fit":
                 self.objective.prepare(self.net)
         if self.ema_decay is not None and self.ema is None:
@@ -190,6 +190,20 @@ class Classifier(LightningModule):
                 shard(net, self.device_mesh)
         if self.execution.compile:
             self.execution.compile_network(self.net)
+
+    def _initialize(self) -> None:
+        """Load `weights`; without any, let a network that asks for training images set its first weights."""
+        count = getattr(self.net, "init_images", 0) if self.trainer.state.fn == "fit" and self.weights is None else 0
+        self.load_pretrained()
+        if count:
+            data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+            if not hasattr(data, "init_images"):
+                raise UserError(
+                    f"{type(self.net).__name__} sets its first weights from training images, which only ImageData "
+                    "provides: pass datamodule=ImageData(...), or call initialize(images) and set init_images = 0"
+                )
+            self.net.initialize(data.init_images(count))  # type: ignore[operator]
+            self.net.init_images = 0  # type: ignore[assignment]
 
     def load_pretrained(self) -> None:
         """Load `weights` now, once. Otherwise a Trainer or the first use does it, unless a checkpoint replaces them."""
@@ -231,6 +245,8 @@ class Classifier(LightningModule):
         self.execution.fuse(optimizer)
         for group in optimizer.param_groups:
             group["lr"] *= lr_scale * group["lr_scale"]
+            if "weight_decay" in group:
+                group["weight_decay"] *= group["decay_scale"]
         internals.set_up_data(self.trainer)
         total_steps = self.trainer.estimated_stepping_batches
         if math.isinf(total_steps):

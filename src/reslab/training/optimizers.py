@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 class ParamGroups:
     """Which parameters are trained, at which share of the learning rate, with or without weight decay.
 
-    All but the last require a network with the contract of reslab.models.Network.
+    The first three require a network with the contract of reslab.models.Network.
 
     Args:
         freeze: Layer groups that stay as they are (stem, stage1, …; `net.layer_groups()` names them): their weights are
@@ -24,21 +24,24 @@ class ParamGroups:
         layer_decay: Learning-rate multiplier from each layer group to the one before it, counted from the head (Clark
             et al. 2020, ELECTRA; Bao et al. 2021, BEiT): the i-th group from the end learns at layer_decay^i.
         decay_norm_and_bias: Whether weight decay acts on norms and biases too.
+        norm_bias_lr_scale: Share of the learning rate for the biases of norms. Their weight decay is divided by it, so
+            that each step decays them as before (Jordan 2024, arXiv:2404.00498, section 3.4: 64).
     """
 
     freeze: list[str] = field(default_factory=list)
     backbone_lr_scale: float = 1.0
     layer_decay: float = 1.0
     decay_norm_and_bias: bool = False
+    norm_bias_lr_scale: float = 1.0
 
     def __post_init__(self) -> None:
-        for name, scale in (("backbone_lr_scale", self.backbone_lr_scale), ("layer_decay", self.layer_decay)):
-            if scale <= 0:
+        for name in ("backbone_lr_scale", "layer_decay", "norm_bias_lr_scale"):
+            if (scale := getattr(self, name)) <= 0:
                 raise ValueError(f"{name} must be more than 0, got {scale}; freeze keeps groups as they are")
 
     def check(self, net: nn.Module) -> None:
         """Raise ValueError where the network has no such layer groups, or none at all."""
-        options = [f.name for f in fields(self)[:-1] if getattr(self, f.name) != getattr(ParamGroups(), f.name)]
+        options = [f.name for f in fields(self)[:3] if getattr(self, f.name) != getattr(ParamGroups(), f.name)]
         if options and not hasattr(net, "layer_groups"):
             wrong = f"{', '.join(options)} requires layer groups, {type(net).__name__} has none"
             raise ValueError(f"param_groups: {wrong}: implement reslab.models.Network, or leave the option out")
@@ -53,14 +56,21 @@ class ParamGroups:
 
     def lr_scales(self, net: nn.Module) -> dict[int, float]:
         """Return the learning-rate multiplier by id of each parameter that differs from 1."""
-        if self.backbone_lr_scale == self.layer_decay == 1:
-            return {}
         scales: dict[int, float] = {}
-        for depth, parts in enumerate(reversed(net.layer_groups().values())):  # type: ignore[operator]
+        by_layer = (self.backbone_lr_scale, self.layer_decay) != (1, 1)
+        for depth, parts in enumerate(reversed(net.layer_groups().values()) if by_layer else []):  # type: ignore[operator]
             scale = self.layer_decay**depth * (self.backbone_lr_scale if depth else 1.0)
             for part in parts:
                 scales |= {id(p): scale for p in (part.parameters() if isinstance(part, nn.Module) else [part])}
+        for bias in norm_biases(net) if self.norm_bias_lr_scale != 1 else []:
+            scales[id(bias)] = scales.get(id(bias), 1.0) * self.norm_bias_lr_scale
         return scales
+
+
+def norm_biases(net: nn.Module) -> list[nn.Parameter]:
+    """Return the biases of all norms: of all layers whose weights are a vector, or that have none."""
+    pairs = [(getattr(module, "weight", None), getattr(module, "bias", None)) for module in net.modules()]
+    return [b for w, b in pairs if isinstance(b, nn.Parameter) and (w is None or (isinstance(w, Tensor) and w.ndim == 1))]
 
 
 def parameter_groups(net: nn.Module, options: ParamGroups) -> list[dict[str, Any]]:
@@ -68,15 +78,17 @@ def parameter_groups(net: nn.Module, options: ParamGroups) -> list[dict[str, Any
 
     Norm weights and biases are the vectors and scalars; weight decay on them costs accuracy without regularising
     anything (He et al. 2019, "Bag of tricks", section 3.1). Each group holds its learning-rate multiplier in
-    `lr_scale`; that of the first group is 1.
+    `lr_scale`, that of the weight decay in `decay_scale`; those of the first group are 1.
     """
     scales = options.lr_scales(net)
-    groups: dict[tuple[bool, float, bool], dict[str, Any]] = {}
+    faster = {id(bias) for bias in norm_biases(net)}
+    groups: dict[tuple[bool, float, bool, float], dict[str, Any]] = {}
     for p in net.parameters():
         scale, spared = scales.get(id(p), 1.0), p.ndim <= 1 and not options.decay_norm_and_bias
+        decay = 1 / options.norm_bias_lr_scale if id(p) in faster else 1.0
         if p.requires_grad:
-            new = {"params": [], "lr_scale": scale, **({"weight_decay": 0.0} if spared else {})}
-            groups.setdefault((scale != 1, -scale, spared), new)["params"].append(p)
+            new = {"params": [], "lr_scale": scale, "decay_scale": decay, **({"weight_decay": 0.0} if spared else {})}
+            groups.setdefault((scale != 1, -scale, spared, decay), new)["params"].append(p)
     return [groups[key] for key in sorted(groups)]
 
 
