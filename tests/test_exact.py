@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -96,6 +97,13 @@ SITUATIONS = {
     ),
     "mixup": (["--data.augment.mixup=0.4", "--data.augment.cutmix=1", "--data.augment.cutout=2"], [9, 14]),
     "bf16": (["--trainer.precision=bf16-mixed"], [9, 14]),
+    "whitening layer": (
+        [
+            "--model.net={class_path: SpeedNet, init_args: {widths: [8, 16]}}",
+            "--model.param_groups.norm_bias_lr_scale=64",
+        ],
+        [9, 14],
+    ),
 }
 
 
@@ -122,6 +130,15 @@ def test_killed_and_resumed_fine_tuning(undisturbed: Undisturbed, tmp_path: Path
     before, after = (load_file(folder / "weights.safetensors") for folder in (start, tmp_path))
     kept = {name for name in before if torch.equal(before[name], after[name])}
     assert kept == {name for name in before if name.startswith(("conv1.", "bn1.", "layer1."))}
+
+
+def test_run_resumes_after_its_pretrained_weights_are_gone(undisturbed: Undisturbed, tmp_path: Path) -> None:
+    weights = shutil.copy(undisturbed() / "weights.safetensors", tmp_path / "start.safetensors")
+    run, options = tmp_path / "run", [f"--model.weights={weights}"]
+    assert fit(run, *options, fault=Fault(TRAINING, call=9)).status == -signal.SIGKILL
+    Path(weights).unlink()
+    ended = fit(run, *options)
+    assert ended.status == 0, ended.output
 
 
 # When the signal arrives, and the step that the run resumes from.

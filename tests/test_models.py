@@ -11,7 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import reslab.models
-from reslab.models import ModelError, ResNet, create_model, list_models, summarize
+from reslab.models import ModelError, ResNet, SpeedNet, create_model, list_models, summarize
 from reslab.models.resnet import BlurredConv2d, ResidualBlock, SubsampleAndPad
 
 PUBLISHED = {
@@ -269,6 +269,44 @@ def test_summary_counts_every_parameter_and_does_not_change_the_network(kwargs: 
 def test_summary_refuses_images_the_network_does_not_accept() -> None:
     with pytest.raises(ModelError, match="C = 3"):
         summarize(meta("resnet18"), (1, 224, 224))
+
+
+# ---- SpeedNet
+
+
+def test_first_layer_of_speednet_whitens_patches() -> None:
+    torch.manual_seed(0)
+    images = torch.nn.functional.avg_pool2d(torch.randn(64, 3, 17, 17), 2, stride=1)  # neighbours are correlated
+    net = SpeedNet()
+    net.initialize(images)
+    white, opposite = net.whiten(images).detach().chunk(2, dim=1)
+    assert torch.equal(white, -opposite)
+    flat = white.transpose(0, 1).flatten(1)
+    torch.testing.assert_close(flat @ flat.T / flat.shape[1], torch.eye(12), atol=0.02, rtol=0)
+
+
+def test_convolutions_of_speednet_start_as_the_identity_and_norms_without_scale() -> None:
+    net = SpeedNet((32, 48))
+    x = torch.randn(2, 24, 9, 9)
+    torch.testing.assert_close(net.groups[0].convs[0](x)[:, :24], x)
+    fixed = [name for name, p in net.named_parameters() if not p.requires_grad]
+    assert fixed == ["whiten.weight", *(f"groups.{i}.norms.{j}.weight" for i in (0, 1) for j in (0, 1))]
+
+
+@pytest.mark.parametrize("size", [16, 32, 57])
+@pytest.mark.parametrize("residual", [False, True])
+def test_speednet_accepts_images_of_any_size(size: int, residual: bool) -> None:
+    net = SpeedNet((8, 16, 16), convs=3, residual=residual, in_channels=1, num_classes=5)
+    assert net(torch.randn(2, 1, size, size)).shape == (2, 5)
+    assert len(net.blocks()) == 3  # sharded by group
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"widths": []}, {"widths": [0]}, {"convs": 1}, {"in_channels": 0}, {"num_classes": -1}]
+)
+def test_invalid_arguments_of_speednet_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ModelError, match="at least"):
+        SpeedNet(**wrong)
 
 
 # ---- configs/net

@@ -19,6 +19,7 @@ from reslab.errors import UserError
 from reslab.models import (
     ModelError,
     Network,
+    SpeedNet,
     TimmNetwork,
     TorchvisionNetwork,
     check_network,
@@ -52,6 +53,7 @@ def named(name: str, **fixed: Any) -> Callable[..., Network]:
 NETWORKS: dict[str, Callable[..., Network]] = {
     "own": TinyNet,
     "resnet8": named("resnet8"),
+    "speednet": lambda **kwargs: SpeedNet((8, 16), convs=3, residual=True, **kwargs),
     "timm_resnet": named("timm/resnet10t"),
     "timm_convnext": named("timm/convnext_atto"),
     "timm_vit": named("timm/vit_tiny_patch16_224", image_size=32),
@@ -237,6 +239,8 @@ def test_own_weights_load_with_another_head(make: Callable[..., Network], tmp_pa
 
 
 def test_own_weights_load_with_other_channels(make: Callable[..., Network], tmp_path: Path) -> None:
+    if make is NETWORKS["speednet"]:
+        pytest.skip("the first layer has as many filters as a patch has values")
     trained, net = make(num_classes=4), make(num_classes=4, in_channels=1)
     save_file(trained.state_dict(), tmp_path / "w.safetensors")
     messages = load_weights(net, tmp_path / "w.safetensors")

@@ -175,6 +175,7 @@ BF16 = ["--trainer.precision=bf16-mixed"]
 WARMUP_EPOCH = ["--model.schedule=Cosine", "--model.schedule.warmup_epochs=1"]
 EVERYTHING = [*AUGMENT, *DISTILLATION, *EMA, *NORM, *WARMUP_EPOCH, "--trainer.callbacks=LearningRateMonitor"]
 FINETUNING = ["--model.param_groups={freeze: [stem], backbone_lr_scale: 0.1, layer_decay: 0.9}"]
+SPEEDNET = "--model.net={class_path: SpeedNet, init_args: {widths: [8, 16]}}"
 COMBINATIONS = {
     "cross entropy": [],
     "mixed": [*AUGMENT, "--model.schedule=Constant"],
@@ -193,6 +194,7 @@ COMBINATIONS = {
     "stochastic depth, blur": ["--model.net.drop_path=0.2", "--model.net.blur=true"],
     "network of timm": ["--model.net=timm", "--model.net.dict_kwargs={drop_rate: 0.1, drop_path_rate: 0.1}", *EMA],
     "network of torchvision": ["--model.net=torchvision", "--model.net.name=resnet18", *NORM],
+    "SpeedNet": [SPEEDNET, "--model.param_groups={decay_norm_and_bias: true, norm_bias_lr_scale: 64}"],
     "ViT": ["--model.net=timm", "--model.net.name=test_vit", "--model.net.dict_kwargs={patch_size: 4}"],
 }
 OPTIMIZERS = [

@@ -1,6 +1,7 @@
 """Classifier, schedules, parameter groups and EMA."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from reslab import Classifier, ImageData, create_model
 from reslab.data import Batch, Digits
 from reslab.errors import UserError
+from reslab.models import Network, SpeedNet
 from reslab.training import Constant, Cosine, Linear, MultiStep, OneCycle, ParamGroups, Schedule
 from reslab.training.classifier import Diverged
 from reslab.training.ema import EMA
@@ -95,6 +97,78 @@ def test_norms_and_biases_have_no_weight_decay_by_default() -> None:
     assert len(decayed["params"]) + len(spared["params"]) == len(list(net.parameters()))
     (everything,) = parameter_groups(net, ParamGroups(decay_norm_and_bias=True))
     assert len(everything["params"]) == len(list(net.parameters()))
+
+
+DIGITS = {"in_channels": 1, "num_classes": 10}
+NORM_BIASES: dict[str, tuple[Callable[[], torch.nn.Module], str]] = {
+    "batch norm": (small_net, "bn"),
+    "batch norm without weights": (lambda: SpeedNet((4, 8), in_channels=1), "norms"),
+    "layer norm": (
+        lambda: create_model("timm/test_vit", in_channels=1, num_classes=10, image_size=8, patch_size=4),
+        "norm",
+    ),
+}
+
+
+@pytest.mark.parametrize(("make", "norm"), NORM_BIASES.values(), ids=NORM_BIASES)
+@pytest.mark.parametrize("layer_decay", [1.0, 0.5])
+def test_norm_biases_learn_faster_and_decay_as_before(make: Any, norm: str, layer_decay: float) -> None:
+    options: list[dict[str, tuple[float, float]]] = []
+    for scale in (1.0, 8.0):
+        groups = ParamGroups(layer_decay=layer_decay, decay_norm_and_bias=True, norm_bias_lr_scale=scale)
+        sgd = lambda params: torch.optim.SGD(params, lr=0.2, weight_decay=0.5)  # noqa: E731
+        model = Classifier(make(), optimizer=sgd, schedule=Constant(), param_groups=groups)
+        model.net.init_images = 0
+        trainer = quiet_trainer(max_epochs=1, limit_train_batches=1, limit_val_batches=0)
+        trainer.fit(model, datamodule=ImageData(Digits(), batch_size=64))
+        names = {id(p): name for name, p in model.net.named_parameters()}
+        groups_of = [(group, names[id(p)]) for group in trainer.optimizers[0].param_groups for p in group["params"]]
+        options.append({name: (group["lr"], group["weight_decay"]) for group, name in groups_of})
+        assert trainer.optimizers[0].param_groups[0]["lr"] == 0.2  # the logged rate
+    usual, fast = options
+    biases = {name for name in usual if norm in name and name.endswith("bias")}
+    assert biases and fast == {n: (8 * lr, wd / 8) if n in biases else (lr, wd) for n, (lr, wd) in usual.items()}
+
+
+class Centered(Network):
+    """Subtracts the mean of the training images, which `initialize` takes from them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.in_channels, self.num_classes, self.num_features, self.init_images = 1, 10, 64, 100
+        self.mean = torch.nn.Parameter(torch.full((1, 8, 8), torch.nan), requires_grad=False)
+        self.head = torch.nn.Linear(64, 10)
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        return (x - self.mean).flatten(1)
+
+    def initialize(self, images: torch.Tensor) -> None:
+        assert images.shape == (100, 1, 8, 8) and images.dtype == torch.float32
+        self.mean.data.copy_(images.mean(0))
+
+
+def test_network_sets_first_weights_from_training_images(tmp_path: Path) -> None:
+    model, data = Classifier(Centered(), ema_decay=0.5), ImageData(Digits(), batch_size=64)
+    trainer = quiet_trainer(max_epochs=1)
+    trainer.fit(model, datamodule=data)
+    mean = model.net.mean
+    everything = data.on_after_batch_transfer(next(iter(data.val_dataloader()))).images.mean(0)
+    assert (mean - everything).abs().mean() < 0.3  # of the same distribution
+    assert torch.equal(model.ema.module.mean, mean)
+    torch.save(model.net.state_dict(), tmp_path / "weights.pth")
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+
+    loaded = Classifier(Centered(), weights=str(tmp_path / "weights.pth"))  # which are not overwritten
+    quiet_trainer(max_epochs=1).fit(loaded, datamodule=ImageData(Digits(), batch_size=64))
+    resumed = Classifier(Centered(), ema_decay=0.5)
+    quiet_trainer(max_epochs=2).fit(resumed, datamodule=data, ckpt_path=str(tmp_path / "last.ckpt"))
+    assert torch.equal(loaded.net.mean, mean) and torch.equal(resumed.net.mean, mean)
+
+
+def test_network_that_requires_training_images_refuses_plain_loaders() -> None:
+    loader = torch.utils.data.DataLoader([(torch.zeros(1, 8, 8), 0)] * 8, batch_size=4)
+    with pytest.raises(UserError, match="Centered sets its first weights from training images"):
+        quiet_trainer(max_epochs=1).fit(Classifier(Centered()), loader)
 
 
 def test_backbone_learns_at_its_share_of_the_rate() -> None:
@@ -237,6 +311,7 @@ OUT_OF_RANGE = [
     ("base_batch_size", lambda: {"base_batch_size": 0}),
     ("backbone_lr_scale", lambda: {"param_groups": ParamGroups(backbone_lr_scale=0.0)}),
     ("layer_decay", lambda: {"param_groups": ParamGroups(layer_decay=-1.0)}),
+    ("norm_bias_lr_scale", lambda: {"param_groups": ParamGroups(norm_bias_lr_scale=0.0)}),
     ("freeze", lambda: {"param_groups": ParamGroups(freeze=["stage4"])}),  # the net has three
     ("freeze", lambda: {"param_groups": ParamGroups(freeze=["head"])}),
 ]

@@ -174,6 +174,8 @@ class Run:
 
     def _train_and_test(self, trainer: Trainer) -> None:
         checkpoint = self._resume_point()
+        if checkpoint is not None:
+            self.model.expect_weights()
         trainer.fit(self.model, datamodule=self.data, ckpt_path=checkpoint, weights_only=True)
         self.record.manifest["samples_per_second"] = self.progress.images_per_second()
         self.record.manifest["ended_early"] = ended_early(trainer)

@@ -303,7 +303,10 @@ class ImageData(LightningDataModule):
         return self.resize.progressive.sizes(final, min(epochs))
 
     def val_dataloader(self) -> DataLoader[Batch] | list[Any]:
-        return self._eval_loader(self.train_data, self.split[1]) if len(self.split[1]) else []
+        if not len(self.split[1]):
+            warnings.filterwarnings("ignore", "Total length of `list` across ranks is zero")  # as configured
+            return []
+        return self._eval_loader(self.train_data, self.split[1])
 
     def test_dataloader(self) -> DataLoader[Batch]:
         return self._eval_loader(self.test_data, np.arange(len(self.test_data)))

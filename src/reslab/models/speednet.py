@@ -1,5 +1,6 @@
 """SpeedNet: the small convolutional networks of the CIFAR-10 speed records (Jordan 2024, arXiv:2404.00498)."""
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -92,10 +93,9 @@ class SpeedNet(Network):
         self.logit_scale = logit_scale
         self.whiten = nn.Conv2d(in_channels, 2 * in_channels * PATCH**2, PATCH)
         self.whiten.weight.requires_grad_(False)
-        nn.init.zeros_(self.whiten.bias)
-        channels = [self.whiten.out_channels, *widths]
-        groups = zip(channels[:-1], channels[1:], strict=True)
-        self.groups = nn.ModuleList(ConvGroup(c_in, c_out, convs, residual) for c_in, c_out in groups)
+        nn.init.zeros_(self.whiten.bias)  # type: ignore[arg-type]
+        channels = itertools.pairwise([self.whiten.out_channels, *widths])
+        self.groups = nn.ModuleList(ConvGroup(c_in, c_out, convs, residual) for c_in, c_out in channels)
         self.head = nn.Linear(widths[-1], num_classes, bias=False) if num_classes else nn.Identity()
 
     def forward_features(self, x: Tensor) -> Tensor:
@@ -115,5 +115,5 @@ class SpeedNet(Network):
 
     def layer_groups(self) -> dict[str, list[nn.Module | nn.Parameter]]:
         """Return the layers by group: stem, stage1, stage2, …, head."""
-        stages = {f"stage{i + 1}": [group] for i, group in enumerate(self.groups)}
-        return {"stem": [self.whiten], **stages, "head": [self.head]}
+        stages = {f"stage{i + 1}": group for i, group in enumerate(self.groups)}
+        return {name: [layer] for name, layer in {"stem": self.whiten, **stages, "head": self.head}.items()}

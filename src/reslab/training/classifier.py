@@ -179,9 +179,9 @@ class Classifier(LightningModule):
 
     def configure_model(self) -> None:
         if internals.is_attached(self):  # otherwise a checkpoint is loaded next
-            if not self.trainer.ckpt_path:
-                self._initialize()
+            self.load_pretrained()
             if self.trainer.state.fn == "fit":
+                self._initialize()
                 self.objective.prepare(self.net)
         if self.ema_decay is not None and self.ema is None:
             self.ema = EMA(self.net, self.ema_decay)
@@ -191,10 +191,21 @@ class Classifier(LightningModule):
         if self.execution.compile:
             self.execution.compile_network(self.net)
 
+    def load_pretrained(self) -> None:
+        """Load `weights` now, once. Otherwise a Trainer or the first use does it."""
+        if self.weights is not None:
+            for message in load_weights(self.net, self.weights):
+                (self.print if internals.is_attached(self) else print)(message)
+            self.expect_weights()
+
+    def expect_weights(self) -> None:
+        """Skip `weights` and `Network.initialize`: the network has its weights, or a checkpoint is loaded next."""
+        self.weights = None
+        self.net.init_images = 0  # type: ignore[assignment]
+
     def _initialize(self) -> None:
-        """Load `weights`; without any, let a network that asks for training images set its first weights."""
-        count = getattr(self.net, "init_images", 0) if self.trainer.state.fn == "fit" and self.weights is None else 0
-        self.load_pretrained()
+        """Let a network that asks for training images set its first weights."""
+        count: int = getattr(self.net, "init_images", 0)  # type: ignore[assignment]
         if count:
             data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
             if not hasattr(data, "init_images"):
@@ -203,14 +214,7 @@ class Classifier(LightningModule):
                     "provides: pass datamodule=ImageData(...), or call initialize(images) and set init_images = 0"
                 )
             self.net.initialize(data.init_images(count))  # type: ignore[operator]
-            self.net.init_images = 0  # type: ignore[assignment]
-
-    def load_pretrained(self) -> None:
-        """Load `weights` now, once. Otherwise a Trainer or the first use does it, unless a checkpoint replaces them."""
-        if self.weights is not None:
-            for message in load_weights(self.net, self.weights):
-                (self.print if internals.is_attached(self) else print)(message)
-            self.weights = None
+            self.expect_weights()
 
     def train(self, mode: bool = True) -> Self:
         """Set the mode of all modules, except frozen layer groups: they stay in eval mode."""
@@ -343,7 +347,7 @@ class Classifier(LightningModule):
         return super().load_from_checkpoint(checkpoint_path, map_location, **options, **kwargs)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.weights = None  # the checkpoint's replace them
+        self.expect_weights()
         if internals.is_attached(self) and self.trainer.precision == "64-true":
             self.double()  # Lightning converts only after loading, which would round the weights
         self._match_state(checkpoint)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -69,8 +69,8 @@ class ParamGroups:
 
 def norm_biases(net: nn.Module) -> list[nn.Parameter]:
     """Return the biases of all norms: of all layers whose weights are a vector, or that have none."""
-    pairs = [(getattr(module, "weight", None), getattr(module, "bias", None)) for module in net.modules()]
-    return [b for w, b in pairs if isinstance(b, nn.Parameter) and (w is None or (isinstance(w, Tensor) and w.ndim == 1))]
+    layers = [layer for layer in net.modules() if isinstance(getattr(layer, "bias", None), nn.Parameter)]
+    return [layer.bias for layer in layers if getattr(getattr(layer, "weight", None), "ndim", 1) == 1]  # type: ignore[misc]
 
 
 def parameter_groups(net: nn.Module, options: ParamGroups) -> list[dict[str, Any]]:
