@@ -214,6 +214,18 @@ def test_cell_with_several_processes_requests_as_many_tasks_and_gpus() -> None:
     assert Cluster(gpus=4).parameters({"accelerator": "auto", "devices": "auto"})["ntasks_per_node"] == 4
 
 
+@pytest.mark.parametrize("options", [{"gpus": 1}, {}])
+def test_precision_is_not_chosen_by_a_machine_without_the_gpus_of_the_jobs(
+    options: dict[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = {"precision": "auto", "accelerator": "auto" if options else "gpu"}
+    study = read_study(write(tmp_path, base=[{"trainer": trainer}]))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(UserError, match="which has no GPU: add --precision bf16-mixed"):
+        run_slurm(study, tmp_path / "out", Cluster(**options))
+    assert not (tmp_path / "out").exists()
+
+
 def test_resources_are_read_from_a_file_and_overridden_by_flags(tmp_path: Path) -> None:
     file = tmp_path / "cluster.yaml"
     file.write_text("partition: gpu\nminutes: 60\nsbatch: {account: vision}\n")

@@ -133,6 +133,7 @@ def run_slurm(
     Returns:
         Exit status: 0 if every cell is complete (or `detach` is set), 1 if not, 75 if the wait was interrupted.
     """
+    _check_precision(study, cluster)
     folder = RunFolder(out)
     folder.probe()
     with folder.lock(), StudyProgress(study, launch.prepare(study, out), retries) as progress:
@@ -151,6 +152,17 @@ def run_slurm(
     cancel = f"To cancel them: scancel {' '.join(sorted(numbers))}"
     print(f"The jobs keep running. To wait for them: the same command without --detach. {cancel}", flush=True)
     return status
+
+
+def _check_precision(study: Study, cluster: Cluster) -> None:
+    """Refuse an automatic precision for jobs on GPUs if this machine, which has to choose it, has none."""
+    trainers = [arm.config.get("trainer", {}) for arm in study.arms.values()]
+    automatic = [t for t in trainers if t.get("precision") == "auto" and cluster.parameters(t)["gpus_per_node"]]
+    if automatic and not launch.visible_gpus():
+        raise UserError(
+            f"{study.path}: trainer.precision auto is chosen on the machine that submits the jobs, which has no GPU: "
+            "add --precision bf16-mixed, or 32-true"
+        )
 
 
 class Queue:
