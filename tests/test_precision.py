@@ -1,5 +1,6 @@
 """`trainer.precision: auto`: what it becomes on which machine, and that a run keeps it."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +9,15 @@ import torch
 import yaml
 
 from reslab import config as config_module
-from reslab.ablation.launch import typed_configs
+from reslab.ablation.launch import runs_of_automatic_precision, typed_configs
 from reslab.ablation.study import read_study
 from reslab.config import Experiment
 from reslab.doctor import examine
 from reslab.host import bf16_is_fast, cpu_bf16_is_fast
 from reslab.runs.folder import RunFolder
+from reslab.search.run import SearchProgress
+from reslab.search.search_file import read_search
+from reslab.search.trials import TrialLog
 from runner import DIGITS, TRAINING, Fault, fit, reslab
 
 AUTO = "--trainer.precision=auto"
@@ -156,7 +160,10 @@ def test_automatic_precision_is_recorded_and_reproduced(tmp_path: Path) -> None:
     assert reproduced.status == 0, reproduced.output
 
 
-def test_all_arms_keep_the_precision_of_the_first_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("made", ["checkpoints/last.ckpt", "weights.safetensors"])  # the latter: a finished run
+def test_all_arms_keep_the_precision_of_the_first_run(
+    made: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A study resumed on another kind of machine compares arms of one precision."""
     base = [DIGITS[1], {"trainer": {"precision": "auto", "accelerator": "cpu"}}]
     arms = {"a": {}, "b": {"model.optimizer.init_args.lr": 0.01}, "c": {"trainer.precision": "64-true"}}
@@ -166,10 +173,28 @@ def test_all_arms_keep_the_precision_of_the_first_run(tmp_path: Path, monkeypatc
     machine(monkeypatch, True)
     run = RunFolder(tmp_path / "out/a/seed-1")
     run.checkpoints.mkdir(parents=True)
-    (run.checkpoints / "last.ckpt").touch()
+    (run.path / made).touch()
     run.config.write_text(typed_configs(study)["a"])
     machine(monkeypatch, False)
-    configs = typed_configs(study, out=tmp_path / "out")
+    configs = typed_configs(study, earlier=runs_of_automatic_precision(study, tmp_path / "out"))
     precisions = {arm: yaml.safe_load(config)["trainer"]["precision"] for arm, config in configs.items()}
     assert precisions == {"a": "bf16-mixed", "b": "bf16-mixed", "c": "64-true"}
     assert yaml.safe_load(typed_configs(study)["a"])["trainer"]["precision"] == "32-true"
+
+
+def test_new_trials_of_a_search_keep_the_precision_of_the_first_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = {"base": [DIGITS[1]], "space": {"model.optimizer.lr": [0.1, 0.2, 0.3]}, "trials": 3}
+    (tmp_path / "search.yaml").write_text(yaml.safe_dump(text))
+    plan = read_search(tmp_path / "search.yaml", [AUTO, "--trainer.accelerator=cpu"])
+    out = tmp_path / "out"
+    out.mkdir()
+    for fast_cpu in (True, False):
+        machine(monkeypatch, fast_cpu)
+        progress = SearchProgress(plan, out, TrialLog(plan, out), {}, retries=1, jobs=1)
+        (cell,) = progress.next_cells()
+        assert yaml.safe_load(cell.config.read_text())["trainer"]["precision"] == "bf16-mixed"
+        cell.folder.mkdir()
+        shutil.copy(cell.config, cell.folder / "config.yaml")
+        (cell.folder / "weights.safetensors").touch()

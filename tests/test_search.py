@@ -178,7 +178,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     real = launch.command
     monkeypatch.setattr(launch, "command", lambda cell: [sys.executable, str(FAKE), *real(cell)[3:]])
     monkeypatch.setattr(launch, "is_supported", lambda: False)  # a fork would run the real one
-    plain = lambda study, identities=None: {a.name: yaml.safe_dump(a.config) for a in study.arms.values()}  # noqa: E731
+    plain = lambda study, *_, **__: {a.name: yaml.safe_dump(a.config) for a in study.arms.values()}  # noqa: E731
     monkeypatch.setattr(launch, "typed_configs", plain)
     monkeypatch.setattr(launch, "POLL", 0.01)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")

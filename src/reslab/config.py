@@ -163,8 +163,9 @@ class Experiment(LightningCLI):
         return len(gpus) > 0 and all(torch.cuda.get_device_capability(gpu) >= (8, 0) for gpu in gpus)  # Ampere
 
     def keep_precision(self, folder: RunFolder) -> None:
-        """Replace an automatic precision by that of a run to be resumed, which may have begun on another machine."""
-        if self.automatic_precision and folder.holds_checkpoint() and folder.config.exists():
+        """Replace an automatic precision by that of a run begun earlier, which may have been on another machine."""
+        begun = folder.holds_checkpoint() or folder.weights.exists()
+        if self.automatic_precision and begun and folder.config.exists():
             recorded = yaml.safe_load(folder.config.read_text(encoding="utf-8"))["trainer"]["precision"]
             if recorded in AUTOMATIC.values():
                 self.config.trainer.precision = recorded

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -84,7 +84,7 @@ def prepare(study: Study, out: Path) -> list[State]:
     Raise UserError if an arm is invalid, or a cell's directory holds another run.
     """
     identities: dict[str, DataIdentity] = {}
-    configs = typed_configs(study, identities, out)
+    configs = typed_configs(study, identities, runs_of_automatic_precision(study, out))
     data = {arm: dict(identity.hashes) for arm, identity in identities.items()}
     current = states(study, out, {arm: yaml.load(text, Loader) for arm, text in configs.items()}, data)
     if mismatched := [s for s in current if s.status == "mismatched"]:
@@ -98,7 +98,8 @@ def prepare(study: Study, out: Path) -> list[State]:
     return current
 
 
-def _of_automatic_precision(study: Study, out: Path) -> list[RunFolder]:
+def runs_of_automatic_precision(study: Study, out: Path) -> list[RunFolder]:
+    """Return the directories of all runs in `out` whose precision is chosen by the machine."""
     automatic = [name for name, arm in study.arms.items() if arm.config.get("trainer", {}).get("precision") == "auto"]
     return [RunFolder(cell.folder) for cell in cells(study, out) if cell.arm in automatic]
 
@@ -111,13 +112,13 @@ def _data_changes(state: State, identities: "Mapping[str, DataIdentity]") -> str
 
 
 def typed_configs(
-    study: Study, identities: "dict[str, DataIdentity] | None" = None, out: Path | None = None
+    study: Study, identities: "dict[str, DataIdentity] | None" = None, earlier: Sequence[RunFolder] = ()
 ) -> dict[str, str]:
     """Return the resolved config of every arm as YAML, after checking every value and building every class.
 
     If the study is about to run, pass a dictionary: the identity of each arm's data is put into it, as far as the data
     are on this machine, and every arm's network, optimizer and objective are tried. An automatic precision is that of
-    the study's runs in `out`, if there are any: all arms have the same, whatever machine a run is on.
+    the `earlier` runs, if there are any: all arms have the same, whatever machine a run is on.
     """
     from reslab.config import Experiment
     from reslab.training.rehearsal import check_model
@@ -130,7 +131,7 @@ def typed_configs(
             file.write_text(yaml.safe_dump(arm.config, sort_keys=False), encoding="utf-8")
             try:
                 experiment = Experiment(["--config", str(file)])
-                for folder in _of_automatic_precision(study, out) if out else ():
+                for folder in earlier:
                     experiment.keep_precision(folder)
                 data, model, _ = experiment.build()
                 if study.metric not in model.metric_names:

@@ -147,7 +147,8 @@ class SearchProgress(StudyProgress):
         return [cell for cell in self.to_run() if cell in cells]
 
     def _write(self, arm: Arm, file: Path) -> str:
-        text = launch.typed_configs(self.search.study({arm.name: arm}))[arm.name]
+        earlier = launch.runs_of_automatic_precision(self.study, self.out)
+        text = launch.typed_configs(self.search.study({arm.name: arm}), earlier=earlier)[arm.name]
         file.parent.mkdir(exist_ok=True)
         write_text(file, text)
         return text
