@@ -20,7 +20,7 @@ from reslab.data.datasets import CIFAR10, Arrays, Digits
 from reslab.data.test_sets import CORRUPTIONS
 from reslab.further_tests import restricted_to
 from reslab.metric_text import wilson
-from runner import fit, manifest
+from runner import REPO, fit, manifest
 
 Undisturbed = Callable[..., Path]
 rng = np.random.default_rng(0)
@@ -307,9 +307,14 @@ def other_weights(run: Path) -> list[str]:
     return ["--on", "digits"]
 
 
+def named_like_a_split(run: Path) -> list[str]:
+    return ["--on", str(shutil.copy(REPO / "configs/data/digits.yaml", run.parent / "val.yaml"))]
+
+
 REFUSED: list[tuple[Callable[[Path], list[str]], str]] = [
     (lambda run: ["--on", "digit"], "--on digit: no such file or data set: did you mean digits"),
     (lambda run: ["--on", "digits", "--on", "digits"], "two test sets called digits"),
+    (named_like_a_split, "val is the name of the run's own results"),
     (unfinished, "is not finished"),
     (other_weights, "does not hold the weights that the run tested"),
 ]

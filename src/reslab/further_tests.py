@@ -39,6 +39,7 @@ from reslab.training.lightning_internals import rank
 
 LEAVES = CONFIGS / "data"
 KEY = "data.dataset"
+SPLITS = ("train", "val", "test")
 
 
 class FurtherSet(NamedTuple):
@@ -118,6 +119,8 @@ def _leaves(names: Sequence[str]) -> dict[str, tuple[dict[str, Any], ImageSource
         path = _find(name)
         if path.stem in leaves:
             raise UserError(f"--on {name}: there are two test sets called {path.stem}: rename one of the files")
+        if path.stem in SPLITS:
+            raise UserError(f"--on {name}: {path.stem} is the name of the run's own results: rename the file")
         leaves[path.stem] = read_source(path)
     return leaves
 
