@@ -3,7 +3,8 @@
     loop           ResNet-50 at 224 pixels on images in memory: reslab against a plain loop with the same settings
     jpeg           the same from JPEG files: images/s, and the share of time that training waits for data
     sync           50 training steps under torch.cuda.set_sync_debug_mode("error")
-    accuracy       ResNet-18 on CIFAR-10, one-cycle schedule: time to 94 % (requires the data: --root DIR)
+    speed          cifar10_speed94, 95 and 96 with gpu_fast: accuracy and time (requires the data: --root DIR)
+    side_by_side   8 runs of cifar10_resnet18 at the same time on one GPU: images/s in total (requires the data)
     deterministic  cost per step of configs/trainer/deterministic.yaml with ResNet-50
     on_device      ResNet-18 on images of CIFAR-10's size: data.on_device true against false
     fast           the same: configs/trainer/gpu_fast.yaml, also with CUDA graphs, against gpu.yaml
@@ -14,20 +15,23 @@ small versions of all parts, also on a CPU, to test this script.
 
 import argparse
 import contextlib
+import json
+import math
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+import yaml
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.profilers import SimpleProfiler
 from PIL import Image
@@ -36,14 +40,12 @@ from reslab import Classifier, ImageData, create_model
 from reslab.config import Experiment
 from reslab.data import Augment, ImageFolder
 from reslab.data.datasets import Arrays, ImageSource, Split
-from reslab.experiment import Run
 from reslab.host import CONFIGS
-from reslab.runs.folder import RunFolder
+from reslab.runs.metrics import read_metrics
 
-PARTS = ("loop", "jpeg", "sync", "accuracy", "deterministic", "on_device", "fast")
+PARTS = ("loop", "jpeg", "sync", "speed", "side_by_side", "deterministic", "on_device", "fast")
 GPU = torch.cuda.is_available()
 NAME = torch.cuda.get_device_name() if GPU else "CPU"
-TARGET = 0.94
 
 
 class Noise(ImageSource):
@@ -213,39 +215,63 @@ def sync(sizes: Sizes, root: str) -> str:
     )
 
 
-class Clock(Callback):
-    """Record when the validation accuracy first reaches TARGET."""
+class Result(NamedTuple):
+    """What a finished run measured."""
 
-    reached: float | None = None
-
-    def on_train_start(self, *args: Any) -> None:
-        self.started = time.perf_counter()
-
-    def on_validation_end(self, trainer: Trainer, model: Classifier) -> None:  # type: ignore[override]
-        if self.reached is None and model.latest.get("val/acc", 0) >= TARGET:
-            self.reached = time.perf_counter() - self.started
+    accuracy: float  # on the test set, in percent
+    rate: float  # training images/s
+    training: float  # seconds
+    total: float  # seconds, with checks, test and report
 
 
-def accuracy(sizes: Sizes, root: str) -> str:
-    tiny = sizes.size < 224
-    experiment = "digits" if tiny else "cifar10_resnet18"
-    files = [CONFIGS / f"experiment/{experiment}.yaml", CONFIGS / "recipe/onecycle.yaml"]
-    files += [CONFIGS / "trainer/gpu.yaml"] if GPU else []
-    argv = [arg for file in files for arg in ("--config", str(file))]
-    argv += [f"--trainer.max_epochs={2 if tiny else 24}", "--trainer.max_steps=-1", "--data.root", root]
-    clock = Clock()
+def runs(name: str, seeds: Iterable[int], root: str, *options: str) -> list[Result]:
+    """Run `reslab fit NAME` with all seeds at the same time."""
+    fit = [sys.executable, "-m", "reslab", "fit", name, f"--data.root={root}", *options]
+    fit += [] if GPU else ["--trainer.accelerator=cpu"]
     with tempfile.TemporaryDirectory() as scratch:
-        config = Experiment(argv)
-        data, model, settings = config.build()
-        settings["callbacks"].append(clock)
-        folder = RunFolder(Path(scratch, "run"))
-        with folder.claimed():
-            run = Run(config, folder, argv, data, model, settings)
-            run.execute()
-        results, wall = run.record.manifest["results"], run.record.manifest["wall_seconds"]
-    target = "not reached" if clock.reached is None else f"on validation after {clock.reached:.0f} s"
-    final = f"test/acc {results['test/acc']:.4f} after {wall:.0f} s in total (seed 0)"
-    return f"{experiment}, one cycle: {TARGET:.0%} {target}; {final}"
+        folders = {seed: Path(scratch, str(seed)) for seed in seeds}
+        commands = [[*fit, f"--seed={seed}", f"--run.dir={folder}"] for seed, folder in folders.items()]
+        processes = [subprocess.Popen(command, stdout=subprocess.DEVNULL) for command in commands]
+        statuses = [process.wait() for process in processes]
+        if any(statuses):
+            raise RuntimeError(f"a run of {name} failed")
+        return [result(folder) for folder in folders.values()]
+
+
+def result(folder: Path) -> Result:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    batch_size = yaml.safe_load((folder / "config.yaml").read_text())["data"]["batch_size"]
+    steps = read_metrics(folder / "metrics.csv")["train/loss"][0][-1]
+    rate = manifest["samples_per_second"]
+    accuracy = 100 * manifest["results"].get("test/acc", math.nan)
+    return Result(accuracy, rate, steps * batch_size / rate, manifest["wall_seconds"])
+
+
+def speed(sizes: Sizes, root: str) -> str:
+    tiny = sizes.size < 224
+    recipes = {"digits": 2} if tiny else {"cifar10_speed94": 5, "cifar10_speed95": 5, "cifar10_speed96": 3}
+    options = ["--epochs=1"] if tiny else ["--config=gpu_fast"]
+    lines = []
+    for name, n in recipes.items():
+        results = [runs(name, [seed], root, *options)[0] for seed in range(n)]
+        accuracies, rates, trainings, totals = zip(*results, strict=True)
+        lines.append(
+            f"{name}: test/acc {statistics.mean(accuracies):.2f} ± {statistics.stdev(accuracies):.2f} % (n = {n}), "
+            f"trained in {statistics.median(trainings):.1f} s at {statistics.median(rates):,.0f} images/s, "
+            f"{statistics.median(totals):.0f} s in total (medians)"
+        )
+    return "; ".join(lines)
+
+
+def side_by_side(sizes: Sizes, root: str) -> str:
+    tiny = sizes.size < 224
+    name, jobs = ("digits", 2) if tiny else ("cifar10_resnet18", 8)
+    options = ["--run.skip_test=true", "--trainer.max_epochs=-1", f"--trainer.max_steps={20 if tiny else 6000}"]
+    options += [] if tiny else ["--config=gpu"]
+    alone, together = (sum(run.rate for run in runs(name, range(n), root, *options)) for n in (1, jobs))
+    return (
+        f"{name}: {jobs} runs at the same time train {together:,.0f} images/s in total, one alone {alone:,.0f} (n = 1)"
+    )
 
 
 def step_seconds(sizes: Sizes, deterministic: bool) -> float:
