@@ -314,7 +314,7 @@ def named_like_a_split(run: Path) -> list[str]:
 REFUSED: list[tuple[Callable[[Path], list[str]], str]] = [
     (lambda run: ["--on", "digit"], "--on digit: no such file or data set: did you mean digits"),
     (lambda run: ["--on", "digits", "--on", "digits"], "two test sets called digits"),
-    (named_like_a_split, "val is the name of the run's own results"),
+    (named_like_a_split, "val is the name of the results of the run itself"),
     (unfinished, "is not finished"),
     (other_weights, "does not hold the weights that the run tested"),
 ]

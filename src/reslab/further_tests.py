@@ -120,7 +120,7 @@ def _leaves(names: Sequence[str]) -> dict[str, tuple[dict[str, Any], ImageSource
         if path.stem in leaves:
             raise UserError(f"--on {name}: there are two test sets called {path.stem}: rename one of the files")
         if path.stem in SPLITS:
-            raise UserError(f"--on {name}: {path.stem} is the name of the run's own results: rename the file")
+            raise UserError(f"--on {name}: {path.stem} is the name of the results of the run itself: rename the file")
         leaves[path.stem] = read_source(path)
     return leaves
 

@@ -176,6 +176,8 @@ class Queue:
         """Submit the cells that have no job yet, from this process or an earlier one."""
         known = jobs(self.out)
         new = [cell for cell in self.todo if cell.name not in known or known[cell.name].state in ENDED]
+        if new == self.todo:  # no job is left: what the last look decided may not be logged yet
+            self.progress.next_look()
         self._submit(new)
         others = len(self.todo) - len(new)
         print(f"submitted to Slurm: {count(len(new), 'cell')}; {others} already submitted", flush=True)
