@@ -4,8 +4,10 @@ Undo with `git checkout . && git clean -d src`.
 """
 
 import contextlib
+import hashlib
 import importlib.util
 import io
+import json
 import keyword
 import os
 import re
@@ -68,6 +70,10 @@ def rename(root: Path, new: str) -> int:
         with contextlib.suppress(OSError):  # it holds files that git ignores
             folder.rmdir()
     shutil.rmtree(root / "src" / f"{OLD}.egg-info", ignore_errors=True)  # of an editable installation
+    for manifest in (root / "weights").glob("*/manifest.json"):  # the config names classes of the package
+        text, config = manifest.read_text(encoding="utf-8"), (manifest.parent / "config.yaml").read_bytes()
+        digest = hashlib.sha256(config).hexdigest()
+        manifest.write_text(text.replace(json.loads(text)["config_sha256"], digest), encoding="utf-8")
     return changed
 
 
