@@ -26,7 +26,7 @@ $(BASE) $(DEV) $(NOTEBOOKS): pyproject.toml constraints.txt
 	@echo "Installing reslab$(EXTRAS) into $(VENV): at most 7 GB, of which 5 GB are PyTorch and its GPU libraries"
 	@$(IN_VENV) uv pip install -c constraints.txt -e '.$(EXTRAS)' $(if $(TORCH),--torch-backend $(TORCH))
 	@echo "Compiling the modules that a run imports"
-	@env -u PYTHONDONTWRITEBYTECODE $(IN_VENV) python -c "import reslab.experiment, wandb, sklearn.datasets, matplotlib.pyplot"
+	@env -u PYTHONDONTWRITEBYTECODE $(IN_VENV) python -c "import reslab.experiment, wandb, matplotlib.pyplot"
 	@touch $(if $(EXTRAS),$(BASE)) $(if $(findstring notebooks,$@),$(DEV)) $@
 
 demo: $(BASE)  ## train and test a ResNet on handwritten digits (one minute on a laptop)
