@@ -93,6 +93,7 @@ def test_forked_cell_has_the_bits_of_a_new_process(server: ForkServer, tmp_path:
     assert runs[0] == runs[1]
 
 
+@pytest.mark.slow
 def test_killed_study_leaves_no_cell_running(tmp_path: Path) -> None:
     study, out = write(tmp_path, seeds=[0]), tmp_path / "out"
     options = ["--jobs", "2", "--trainer.accelerator=cpu", "--trainer.max_epochs=900"]

@@ -408,6 +408,7 @@ def test_options_that_work_change_no_bits_together(tmp_path: Path, plain: dict[s
     assert len(steps) == len({*steps})
 
 
+@pytest.mark.slow
 def test_double_precision_resumes_with_the_same_bits(tmp_path: Path) -> None:
     options = ["--trainer.precision=64-true", "--model.ema_decay=0.9", "--trainer.max_epochs=1"]
     whole = trained(tmp_path / "whole", *options)

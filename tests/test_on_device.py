@@ -191,6 +191,7 @@ RECIPE = [
 ]
 
 
+@pytest.mark.slow
 def test_same_run_killed_and_resumed(undisturbed: Callable[..., Path], tmp_path: Path) -> None:
     for workers, fault in enumerate([Fault(TRAINING, call=21), Fault(VALIDATION, call=4), None]):
         ended = fit(tmp_path, *RECIPE, "--data.on_device=true", f"--data.num_workers={workers}", fault=fault)
