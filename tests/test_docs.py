@@ -141,7 +141,7 @@ class Checkout:
     def renew(self, cifar: Path) -> None:
         shutil.rmtree(self.path, ignore_errors=True)
         self.path.mkdir()
-        for name in ("src", "configs", "scripts", "hubconf.py", "pyproject.toml", "Makefile"):
+        for name in ("src", "configs", "scripts", "weights", "hubconf.py", "pyproject.toml", "Makefile"):
             if (REPO / name).is_dir():
                 shutil.copytree(REPO / name, self.path / name, ignore=shutil.ignore_patterns("__pycache__"))
             else:
