@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -20,6 +21,7 @@ from reslab.training import Constant, Cosine, Linear, MultiStep, OneCycle, Param
 from reslab.training.classifier import Diverged
 from reslab.training.ema import EMA
 from reslab.training.optimizers import parameter_groups
+from reslab.training.rehearsal import check_model
 
 SCHEDULES: list[Schedule] = [
     Constant(),
@@ -226,6 +228,24 @@ def test_flip_tta_averages_image_and_mirror_image_in_evaluation_only() -> None:
         assert torch.equal(model.train()(images), model.net(images))
 
 
+def test_shift_tta_gives_two_shifted_views_half_of_the_weight() -> None:
+    model = Classifier(small_net(), flip_tta=True, shift_tta=2).eval()
+    images = torch.randn(5, 1, 8, 8)
+    padded = torch.from_numpy(np.pad(images, ((0, 0), (0, 0), (2, 2), (2, 2)), "reflect"))
+    views = images, padded[:, :, :8, :8], padded[:, :, 4:, 4:]
+    with torch.no_grad():
+        one, two, three = ((model.net(x) + model.net(x.flip(3))) / 2 for x in views)
+        torch.testing.assert_close(model(images), one / 2 + two / 4 + three / 4)
+        assert torch.equal(model.train()(images), model.net(images))
+
+
+def test_shift_as_large_as_the_images_is_refused_before_training() -> None:
+    data = ImageData(Digits(), batch_size=64)
+    check_model(Classifier(small_net(), shift_tta=7), data)
+    with pytest.raises(UserError, match="shift_tta 8 must be less than the side of the images, 8 × 8"):
+        check_model(Classifier(small_net(), shift_tta=8), data)
+
+
 def test_batch_norms_of_network_and_ema_convert_to_sync_batchnorm() -> None:
     model = Classifier(small_net(), ema_decay=0.9)
     model.ema = EMA(model.net, 0.9)
@@ -309,6 +329,7 @@ def test_predict_step_returns_probabilities() -> None:
 OUT_OF_RANGE = [
     ("ema_decay", lambda: {"ema_decay": 1.5}),
     ("base_batch_size", lambda: {"base_batch_size": 0}),
+    ("shift_tta", lambda: {"shift_tta": -1}),
     ("backbone_lr_scale", lambda: {"param_groups": ParamGroups(backbone_lr_scale=0.0)}),
     ("layer_decay", lambda: {"param_groups": ParamGroups(layer_decay=-1.0)}),
     ("norm_bias_lr_scale", lambda: {"param_groups": ParamGroups(norm_bias_lr_scale=0.0)}),

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
+import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
@@ -115,6 +116,8 @@ class Classifier(LightningModule):
         param_groups: Which parameters are trained, and how.
         ema_decay: Decay per step of an exponential moving average of the weights, used by evaluation. null: off.
         flip_tta: In evaluation, average the logits of each image and its mirror image.
+        shift_tta: In evaluation, give half of the weight to the image shifted by this many pixels along the diagonal,
+            up and down, with its border reflected (Jordan 2024, arXiv:2404.00498, section 3.5). 0: off.
         execution: Compilation and memory format.
 
     Attributes:
@@ -134,6 +137,7 @@ class Classifier(LightningModule):
         param_groups: ParamGroups = ParamGroups(),  # noqa: B008 - frozen
         ema_decay: float | None = None,
         flip_tta: bool = False,
+        shift_tta: int = 0,
         execution: Execution = Execution(),
     ) -> None:
         super().__init__()
@@ -141,6 +145,8 @@ class Classifier(LightningModule):
             raise ValueError(f"ema_decay must be between 0 and 1, got {ema_decay}; null turns the average off")
         if base_batch_size is not None and base_batch_size < 1:
             raise ValueError(f"base_batch_size must be at least 1, got {base_batch_size}")
+        if shift_tta < 0:
+            raise ValueError(f"shift_tta must be at least 0 pixels, got {shift_tta}")
         if getattr(net, "num_classes", None) == 0:
             raise ValueError("num_classes must be at least 1, got 0: that is a network without a head")
         param_groups.check(net)
@@ -149,7 +155,8 @@ class Classifier(LightningModule):
         self.objective = objective or CrossEntropy()
         self.make_optimizer, self.schedule = optimizer, schedule or Cosine()
         self.base_batch_size, self.param_groups = base_batch_size, param_groups
-        self.ema_decay, self.flip_tta, self.execution = ema_decay, flip_tta, execution
+        self.ema_decay, self.execution = ema_decay, execution
+        self.flip_tta, self.shift_tta = flip_tta, shift_tta
         self.ema: EMA | None = None
         self.seed: int | None = None
         self.latest: dict[str, float] = {}
@@ -230,9 +237,18 @@ class Classifier(LightningModule):
         self.load_pretrained()
         if self.training:
             return self.net(images)
-        net = self.evaluated_net()
         with self.execution.eager():
-            return (net(images) + net(images.flip(3))) / 2 if self.flip_tta else net(images)
+            logits = self._evaluate(images)
+            if self.shift_tta:
+                shift, (height, width) = self.shift_tta, images.shape[2:]
+                padded = F.pad(images, (shift,) * 4, "reflect")
+                corners = padded[..., :height, :width], padded[..., 2 * shift :, 2 * shift :]
+                logits = logits / 2 + sum(map(self._evaluate, corners)) / 4
+            return logits
+
+    def _evaluate(self, images: Tensor) -> Tensor:
+        net = self.evaluated_net()
+        return (net(images) + net(images.flip(3))) / 2 if self.flip_tta else net(images)
 
     def evaluated_net(self) -> nn.Module:
         """Return the network that evaluation uses: the EMA where there is one, else the trained network."""
@@ -318,7 +334,7 @@ class Classifier(LightningModule):
         checkpoint["windows"] = windows.tolist()
         checkpoint["latest"] = self.latest
         # Arguments on which evaluation depends, for load_from_checkpoint.
-        checkpoint["hyper_parameters"] = {"ema_decay": self.ema_decay, "flip_tta": self.flip_tta}
+        checkpoint["hyper_parameters"] = {name: getattr(self, name) for name in ("ema_decay", "flip_tta", "shift_tta")}
 
     @classmethod
     def load_from_checkpoint(

@@ -85,6 +85,9 @@ def _validates(trainer: Trainer, batches: int, total: float) -> bool:
 @torch.no_grad()
 def _check_network(model: Classifier, data: ImageData) -> None:
     """Pass one image of the size used in evaluation through the network."""
+    if model.shift_tta >= min(data.image_shape[1:]):
+        size = " × ".join(map(str, data.image_shape[1:]))
+        raise UserError(f"model.shift_tta {model.shift_tta} must be less than the side of the images, {size} pixels")
     modes = {module: module.training for module in model.net.modules()}
     images = torch.zeros(1, *data.image_shape)
     try:
