@@ -171,6 +171,8 @@ def test_network_that_requires_training_images_refuses_plain_loaders() -> None:
     loader = torch.utils.data.DataLoader([(torch.zeros(1, 8, 8), 0)] * 8, batch_size=4)
     with pytest.raises(UserError, match="Centered sets its first weights from training images"):
         quiet_trainer(max_epochs=1).fit(Classifier(Centered()), loader)
+    with pytest.raises(UserError, match="call initialize"):
+        Classifier(Centered()).training_step(next(iter(loader)), 0)  # in a loop without a Trainer
 
 
 def test_backbone_learns_at_its_share_of_the_rate() -> None:

@@ -214,7 +214,7 @@ class Classifier(LightningModule):
         """Let a network that asks for training images set its first weights."""
         count: int = getattr(self.net, "init_images", 0)  # type: ignore[assignment]
         if count:
-            data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+            data: Any = self.trainer.datamodule if internals.is_attached(self) else None  # type: ignore[attr-defined]
             if not hasattr(data, "init_images"):
                 raise UserError(
                     f"{type(self.net).__name__} sets its first weights from training images, which only ImageData "
@@ -286,6 +286,7 @@ class Classifier(LightningModule):
         else:  # a loop of the user's own
             index = batch_idx
             self.load_pretrained()
+            self._initialize()
             self.objective.prepare(self.net)
         reseed(step_seed(self.seed or 0, index, self.global_rank), self.device)
         loss, logits = self.objective.loss(self.net, batch)
