@@ -315,8 +315,8 @@ class ImageData(LightningDataModule):
         """Return the test images at these positions as evaluation loads them, uint8 (N, H, W, C)."""
         return self._batches(self.test_data, (self.image_size,))[BatchKey(indices)].images
 
-    def init_images(self, count: int) -> Tensor:
-        """Return training images for `Network.initialize`, float32 (N, C, H, W): evenly spaced, as in evaluation."""
+    def unaugmented_images(self, count: int) -> Tensor:
+        """Return `count` evenly spaced training images, preprocessed as in evaluation: float32 (N, C, H, W)."""
         train = self.split[0]
         indices = train[np.linspace(0, len(train) - 1, min(count, len(train))).astype(np.int64)]
         images = self._batches(self.train_data, (self.image_size,))[BatchKey(indices)].images

@@ -215,12 +215,12 @@ class Classifier(LightningModule):
         count: int = getattr(self.net, "init_images", 0)  # type: ignore[assignment]
         if count:
             data: Any = self.trainer.datamodule if internals.is_attached(self) else None  # type: ignore[attr-defined]
-            if not hasattr(data, "init_images"):
+            if not hasattr(data, "unaugmented_images"):
                 raise UserError(
                     f"{type(self.net).__name__} sets its first weights from training images, which only ImageData "
                     "provides: pass datamodule=ImageData(...), or call initialize(images) and set init_images = 0"
                 )
-            self.net.initialize(data.init_images(count))  # type: ignore[operator]
+            self.net.initialize(data.unaugmented_images(count))  # type: ignore[operator]
             self.expect_weights()
 
     def train(self, mode: bool = True) -> Self:
