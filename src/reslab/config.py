@@ -23,7 +23,7 @@ from reslab.check import BASE, wrong_seed
 from reslab.config_errors import ALLOWED, explain, explain_failure, located, one_line, places
 from reslab.data import ImageData
 from reslab.errors import UserError, last_line
-from reslab.host import cpu_bf16_is_fast
+from reslab.host import cpu_bf16_is_fast, keep_freed_memory
 from reslab.models import ResNet, SpeedNet, TimmNetwork, TorchvisionNetwork  # noqa: F401 - short names: of imported classes only
 from reslab.names import fixed_directory
 from reslab.resolve import with_paths
@@ -234,6 +234,8 @@ class Experiment(LightningCLI):
             if not isinstance(value := settings[name], list):
                 settings[name] = [] if isinstance(value, bool | None) else [value]
         settings["accelerator"] = self._accelerator() if settings["accelerator"] == "auto" else settings["accelerator"]
+        if settings["accelerator"] == "cpu":
+            keep_freed_memory()
         self._check_metrics(built.data, built.model, settings["callbacks"])
         return built.data, built.model, settings
 

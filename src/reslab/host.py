@@ -2,11 +2,14 @@
 
 import atexit
 import contextlib
+import functools
 import gc
 import importlib
+import mmap
 import os
 import re
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +21,7 @@ NAMESPACES = (
     "reslab.models", "reslab.data", "reslab.training", "torch.optim", "torchvision.transforms.v2",
     "lightning.pytorch.callbacks", "lightning.pytorch.loggers",
 )  # fmt: skip
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # parameters of mallopt in glibc's malloc.h
 # Signals that ask a run to stop: it writes a checkpoint and exits with Exit.PREEMPTED.
 STOP_SIGNALS = tuple(getattr(signal, f"SIG{n}") for n in ("TERM", "INT", "USR1", "USR2") if hasattr(signal, f"SIG{n}"))
 
@@ -41,6 +45,37 @@ def cpu_bf16_is_fast() -> bool:
     """Return `bf16_is_fast` of this machine; False where there is no /proc/cpuinfo."""
     info = Path("/proc/cpuinfo")
     return info.exists() and bf16_is_fast(info.read_text(encoding="utf-8", errors="replace"))
+
+
+@functools.cache
+def keep_freed_memory(reserve: int = 2**31) -> None:
+    """Let glibc keep the memory of freed tensors for later ones, and use huge pages for it.
+
+    By default glibc returns large blocks to the kernel, so each training step on a CPU gets most of its activations as
+    new pages: one fault and 4 KiB of zeros at a time. Elsewhere than on Linux with glibc, nothing happens.
+
+    Args:
+        reserve: Bytes of address space that huge pages may fill. They take memory only once they are used.
+    """
+    import ctypes  # here: `reslab --help` does without
+
+    if sys.platform != "linux" or not hasattr(libc := ctypes.CDLL(None), "mallopt"):  # musl
+        return
+    libc.mallopt(_M_MMAP_MAX, 0)  # all blocks come from the heap,
+    libc.mallopt(_M_TRIM_THRESHOLD, -1)  # which does not shrink by itself
+    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    libc.free.argtypes = [ctypes.c_void_p]
+
+    def use_huge_pages() -> None:
+        if block := libc.malloc(reserve):  # None if the address space is limited
+            start = -(-block // mmap.PAGESIZE) * mmap.PAGESIZE
+            libc.madvise(start, block + reserve - start, mmap.MADV_HUGEPAGE)  # a kernel without them refuses: no harm
+            libc.free(block)
+
+    use_huge_pages()
+    # Forked loader workers would hold on to copies of the freed pages.
+    os.register_at_fork(before=lambda: libc.malloc_trim(0), after_in_parent=use_huge_pages)
 
 
 @contextlib.contextmanager
