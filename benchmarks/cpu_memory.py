@@ -39,7 +39,7 @@ def images_per_second(net_name: str, steps: int) -> float:
 
 
 def measure(keep: bool, steps: int) -> dict[str, float]:
-    """Train in a process of its own; return images/s of each network, and the peak memory in MB."""
+    """Train in a new process; return images/s of each network, and the peak memory in MB."""
     command = [sys.executable, __file__, "--child", str(int(keep)), "--steps", str(steps)]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 

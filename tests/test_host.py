@@ -1,6 +1,7 @@
 """What the machine is asked for: memory that a training step on a CPU reuses."""
 
 import ctypes
+import functools
 import subprocess
 import sys
 import types
@@ -34,6 +35,7 @@ os.wait()
 """
 
 
+@functools.cache
 def result(code: str, setting: str = "keep_freed_memory()") -> int:
     code = f"import os, resource, torch\nfrom reslab.host import keep_freed_memory\n{setting}\n{code}"
     return int(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
