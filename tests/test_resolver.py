@@ -147,6 +147,12 @@ def is_stricter(key: str, value: str) -> bool:
     return False
 
 
+@pytest.mark.parametrize("key", ["trainer.gradient_clip_algorithm", "model.weights", "data.root", "run.name"])
+@pytest.mark.parametrize("text", ["~", "null", "Null", "NULL", "nULL", " ~ ", "", " ", "#a", "'~'", "~x", "a: b: c"])
+def test_resolver_and_typed_parser_agree_on_null(key: str, text: str) -> None:
+    compare(["digits", f"--{key}={text}"])
+
+
 @given(st.sampled_from(KEYS), st.sampled_from(VALUES))
 @settings(ANY, max_examples=40)
 def test_check_refuses_nothing_that_the_typed_parser_accepts(key: str, value: str) -> None:

@@ -52,6 +52,14 @@ def parse_value(text: str) -> Any:
         raise UserError(f"{text!r} is not valid YAML; quote it") from error
 
 
+def _is_null(text: str) -> bool:
+    """Return whether text is a null of YAML, as in `~` or `Null`; nothing but spaces is not."""
+    try:
+        return text.strip() != "" and parse_value(text) is None
+    except UserError:
+        return False
+
+
 def options(overrides: Sequence[str]) -> Iterator[tuple[str, str]]:
     """Yield the names and values of --KEY VALUE and --KEY=VALUE."""
     words = iter(overrides)
@@ -118,8 +126,8 @@ def set_option(config: Config, key: str, text: str) -> Config:
     append = key.endswith("+")
     full = full_key(key.removesuffix("+"), config)
     type_ = parameter(full, config).type
-    value = text if type_.names == ("str",) and not type_.others and not type_.items else parse_value(text)
-    value = None if value == "null" and None in type_.choices else value
+    is_text = type_.names == ("str",) and not type_.others and not type_.items
+    value = text if is_text and not (None in type_.choices and _is_null(text)) else parse_value(text)
     return change(config, {f"{full}+" if append else full: value}, Path())
 
 

@@ -367,7 +367,8 @@ class Classifier(LightningModule):
         self.expect_weights()
         if internals.is_attached(self) and self.trainer.precision == "64-true":
             self.double()  # Lightning converts only after loading, which would round the weights
-        self._match_state(checkpoint)
+        if "state_dict" in checkpoint:  # a strategy that shards the network has loaded its weights already
+            self._match_state(checkpoint)
         self.latest = dict(checkpoint.get("latest", {}))
         if internals.is_attached(self):
             self._restore_window(checkpoint)
