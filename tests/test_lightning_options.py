@@ -393,9 +393,10 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def trained(folder: Path, *options: str, fault: Fault | None = None) -> Path:
     """Train the short run in `folder`; with a fault, until it ends there and then, resumed, to the end."""
     words = [*SHORT, *(word.replace("FOLDER", str(folder / "log")) for word in options)]
+    files = {"MLFLOW_ALLOW_FILE_STORE": "true"}  # Lightning's MLFlowLogger leaves it to the user
     if fault:
-        assert fit(folder, *words, fault=fault).status < 0
-    ended = fit(folder, *words)
+        assert fit(folder, *words, fault=fault, **files).status < 0
+    ended = fit(folder, *words, **files)
     assert ended.status == 0, ended.output
     assert manifest(folder)["status"] == "complete"
     return folder
