@@ -41,8 +41,8 @@ test test-slow: export OMP_NUM_THREADS ?= 1
 test: $(DEV)  ## run the tests
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-test-slow: $(DEV)  ## run the slow tests
-	@$(BIN)/python -m pytest -n $(WORKERS) -m slow
+test-slow: $(DEV)  ## run the slow tests (20 minutes on two cores); TESTS=FILES selects some
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m slow $(TESTS)
 
 lint: $(DEV)  ## run ruff and mypy
 	@$(BIN)/ruff check .
