@@ -136,7 +136,7 @@ FAILURES = {
 def test_failure_of_one_rank_ends_all_ranks(tmp_path: Path, fault: Fault, message: str, status: int) -> None:
     workers = "--data.num_workers=1" if fault.target == LOADING else "--data.num_workers=0"
     ended = fit_two(tmp_path, workers, fault=fault, HURT_AT=str(tmp_path / "hurt_at"))
-    assert time.time() - float((tmp_path / "hurt_at").read_text()) < 12
+    assert time.time() - float((tmp_path / "hurt_at").read_text()) < 60  # the other rank would wait for 30 minutes
     assert ended.status == status, ended.output
     assert manifest(tmp_path)["status"] == "failed"
     assert ended.output.count("Traceback") <= 1  # of the failing rank alone
@@ -198,7 +198,7 @@ def test_failure_of_one_rank_ends_all_under_torchrun(tmp_path: Path) -> None:
     argv = ["fit", *DIGITS, *SHORT, "--trainer.devices=1", "--run.dir", tmp_path]
     fault = Fault(TRAINING, "fail", 7, 1)
     ended = torchrun(2, *argv, fault=fault, cwd=tmp_path, HURT_AT=str(tmp_path / "hurt_at"))
-    assert time.time() - float((tmp_path / "hurt_at").read_text()) < 12
+    assert time.time() - float((tmp_path / "hurt_at").read_text()) < 60  # the other rank would wait for 30 minutes
     assert ended.status == 1 and re.search(
         "rank 1 on .*: ArithmeticError: injected", manifest(tmp_path)["attempts"][0]["how"]
     )
