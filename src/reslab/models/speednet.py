@@ -103,7 +103,8 @@ class SpeedNet(Network):
         x = F.gelu(self.whiten(x))
         for group in self.groups:
             x = group(x)
-        return x.amax((2, 3)) * self.logit_scale
+        # Not amax: compiled in bf16, its backward pass looks for the maximum in unrounded values, and returns NaN.
+        return x.flatten(2).max(2).values * self.logit_scale
 
     @torch.no_grad()
     def initialize(self, images: Tensor) -> None:
