@@ -114,9 +114,8 @@ class SaveAfter(Callback):
 def train(data: ImageData, resume: Path | None = None, *callbacks: Callback, **settings: Any) -> Recorder:
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     model = Recorder()
-    trainer = Trainer(
-        max_epochs=3, accelerator="cpu", enable_model_summary=False, callbacks=[*callbacks], **quiet, **settings
-    )
+    settings = {"max_epochs": 3, "accelerator": "cpu", "enable_model_summary": False, **quiet, **settings}
+    trainer = Trainer(callbacks=[*callbacks], **settings)
     trainer.fit(model, data, ckpt_path=resume)
     return model
 

@@ -181,7 +181,7 @@ def test_prefetch_copies_one_batch_ahead_and_waits_for_each_copy(monkeypatch):
 def test_prefetch_to_gpu_keeps_batches_unchanged_without_a_sync(pets):
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-    sampler = [(epoch, np.arange(12)) for epoch in range(20)]
+    sampler = [(np.arange(12), epoch, epoch) for epoch in range(20)]
     batches = data_of(pets).train_dataloader().dataset
     options: dict[str, Any] = {"batch_size": None, "sampler": sampler, "pin_memory": True, "num_workers": 1}
     loader = LazyLoader(batches, device=torch.device("cuda"), **options)
