@@ -1,13 +1,14 @@
 """Measure reslab on a GPU: `make gpu-check`, or python benchmarks/gpu_check.py [--parts loop jpeg ...] [--tiny].
 
-    loop           ResNet-50 at 224 pixels on images in memory: reslab against a plain loop with the same settings
+    loop           ResNet-50 at 224 pixels on images in memory, with and without torch.compile: reslab against a plain
+                   loop with the same settings
     jpeg           the same from JPEG files: images/s, and the share of time that training waits for data
     sync           50 training steps under torch.cuda.set_sync_debug_mode("error")
     speed          cifar10_speed94, 95 and 96 with gpu_fast: accuracy and time (requires the data: --root DIR)
     side_by_side   8 runs of cifar10_resnet18 at the same time on one GPU: images/s in total (requires the data)
     deterministic  cost per step of configs/trainer/deterministic.yaml with ResNet-50
     on_device      ResNet-18 on images of CIFAR-10's size: data.on_device true against false
-    fast           the same: configs/trainer/gpu_fast.yaml, also with CUDA graphs, against gpu.yaml
+    fast           the same: configs/trainer/gpu_fast.yaml, also without compile or CUDA graphs, against gpu.yaml
 
 Each part runs in its own process and prints one line for docs/performance.md, with the name of the GPU. --tiny runs
 small versions of all parts, also on a CPU, to test this script.
@@ -42,6 +43,7 @@ from reslab.data import Augment, ImageFolder
 from reslab.data.datasets import Arrays, ImageSource, Split
 from reslab.host import CONFIGS
 from reslab.runs.metrics import read_metrics
+from reslab.training import Execution
 
 PARTS = ("loop", "jpeg", "sync", "speed", "side_by_side", "deterministic", "on_device", "fast")
 GPU = torch.cuda.is_available()
@@ -70,12 +72,13 @@ class Sizes:
 
     def __init__(self, tiny: bool) -> None:
         self.net, self.size, self.batch = ("resnet18", 32, 8) if tiny else ("resnet50", 224, 256)
-        self.steps, self.blocks = (3, 2) if tiny else (50, 7)
+        self.steps, self.blocks = (3, 2) if tiny else (25, 5)
         self.images = self.batch * (self.steps + 2) if tiny else 5120
 
-    def classifier(self) -> Classifier:
+    def classifier(self, compile: bool = False) -> Classifier:
         torch.manual_seed(0)
-        return Classifier(create_model(self.net, num_classes=10))
+        execution = Execution(compile=compile, fused_optimizer=compile)
+        return Classifier(create_model(self.net, num_classes=10), execution=execution)
 
     def in_memory(self) -> ImageData:
         return ImageData(
@@ -125,10 +128,14 @@ class Blocks(Callback):
 class PlainLoop:
     """A plain PyTorch training loop on one batch that is already on the device."""
 
-    def __init__(self, sizes: Sizes) -> None:
+    def __init__(self, sizes: Sizes, compile: bool) -> None:
         self.steps, self.device = sizes.steps, torch.device("cuda" if GPU else "cpu")
         self.net = create_model(sizes.net, num_classes=10).to(self.device, memory_format=torch.channels_last)
-        self.optimizer = torch.optim.SGD(self.net.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
+        if compile:
+            self.net.compile(dynamic=False)
+        self.optimizer = torch.optim.SGD(
+            self.net.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4, fused=compile
+        )
         images = torch.randn(sizes.batch, 3, sizes.size, sizes.size, device=self.device)
         self.images = images.to(memory_format=torch.channels_last)
         self.labels = torch.arange(sizes.batch, device=self.device) % 10
@@ -146,15 +153,17 @@ class PlainLoop:
 
 
 def loop(sizes: Sizes, root: str) -> str:
-    blocks = Blocks(sizes, PlainLoop(sizes))
-    trainer(blocks).fit(sizes.classifier(), datamodule=sizes.in_memory())
-    pairs = list(zip(blocks.seconds, blocks.other_seconds, strict=False))[1:]
-    ratio = statistics.median(fit / plain for fit, plain in pairs)
-    return (
-        f"{sizes.net} at {sizes.size}, batch {sizes.batch}, images in memory: {blocks.speed(blocks.seconds):,.0f} "
-        f"images/s, {ratio:.3f} times the time of a plain loop without input (median of {len(pairs)} pairs of "
-        f"{sizes.steps} steps)"
-    )
+    results = []
+    for compile in (False, True):
+        blocks = Blocks(sizes, PlainLoop(sizes, compile))
+        trainer(blocks).fit(sizes.classifier(compile), datamodule=sizes.in_memory())
+        pairs = list(zip(blocks.seconds, blocks.other_seconds, strict=False))[1:]
+        ratio = statistics.median(fit / plain for fit, plain in pairs)
+        results.append(
+            f"{'compiled' if compile else 'eager'} {blocks.speed(blocks.seconds):,.0f} images/s, {ratio:.3f} times the "
+            f"time of a plain loop without input (median of {len(pairs)} pairs of {sizes.steps} steps)"
+        )
+    return f"{sizes.net} at {sizes.size}, batch {sizes.batch}, images in memory: {'; '.join(results)}"
 
 
 @contextlib.contextmanager
@@ -328,7 +337,11 @@ def on_device(sizes: Sizes, root: str) -> str:
 
 
 def fast(sizes: Sizes, root: str) -> str:
-    modes = {"gpu_fast": [], "gpu_fast with CUDA graphs": ["--model.execution.compile=reduce-overhead"]}
+    modes = {
+        "gpu_fast": [],
+        "gpu_fast without compile": ["--model.execution.compile=false"],
+        "gpu_fast without CUDA graphs": ["--model.execution.cuda_graph=false"],
+    }
     arms = {name: partial(cifar_speed, sizes, "gpu_fast", *options) for name, options in modes.items()}
     return compared(sizes, {"gpu": partial(cifar_speed, sizes, "gpu"), **arms})
 

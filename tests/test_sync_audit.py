@@ -242,11 +242,12 @@ def test_every_optimizer_of_torch_is_audited() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["everything", *COMBINATIONS])
+@pytest.mark.parametrize("name", ["everything", "everything, CUDA graphs", *COMBINATIONS])
 def test_steps_on_a_gpu_do_not_wait(name: str, teacher: Path, tmp_path: Path) -> None:
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     options = _with(teacher, COMBINATIONS.get(name, [*EVERYTHING, *BF16]))
+    options += ["--model.execution.cuda_graph=true"] if "graphs" in name else []
     take_steps(tmp_path, [*options, "--trainer.accelerator=cuda"], CudaAudit(), 50)
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from reslab.models.network import Network
 from reslab.models.zoo import build_network_of_run, check_state, load_weights
 from reslab.training import lightning_internals as internals
 from reslab.training.ema import EMA
+from reslab.training.graphs import Gradients, StepGraphs
 from reslab.training.objectives import CrossEntropy, Objective
 from reslab.training.optimizers import Cosine, ParamGroups, Schedule, nesterov_sgd, parameter_groups
 from reslab.training.processes import shard
@@ -45,22 +46,37 @@ class Execution:
         channels_last: Keep weights and activations in the channels-last memory format.
         fused_optimizer: Update all weights in one kernel, with SGD, Adam and AdamW of torch.optim; other optimizers
             stay as they are.
+        cuda_graph: On a GPU, with ImageData, replay each training step, from the forward pass to the gradients, as one
+            CUDA graph: for networks whose kernels are shorter than the time that the host takes to start them.
     """
 
     compile: bool | Literal["reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = False
     channels_last: bool = True
     fused_optimizer: bool = False
+    cuda_graph: bool = False
 
-    def check(self, accumulate: int) -> None:
-        """Raise a UserError for CUDA graphs with accumulated gradients, which a graph's next run overwrites.
+    def check(self, trainer: Trainer) -> None:
+        """Raise a UserError for CUDA graphs that the trainer's settings would break.
 
-        Some versions of torch fail, others return wrong gradients: pytorch/pytorch issues 169545 and 96693.
+        The next run of a graph overwrites its gradients, so they cannot be accumulated: some versions of torch fail,
+        others return wrong gradients (pytorch/pytorch issues 169545 and 96693).
         """
-        if accumulate > 1 and self.compile in ("reduce-overhead", "max-autotune"):
+        accumulate = trainer.accumulate_grad_batches
+        compiled = self.compile in ("reduce-overhead", "max-autotune")
+        if accumulate > 1 and compiled:
             raise UserError(
                 f"model.execution.compile {self.compile} uses CUDA graphs, which trainer.accumulate_grad_batches "
                 f"{accumulate} would break: use true or max-autotune-no-cudagraphs"
             )
+        problems = {
+            f"model.execution.compile {self.compile}, which has CUDA graphs already": compiled,
+            f"trainer.accumulate_grad_batches {accumulate}": accumulate > 1,
+            f"trainer.precision {trainer.precision}, which scales gradients": trainer.precision == "16-mixed",
+            f"{trainer.world_size} processes": trainer.world_size > 1,
+        }
+        wrong = [problem for problem, is_one in problems.items() if is_one]
+        if self.cuda_graph and wrong:
+            raise UserError(f"model.execution.cuda_graph cannot be combined with {wrong[0]}: set it to false")
 
     def compile_network(self, net: nn.Module) -> None:
         """Compile a network in place, so that its weights keep their names.
@@ -166,6 +182,8 @@ class Classifier(LightningModule):
         # Sums of the objective's training metrics since the last logged step, over so many images.
         self._window = torch.zeros(len(self.objective.training_metrics))
         self._window_images = 0
+        self._graphs: StepGraphs | None = None
+        self._gradients: Gradients | None = None  # of a step that a CUDA graph has run
         for part in param_groups.frozen(net):
             part.requires_grad_(False)
         self.train()
@@ -178,7 +196,7 @@ class Classifier(LightningModule):
         return [*names[:training], "lr", "images_per_second", *names[training:]]
 
     def setup(self, stage: str) -> None:
-        self.execution.check(self.trainer.accumulate_grad_batches)
+        self.execution.check(self.trainer)
         expected = getattr(self.trainer.datamodule, "num_classes", None)  # type: ignore[attr-defined]
         num_classes = getattr(self.net, "num_classes", expected)
         if expected not in (None, num_classes):
@@ -278,6 +296,11 @@ class Classifier(LightningModule):
         if self.seed is None:
             self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
         self._window = self._window.to(self.device)
+        if self.execution.cuda_graph and self.device.type == "cuda":
+            self._graphs = StepGraphs(self._training_loss, [p for p in self.net.parameters() if p.requires_grad])
+
+    def on_train_end(self) -> None:
+        self._graphs = None  # frees their memory
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         _check_images(_images(batch, labelled=True), self.net)
@@ -289,12 +312,31 @@ class Classifier(LightningModule):
             self._initialize()
             self.objective.prepare(self.net)
         reseed(step_seed(self.seed or 0, index, self.global_rank), self.device)
+        self._window_images += len(batch[1])
+        if self._graphs is None or not isinstance(batch, Batch):
+            return self._training_loss(batch)
+        loss, self._gradients = self._graphs(batch)
+        return loss
+
+    def _training_loss(self, batch: Batch) -> Tensor:
+        """Return the loss, (), and add to the training metrics."""
         loss, logits = self.objective.loss(self.net, batch)
         with torch.no_grad():
             sums = self.objective.training_sums(loss.detach(), logits, batch)
             self._window += torch.stack([sums[name].float() for name in self.objective.training_metrics])
-        self._window_images += len(logits)
         return loss
+
+    def optimizer_zero_grad(self, *args: Any, **kwargs: Any) -> None:
+        if self._gradients is None:
+            super().optimizer_zero_grad(*args, **kwargs)
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        if self._graphs is None or self._gradients is None:
+            super().backward(loss, *args, **kwargs)
+        else:
+            for parameter, gradient in zip(self._graphs.parameters, self._gradients, strict=True):
+                parameter.grad = gradient
+            self._gradients = None
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)

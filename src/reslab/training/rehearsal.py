@@ -33,7 +33,7 @@ def rehearse(trainer: Trainer, model: Classifier, data: ImageData, monitors: lis
     Raises:
         UserError: Data are missing, or training, validation or test could not take place as configured.
     """
-    model.execution.check(trainer.accumulate_grad_batches)
+    model.execution.check(trainer)
     data.trainer = trainer
     data.prepare_data()
     data.setup("fit")
