@@ -67,7 +67,7 @@ docs-serve: $(DEV)  ## show the documentation at http://127.0.0.1:8000
 notebooks: $(NOTEBOOKS)  ## run the notebooks from top to bottom
 	@$(BIN)/python -m pytest tests/test_notebooks.py -m slow
 
-gpu-check: $(DEV)  ## measure on a GPU: speed, device syncs, accuracy of the speed recipes on CIFAR-10 (about 35 minutes)
+gpu-check: $(DEV)  ## measure on a GPU: speed, device syncs, accuracy on CIFAR-10 (about an hour, estimated)
 	@$(BIN)/python -m pytest -m gpu
 	@$(BIN)/python benchmarks/gpu_check.py
 

@@ -5,6 +5,7 @@
     jpeg           the same from JPEG files: images/s, and the share of time that training waits for data
     sync           50 training steps under torch.cuda.set_sync_debug_mode("error")
     speed          cifar10_speed94, 95 and 96 with gpu_fast: accuracy and time (requires the data: --root DIR)
+    paper          cifar10_resnet20, 18 and 56 with gpu_fast, 3 seeds at the same time: accuracy (requires the data)
     side_by_side   8 runs of cifar10_resnet18 at the same time on one GPU: images/s in total (requires the data)
     deterministic  cost per step of configs/trainer/deterministic.yaml with ResNet-50
     on_device      ResNet-18 on images of CIFAR-10's size: data.on_device true against false
@@ -45,7 +46,7 @@ from reslab.host import CONFIGS
 from reslab.runs.metrics import read_metrics
 from reslab.training import Execution
 
-PARTS = ("loop", "jpeg", "sync", "speed", "side_by_side", "deterministic", "on_device", "fast")
+PARTS = ("loop", "jpeg", "sync", "speed", "paper", "side_by_side", "deterministic", "on_device", "fast")
 GPU = torch.cuda.is_available()
 NAME = torch.cuda.get_device_name() if GPU else "CPU"
 
@@ -256,20 +257,27 @@ def result(folder: Path) -> Result:
     return Result(accuracy, rate, steps * batch_size / rate, manifest["wall_seconds"])
 
 
+def summary(name: str, results: list[Result]) -> str:
+    accuracies, rates, trainings, totals = zip(*results, strict=True)
+    accuracy = f"{statistics.mean(accuracies):.2f} ± {statistics.stdev(accuracies):.2f} % (n = {len(results)})"
+    rate, training, total = map(statistics.median, (rates, trainings, totals))
+    return f"{name}: test/acc {accuracy}, trained in {training:.1f} s at {rate:,.0f} images/s, {total:.0f} s in all"
+
+
 def speed(sizes: Sizes, root: str) -> str:
     tiny = sizes.size < 224
     recipes = {"digits": 2} if tiny else {"cifar10_speed94": 5, "cifar10_speed95": 5, "cifar10_speed96": 3}
     options = ["--epochs=1"] if tiny else ["--config=gpu_fast"]
-    lines = []
-    for name, n in recipes.items():
-        results = [runs(name, [seed], root, *options)[0] for seed in range(n)]
-        accuracies, rates, trainings, totals = zip(*results, strict=True)
-        lines.append(
-            f"{name}: test/acc {statistics.mean(accuracies):.2f} ± {statistics.stdev(accuracies):.2f} % (n = {n}), "
-            f"trained in {statistics.median(trainings):.1f} s at {statistics.median(rates):,.0f} images/s, "
-            f"{statistics.median(totals):.0f} s in total (medians)"
-        )
-    return "; ".join(lines)
+    return "; ".join(
+        summary(name, [runs(name, [seed], root, *options)[0] for seed in range(n)]) for name, n in recipes.items()
+    )
+
+
+def paper(sizes: Sizes, root: str) -> str:
+    tiny = sizes.size < 224
+    names = ["digits"] if tiny else ["cifar10_resnet20", "cifar10_resnet18", "cifar10_resnet56"]
+    options = ["--epochs=1"] if tiny else ["--config=gpu_fast"]
+    return "; ".join(f"at the same time, {summary(name, runs(name, range(3), root, *options))}" for name in names)
 
 
 def side_by_side(sizes: Sizes, root: str) -> str:

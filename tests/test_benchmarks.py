@@ -186,7 +186,7 @@ def test_cpu_memory_compares_neighbours(monkeypatch: pytest.MonkeyPatch, capsys:
     assert "images/s: 130 against 100, 1.30 times (1.10 to 2.00" in capsys.readouterr().out
 
 
-SLOW_PARTS = ["loop", "jpeg", "speed", "side_by_side", "deterministic"]
+SLOW_PARTS = ["loop", "jpeg", "speed", "paper", "side_by_side", "deterministic"]
 
 
 @pytest.mark.parametrize("part", ["sync", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW_PARTS)])
