@@ -64,7 +64,7 @@ def record(function: Callable[[], tuple[Tensor, Gradients]], pool: object) -> Ca
     graph = torch.cuda.CUDAGraph()
     torch.clear_autocast_cache()  # weights cast by an earlier step would not be cast by the graph
     try:
-        # Other threads, such as one that pins memory, go on calling CUDA.
+        # Other threads, such as one that pins memory, may call CUDA meanwhile.
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # type: ignore[arg-type]
             outputs = function()
     except Exception as error:
