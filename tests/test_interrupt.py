@@ -121,6 +121,33 @@ def test_second_interrupt_ends_a_training_run_without_a_traceback(tmp_path: Path
     assert_closing_line(ended, -signal.SIGINT, "reslab: interrupted: run the same command again to resume\n")
 
 
+@pytest.mark.parametrize("line", range(12))
+def test_second_interrupt_while_the_closing_line_is_printed(line: int) -> None:
+    code = f"""if True:
+        import signal, sys
+        from reslab import interrupt
+
+        lines = 0
+
+        def trace(frame, event, arg):
+            global lines
+            if event == "line" and frame.f_code.co_name in ("close", "_without_interrupts"):
+                lines += 1
+                if lines == {line} + 1:
+                    sys.settrace(None)
+                    signal.raise_signal(signal.SIGINT)
+            return trace
+
+        def command():
+            sys.settrace(trace)
+            signal.raise_signal(signal.SIGINT)
+
+        sys.exit(interrupt.guarded(command))
+    """
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert_closing_line(Ended(done.returncode, done.stdout))
+
+
 def test_ignored_interrupt_stays_ignored() -> None:
     def command() -> int:
         signal.raise_signal(signal.SIGINT)

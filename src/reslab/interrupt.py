@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 from reslab.errors import Exit
@@ -60,6 +60,19 @@ def close() -> int:
     return _guard.close()
 
 
+@contextlib.contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Ignore Ctrl-C meanwhile."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+
 class Guard:
     """Handler of SIGINT: raises KeyboardInterrupt the first time and ends the process the second time."""
 
@@ -87,11 +100,12 @@ class Guard:
 
     def close(self) -> int:
         if not self._printed:
-            hint = self.hint()  # before the flag: a second Ctrl-C here must still print the line
-            self._printed = True
-            self.status = Exit.PREEMPTED if hint else Exit.INTERRUPTED
-            if not any(int(os.environ.get(name) or 0) for name in RANKS):
-                os.write(2, f"reslab: interrupted{': ' * bool(hint)}{hint}\n".encode())
+            hint = self.hint()  # takes time: a second Ctrl-C here prints the line itself
+            with _without_interrupts():
+                self._printed = True
+                self.status = Exit.PREEMPTED if hint else Exit.INTERRUPTED
+                if not any(int(os.environ.get(name) or 0) for name in RANKS):
+                    os.write(2, f"reslab: interrupted{': ' * bool(hint)}{hint}\n".encode())
         return self.status
 
     def ignore(self, unraisable: Any) -> None:
