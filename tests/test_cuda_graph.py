@@ -141,6 +141,17 @@ def test_each_shape_has_its_own_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(recorded) == 2 and len({id(pool) for pool in recorded}) == 1
 
 
+def test_gradients_have_the_memory_layout_of_their_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "record", pretend)
+    monkeypatch.setattr(graphs, "new_pool", object)
+    weight, factors = nn.Parameter(torch.ones(2, 3)), torch.arange(6.0).view(3, 2)
+    steps = StepGraphs(lambda batch: (weight.t() * factors).sum(), [weight])
+    for _ in range(WARMUP + 1):
+        _, gradients = steps(Batch(*[torch.zeros(2)] * 4))
+    assert gradients is not None and gradients[0] is not None
+    assert torch.equal(gradients[0], factors.t()) and gradients[0].stride() == weight.stride() != factors.t().stride()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("config", ["gpu", "gpu_fast"])
 def test_a_killed_run_on_a_gpu_resumes_with_the_same_bits(config: str, tmp_path: Path) -> None:

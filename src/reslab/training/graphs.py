@@ -48,7 +48,15 @@ class StepGraphs:
     def _loss_and_gradients(self, batch: Batch) -> tuple[Tensor, Gradients]:
         loss = self.loss(batch)
         with torch.autocast(loss.device.type, enabled=False):  # like the usual backward pass
-            return loss.detach(), [*torch.autograd.grad(loss, self.parameters, allow_unused=True)]
+            gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
+        return loss.detach(), [*map(_laid_out_like, self.parameters, gradients)]
+
+
+def _laid_out_like(parameter: Tensor, gradient: Tensor | None) -> Tensor | None:
+    """Return the gradient in its parameter's memory layout, as backward() does: fused optimizers rely on it."""
+    if gradient is None or gradient.stride() == parameter.stride():
+        return gradient
+    return torch.empty_like(parameter).copy_(gradient)
 
 
 def new_pool() -> object:
