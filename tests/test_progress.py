@@ -53,6 +53,19 @@ def test_bar_of_an_objective_without_accuracy() -> None:
     assert report._bar_fields(model)[:2] == ["loss 1.0000", "val/f1 0.5000"]  # type: ignore[arg-type]
 
 
+def test_speed_is_that_of_this_process() -> None:
+    """The first process trained at 10 images/s, the one that resumes its run at 500."""
+    report, model = ProgressReport(), SimpleNamespace(latest={}, metric_names=[])
+    trainer = SimpleNamespace(global_step=20, estimated_stepping_batches=80, max_epochs=4, current_epoch=1)
+    trainer.is_global_zero = False
+    report.load_state_dict({"images": 1000, "seconds": 100.0})
+    report.on_train_start(trainer, model)  # type: ignore[arg-type]
+    assert "– images/s" in report._bar_fields(model)  # type: ignore[arg-type]
+    report.images, report.seconds = 2000, 102.0
+    assert "500 images/s" in report._bar_fields(model)  # type: ignore[arg-type]
+    assert report.images_per_second() == 2000 / 102.0  # of the whole run, for the manifest
+
+
 @given(
     width=st.integers(60, 200),
     step=st.integers(1, 10**7),

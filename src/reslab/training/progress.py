@@ -33,6 +33,7 @@ class ProgressReport(Callback):
         self._fields: list[str] = []  # the second line of the bar, most important first
         self._mark = 0.0  # start of the current stretch of training
         self._logged = (0.0, 0)  # seconds and images at the last logged step
+        self._earlier = (0.0, 0)  # seconds and images before this process resumed the run
         self._validated_in = -1  # epoch of the last validation
 
     def state_dict(self) -> dict[str, Any]:
@@ -45,7 +46,7 @@ class ProgressReport(Callback):
         self._began = time.monotonic()
         self._first_step = trainer.global_step
         self._mark = time.monotonic()
-        self._logged = (self.seconds, self.images)
+        self._logged = self._earlier = (self.seconds, self.images)
         self._total, self._epochs = int(trainer.estimated_stepping_batches), max(trainer.max_epochs or 0, 0)
         self._step, self._epoch = trainer.global_step, trainer.current_epoch + 1
         if trainer.is_global_zero and self._console.is_terminal and not self._console.is_dumb_terminal:
@@ -89,6 +90,11 @@ class ProgressReport(Callback):
         """Return training images per second over the whole run so far; None before the first step."""
         return self.images / self.seconds if self.seconds > 0 else None
 
+    def _speed(self) -> str:
+        """Return the images per second of this process: before, the run may have been on another machine."""
+        seconds, images = self.seconds - self._earlier[0], self.images - self._earlier[1]
+        return f"{images / seconds:,.0f} images/s" if seconds > 0 else "– images/s"
+
     def _stop_clock(self) -> None:
         now = time.monotonic()
         self.seconds += now - self._mark
@@ -123,10 +129,9 @@ class ProgressReport(Callback):
         names = list(dict.fromkeys([*getattr(pl_module, "metric_names", ()), *latest]))
         main = {split: main_metric(names, split) for split in ("train", "val")}
         others = [name for name in names if name.startswith("val/")]
-        speed = self.images_per_second()
         order = dict.fromkeys(filter(None, ["train/loss" if "train/loss" in names else None, *main.values(), *others]))
         texts = [f"{name.removeprefix('train/')} {_number(latest.get(name))}" for name in order]
-        return [*texts[:2], f"{speed:,.0f} images/s" if speed else "– images/s", *texts[2:]]
+        return [*texts[:2], self._speed(), *texts[2:]]
 
     def _epoch_text(self) -> str:
         return f"epoch {self._epoch}" + (f"/{self._epochs}" if self._epochs else "")  # else the length is in steps
@@ -143,8 +148,7 @@ class ProgressReport(Callback):
         latest: dict[str, float] = getattr(pl_module, "latest", {})  # host values: no sync
         splits = ("train/", "val/") if validated else ("train/",)
         shown = [f"{name} {latest[name]:.4f}" for split in splits for name in latest if name.startswith(split)]
-        speed = self.images_per_second()
-        return "  ".join([*shown, f"{speed:,.0f} images/s"] if speed else shown)
+        return "  ".join([*shown, self._speed()])
 
 
 def _number(value: float | None) -> str:
