@@ -47,7 +47,8 @@ class Execution:
         fused_optimizer: Update all weights in one kernel, with SGD, Adam and AdamW of torch.optim; other optimizers
             stay as they are.
         cuda_graph: On a GPU, with ImageData, replay each training step, from the forward pass to the gradients, as one
-            CUDA graph: for networks whose kernels are shorter than the time that the host takes to start them.
+            CUDA graph: for networks whose kernels are shorter than the time that the host takes to start them. What
+            a network or objective decides in Python is then decided once, not in every step.
     """
 
     compile: bool | Literal["reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = False
