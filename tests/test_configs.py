@@ -77,7 +77,7 @@ def test_header_states_command_hardware_time_and_result(path: Path) -> None:
     assert all(line.startswith("#") for line in header.splitlines())
     assert path in [used for command in commands(path) for used in check_command(command)]
     assert "Hardware:" in header and "Time:" in header
-    measured = r"0\.\d+ ± 0?\.\d+ \(\d+ seeds"
+    measured = r"0\.\d+ (± 0?\.\d+ \(\d+ seeds|\(1 seed\b)"
     published = r"not measured(, needs a GPU)?\. Published: "
     assert re.search(rf"Expected test/acc: ({measured}|{published})", header) and "not yet measured" not in header
 
