@@ -227,7 +227,8 @@ class Decisions(NamedTuple):
     stopped: Ints  # RUNNING, DECIDED, HOPELESS_STOP, LAST_LOOK
     verdict: Ints  # NO_VERDICT, LARGER, SMALLER (arm minus baseline), EQUIVALENT
     p: Floats  # sequential p value of a difference in the direction of the mean, not adjusted
-    p_equivalence: Floats  # sequential p value of two one-sided tests, not adjusted
+    p_holm: Floats  # p adjusted over the arms, at `look`: an arm that stopped earlier takes no alpha of later arms
+    p_equivalence: Floats  # sequential p value of two one-sided tests, adjusted likewise
     power: Floats  # predictive power at `look`
     mean: Floats  # of the differences at `look`; NaN before the first, like the next
     se: Floats
@@ -274,7 +275,7 @@ def decide(
     shape, family = arms.shape[:-1], family or arms.shape[-2]
     reach = np.full(shape, arms.shape[-1]) if lengths is None else np.asarray(lengths)
     look, stopped, verdict = (np.zeros(shape, int) for _ in range(3))
-    up_p, down_p, equivalence, power = (np.ones(shape) for _ in range(4))
+    up_p, down_p, equivalence, p_holm, p_equivalence, power = (np.ones(shape) for _ in range(6))
     latest = _Look(*(np.full(shape, empty) for empty in (np.nan, np.nan, False, False)))
     for k, n in enumerate(looks):
         active = (stopped == RUNNING) & ~(np.asarray(ends) & (reach < n))
@@ -286,14 +287,17 @@ def decide(
         np.minimum(up_p, p, out=up_p, where=active & up)
         np.minimum(down_p, p, out=down_p, where=active & ~up)
         np.minimum(equivalence, _tost(s, margin, k, looks), out=equivalence, where=active)
-        different, same = (holm(p, family) < ALPHA for p in (np.where(up, up_p, down_p), equivalence))
+        of_difference, of_equivalence = (holm(p, family) for p in (np.where(up, up_p, down_p), equivalence))
+        different, same = of_difference < ALPHA, of_equivalence < ALPHA
+        p_holm, p_equivalence = np.where(active, (of_difference, of_equivalence), (p_holm, p_equivalence))
         equivalent = active & (same | (s.identical & (margin is not None)))
         decided = equivalent | (active & different)
         verdict = np.where(decided, np.where(equivalent, EQUIVALENT, np.where(up, LARGER, SMALLER)), verdict)
         power = np.where(active, _predictive_power(s, k, looks, margin, family, different, same), power)
         undecided = LAST_LOOK if n == looks[-1] else np.where(power < hopeless, HOPELESS_STOP, RUNNING)
         look, stopped = np.where(active, n, look), np.where(active, np.where(decided, DECIDED, undecided), stopped)
-    return Decisions(look, stopped, verdict, np.where(latest.mean > 0, up_p, down_p), equivalence, power, *latest)
+    p = np.where(latest.mean > 0, up_p, down_p)
+    return Decisions(look, stopped, verdict, p, p_holm, p_equivalence, power, *latest)
 
 
 def _statistics(baseline: Floats, arms: Floats, n: int, margin: float | None) -> _Look:

@@ -642,15 +642,14 @@ def _compare_at_looks(
         row[: len(x)] = x[:last]
     ends = [diverged.get(arm) is not None for arm in values]
     decisions = sequential.decide(table[0], table[1:], rules.looks, rules.margin, rules.family, reach, ends)
-    p_holm, p_equivalence = (holm(p, rules.family) for p in (decisions.p, decisions.p_equivalence))
     comparisons = {}
     for i, arm in enumerate(values):
-        one = sequential.Decisions(*(column[i] for column in decisions))._replace(p_equivalence=p_equivalence[i])
-        comparisons[arm] = _at_look(differences[i], one, float(p_holm[i]), rules, diverged.get(arm))
+        one = sequential.Decisions(*(column[i] for column in decisions))
+        comparisons[arm] = _at_look(differences[i], one, rules, diverged.get(arm))
     return comparisons
 
 
-def _at_look(d: Floats, at: Any, p_holm: float, rules: _Rules, diverged: str | None) -> Comparison:
+def _at_look(d: Floats, at: Any, rules: _Rules, diverged: str | None) -> Comparison:
     """Return the comparison of one arm from its part of the decisions, at its stop or the latest look."""
     n, coming = int(at.look), next((look for look in rules.looks if look > at.look), None)
     waiting = Reason(Why.DIVERGED, cells=(diverged,)) if diverged else Reason(Why.NEXT_LOOK, coming)
@@ -667,7 +666,7 @@ def _at_look(d: Floats, at: Any, p_holm: float, rules: _Rules, diverged: str | N
         delta_ci_low=mean - half if tested else None,
         delta_ci_high=mean + half if tested else None,
         p=float(at.p) if tested else None,
-        p_holm=p_holm if tested else None,
+        p_holm=float(at.p_holm) if tested else None,
         p_equivalence=float(at.p_equivalence) if rules.margin and not math.isnan(spread) else None,
         hedges_g=_number(hedges_g(mean, spread, n)),
         min_detectable_delta=_number(min_detectable_delta(spread, n)),
