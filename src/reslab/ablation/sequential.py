@@ -227,7 +227,7 @@ class Decisions(NamedTuple):
     stopped: Ints  # RUNNING, DECIDED, HOPELESS_STOP, LAST_LOOK
     verdict: Ints  # NO_VERDICT, LARGER, SMALLER (arm minus baseline), EQUIVALENT
     p: Floats  # sequential p value of a difference in the direction of the mean, not adjusted
-    p_holm: Floats  # p adjusted over the arms, at `look`: an arm that stopped earlier takes no alpha of later arms
+    p_holm: Floats  # p, adjusted over the arms at `look`: later looks do not change it
     p_equivalence: Floats  # sequential p value of two one-sided tests, adjusted likewise
     power: Floats  # predictive power at `look`
     mean: Floats  # of the differences at `look`; NaN before the first, like the next
@@ -259,9 +259,9 @@ def decide(
 
     At each look, the sequential p values of the running arms are adjusted by Holm (1979), together with those of the
     stopped arms: the group-sequential Holm procedure (Ye et al. 2013; Maurer & Bretz 2013). An arm found to differ
-    passes its alpha on to the others, a dropped one does not. An arm stops if it is equivalent (which comes first) or
-    different at the level ALPHA, or if its predictive power is below `hopeless`, which cannot cause an error
-    (non-binding futility). A decision at a look depends on the data up to that look only.
+    passes its alpha on to the arms that still run, a dropped one does not. An arm stops if it is equivalent (which
+    comes first) or different at the level ALPHA, or if its predictive power is below `hopeless`, which cannot cause an
+    error (non-binding futility). A decision at a look depends on the data up to that look only.
 
     Args:
         baseline, arms: Values (..., N) and (..., A, N), seeds in order.
